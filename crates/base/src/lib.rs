@@ -1,0 +1,27 @@
+//! The words every other crate uses: ids, units, limits, time, checksums, buffers, log
+//! records, membership records and front-end-neutral block requests.
+//!
+//! Layer 0. Nothing here does I/O, reads a clock or draws a random number; everything is plain
+//! data, and safe. See `docs/architecture.md` for the layers and `docs/glossary.md` for the words.
+
+pub mod buffer;
+pub mod checksum;
+pub mod ids;
+pub mod limits;
+pub mod membership;
+pub mod record;
+pub mod replica;
+pub mod request;
+pub mod time;
+pub mod units;
+
+pub use buffer::{Buffer, BufferMut, BufferPool};
+pub use ids::{
+    ClusterId, Epoch, HolderId, PoolId, Position, ReplicaKey, Seq, ServerId, ShardIndex, VolumeId,
+};
+pub use membership::{Durability, Holder, Member, Policy, Role, ShardRecord, VolumeRecord};
+pub use record::{Record, RecordError, RecordHeader, RecordKind};
+pub use replica::{CommandBody, ReplicaCommand, ReplicaError, ReplicaState, ReplyBody};
+pub use request::{BlockReply, BlockRequest, Operation, RequestId, Status};
+pub use time::Instant;
+pub use units::{BlockCount, BlockSize, Lba};

@@ -1,0 +1,1 @@
+//! The cluster store: volume records, shard records, servers and placement (L2).

@@ -1,0 +1,1 @@
+//! The reactor: io_uring, buffers, sockets, timers and mailboxes (L2).

@@ -1,0 +1,1 @@
+//! Joins the sans-I/O node to the reactor and the vhost-user front ends (L2).

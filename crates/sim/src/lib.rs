@@ -1,0 +1,1 @@
+//! Deterministic simulation of a cluster: time, disks, network, oracle and checkers (L3).

@@ -1,0 +1,1 @@
+//! Boots real guests under QEMU and tests volumes through them.

@@ -1,0 +1,1 @@
+//! holdfastd: pool, replica service, heads, front ends, HTTP API.
