@@ -12,6 +12,7 @@ pub mod membership;
 pub mod record;
 pub mod replica;
 pub mod request;
+pub mod slab;
 pub mod time;
 pub mod units;
 
@@ -23,5 +24,6 @@ pub use membership::{Durability, Holder, Member, Policy, Role, ShardRecord, Volu
 pub use record::{Record, RecordError, RecordHeader, RecordKind};
 pub use replica::{CommandBody, ReplicaCommand, ReplicaError, ReplicaState, ReplyBody};
 pub use request::{BlockReply, BlockRequest, Operation, RequestId, Status};
+pub use slab::Slab;
 pub use time::Instant;
 pub use units::{BlockCount, BlockSize, Lba};
