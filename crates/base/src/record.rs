@@ -432,9 +432,9 @@ mod tests {
             let (head, payload) = buffer.split_mut();
             let byte = bit / 8;
             if byte < 88 {
-                head[byte] ^= 1 << (bit % 8)
+                head[byte] ^= 1 << (bit % 8);
             } else {
-                payload[byte - 88] ^= 1 << (bit % 8)
+                payload[byte - 88] ^= 1 << (bit % 8);
             }
             assert!(Record::decode(buffer).is_err(), "bit {bit}");
         }
