@@ -1,0 +1,484 @@
+//! What the control plane asks of the data plane: plain data and one object-safe trait.
+//!
+//! Every method may be called from any thread, never from a reactor. A method that needs the
+//! reactor's answer blocks for at most its `wait` and then fails with [`ControlError::Deadline`];
+//! what it asked for may still happen, so callers repeat it (all of them are idempotent) or look
+//! at [`DataPlane::status`].
+//!
+//! The data plane knows no cluster store. Who may be head is decided before
+//! [`DataPlane::open_head`] is called, and made true by the members' seals.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::{
+    BlockSize, Epoch, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId, ShardRecord, VolumeId,
+    VolumeRecord,
+};
+
+/// What a data plane is started with. It is fixed for the life of the process.
+#[derive(Clone, Debug)]
+pub struct DataPlaneConfig {
+    /// This server's id; `None` for a diskless head (`holdfast attach`).
+    pub server: Option<ServerId>,
+    /// The pool to open and lock; `None` for a diskless head.
+    pub pool: Option<PoolDevices>,
+    /// Where the replica service listens (port 0: any); `None`: it does not.
+    pub listen: Option<SocketAddr>,
+    /// Payload memory to preallocate, in bytes.
+    pub buffer_bytes: u64,
+}
+
+/// The devices of a pool: files or block devices, in the order they were formatted.
+///
+/// Whoever opens or formats a pool holds an exclusive `flock` on every device; that is how a
+/// pool in use by a live daemon is noticed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolDevices {
+    /// Fast devices: the log.
+    pub fast: Vec<PathBuf>,
+    /// Mass devices: home.
+    pub mass: Vec<PathBuf>,
+}
+
+/// Why a data plane did not start. Nothing runs and nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A device is locked by another process.
+    #[error(
+        "pool device {} is in use by another process; stop that daemon (`fuser {}` names it) first",
+        path.display(),
+        path.display()
+    )]
+    PoolInUse {
+        /// The locked device.
+        path: PathBuf,
+    },
+    /// The devices do not hold the pool that was asked for, or not a usable one.
+    #[error("pool device {}: {reason}", path.display())]
+    Pool {
+        /// The device at fault.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        reason: String,
+    },
+    /// A device could not be opened, read or recovered.
+    #[error("pool device {}: {source}", path.display())]
+    Device {
+        /// The device at fault.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The replica service could not listen.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The configured address.
+        address: SocketAddr,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The kernel or the machine refused something the data plane needs.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried, as in "create an io_uring".
+        action: &'static str,
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+/// Why the data plane did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// No answer in time; it may still happen.
+    #[error("{operation} has not finished after {} ms", waited.as_millis())]
+    Deadline {
+        /// The method's purpose, as in "create the replica".
+        operation: &'static str,
+        /// How long the caller waited.
+        waited: Duration,
+    },
+    /// The reactor has ended; nothing of it runs any more.
+    #[error("the data plane has stopped")]
+    Stopped,
+    /// This process has no pool (`holdfast attach`).
+    #[error("this process has no pool")]
+    NoPool,
+    /// A device of the pool has failed.
+    #[error("the pool has failed: {reason}")]
+    PoolFailed {
+        /// Which device, and how.
+        reason: String,
+    },
+    /// The pool has no room.
+    #[error("the pool has {free_bytes} bytes free, {needed_bytes} are needed")]
+    NoSpace {
+        /// Bytes the request needs.
+        needed_bytes: u64,
+        /// Bytes that are free.
+        free_bytes: u64,
+    },
+    /// There is such a replica, of another geometry.
+    #[error("replica {key} exists with {blocks} blocks of {block_size} bytes")]
+    ReplicaMismatch {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Its block size.
+        block_size: BlockSize,
+        /// Its length in blocks.
+        blocks: u64,
+    },
+    /// No head of this volume runs here.
+    #[error("no head of volume {0} runs here")]
+    NoHead(VolumeId),
+    /// A head of this volume runs here in another epoch; close it first.
+    #[error("a head of volume {volume} runs here in {epoch}")]
+    HeadExists {
+        /// Which volume.
+        volume: VolumeId,
+        /// The running head's epoch.
+        epoch: Epoch,
+    },
+    /// A limit of the process is reached.
+    #[error("too many {what} in this process (at most {limit})")]
+    Limit {
+        /// What there is too much of, as in "volumes".
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
+    /// The export's socket could not be made, or another export uses it.
+    #[error("socket {}: {source}", path.display())]
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error; `AddrInUse` if someone listens there.
+        source: io::Error,
+    },
+}
+
+/// Why a head did not open. After an error no head of the volume runs here in that epoch.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A member has sealed a higher epoch: another head came later, or the cluster store was
+    /// rolled back.
+    #[error("superseded: a member has sealed {sealed}")]
+    Superseded {
+        /// The highest sealed epoch seen.
+        sealed: Epoch,
+    },
+    /// The members cannot make a head whatever happens next: damage, or replicas that are gone.
+    #[error("the volume cannot be opened: {reason}")]
+    Unopenable {
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The data plane refused.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// A replica to make: geometry of one shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplicaSpec {
+    /// Which shard of which volume.
+    pub key: ReplicaKey,
+    /// The volume's block size.
+    pub block_size: BlockSize,
+    /// The shard's length in blocks.
+    pub blocks: u64,
+}
+
+/// Where a server's replica service is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerAddress {
+    /// The server.
+    pub server: ServerId,
+    /// Its addresses, preferred first.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// A head to open: the lease is taken, `volume.epoch` is the head's epoch.
+///
+/// A member whose pool is this process's own is local; the others are found in the address book
+/// ([`DataPlane::set_servers`]).
+#[derive(Clone, Debug)]
+pub struct HeadSpec {
+    /// The volume as it was when its lease was taken.
+    pub volume: VolumeRecord,
+    /// Its shard; no member is [`Role::Provisioning`].
+    pub shard: ShardRecord,
+}
+
+/// How far an opening is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// The head serves.
+    Open,
+    /// It goes on trying; requests of front ends wait.
+    Pending {
+        /// What it waits for, as in "1 of 3 members answered the seal, 2 are needed".
+        reason: String,
+    },
+}
+
+/// A vhost-user-blk socket to serve a volume on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportSpec {
+    /// The volume; a head of it is open or opening here.
+    pub volume: VolumeId,
+    /// The socket's path. A stale socket file (nobody listens) is replaced.
+    pub socket: PathBuf,
+    /// Request queues, at least 1.
+    pub queues: u16,
+    /// The guest sees a read-only disk.
+    pub read_only: bool,
+}
+
+/// What happens without being asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A head, open or opening, was told of a higher epoch. It accepts and acknowledges nothing
+    /// any more; its exports hold their requests until they are stopped.
+    Superseded {
+        /// The volume.
+        volume: VolumeId,
+        /// The deposed head's epoch.
+        epoch: Epoch,
+        /// The higher epoch.
+        sealed: Epoch,
+    },
+    /// A pending head has opened.
+    Opened {
+        /// The volume.
+        volume: VolumeId,
+        /// The head's epoch.
+        epoch: Epoch,
+    },
+    /// An opening has failed for good; no head runs.
+    Unopenable {
+        /// The volume.
+        volume: VolumeId,
+        /// The head's epoch.
+        epoch: Epoch,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// A device of the pool has failed: the pool acknowledges nothing more until a restart.
+    PoolFailed {
+        /// Which device, and how.
+        reason: String,
+    },
+    /// The reactor has ended; this is the last event.
+    Stopped,
+}
+
+/// The data plane as it is now.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// The pool; `None` without one.
+    pub pool: Option<PoolStatus>,
+    /// Where the replica service listens, with its real port.
+    pub listen: Option<SocketAddr>,
+    /// The pool's replicas.
+    pub replicas: Vec<ReplicaStatus>,
+    /// The heads that run here.
+    pub heads: Vec<HeadStatus>,
+    /// The exports.
+    pub exports: Vec<ExportStatus>,
+}
+
+/// A pool's identity and room.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolStatus {
+    /// Its id.
+    pub id: PoolId,
+    /// Bytes of log space.
+    pub log_bytes: u64,
+    /// Bytes of log in use.
+    pub log_used_bytes: u64,
+    /// Bytes of home space: what volumes are placed by.
+    pub home_bytes: u64,
+    /// Bytes of home space that replicas may still take.
+    pub home_free_bytes: u64,
+    /// Which device has failed, and how.
+    pub failed: Option<String>,
+}
+
+/// One replica of this server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplicaStatus {
+    /// Its identity and geometry.
+    pub spec: ReplicaSpec,
+    /// What it knows of its log.
+    pub state: ReplicaState,
+}
+
+/// What a head does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeadPhase {
+    /// Seals and reconciles.
+    Opening {
+        /// What it waits for.
+        reason: String,
+    },
+    /// Serves.
+    Open,
+    /// Serves, but requests wait for a quorum.
+    Stalled {
+        /// What is missing.
+        reason: String,
+        /// For how long.
+        duration: Duration,
+    },
+    /// Is being closed.
+    Draining,
+    /// Was deposed.
+    Superseded {
+        /// The higher epoch.
+        sealed: Epoch,
+    },
+}
+
+/// A head that runs here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadStatus {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The head's epoch.
+    pub epoch: Epoch,
+    /// What it does.
+    pub phase: HeadPhase,
+    /// The last seq it gave out.
+    pub last: Seq,
+    /// The last seq that is acknowledged.
+    pub commit: Seq,
+    /// Requests accepted and not answered.
+    pub in_flight: u32,
+    /// Its members.
+    pub members: Vec<MemberStatus>,
+}
+
+/// A member as its head sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Its server.
+    pub server: ServerId,
+    /// Its role in the shard record.
+    pub role: Role,
+    /// It is in this process.
+    pub local: bool,
+    /// Its commands are answered: connected and sealed by this head.
+    pub reachable: bool,
+    /// The last seq it has.
+    pub last: Seq,
+    /// The last seq it has on media.
+    pub durable: Seq,
+    /// Why it is not reachable, or how far behind it is, for people.
+    pub note: Option<String>,
+}
+
+/// A served socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportStatus {
+    /// What was asked for.
+    pub spec: ExportSpec,
+    /// A front end is connected.
+    pub connected: bool,
+    /// Guest requests accepted and not answered.
+    pub in_flight: u32,
+}
+
+/// A metric with its samples, ready for Prometheus' text format.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MetricFamily {
+    /// As in `holdfast_requests_total`: base units, `_total` on counters.
+    pub name: &'static str,
+    /// One line.
+    pub help: &'static str,
+    /// Its samples, all of the kind that the first one has.
+    pub samples: Vec<MetricSample>,
+}
+
+/// One sample of a [`MetricFamily`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct MetricSample {
+    /// Label names and values.
+    pub labels: Vec<(&'static str, String)>,
+    /// Its value.
+    pub value: MetricValue,
+}
+
+/// The value of a [`MetricSample`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum MetricValue {
+    /// Only grows.
+    Counter(u64),
+    /// Goes up and down.
+    Gauge(f64),
+    /// A latency histogram.
+    Histogram {
+        /// Upper bounds of the buckets in nanoseconds, rising; what is above the last one is
+        /// counted in one more bucket.
+        bounds_ns: &'static [u64],
+        /// Counts per bucket (not cumulative): one more than there are bounds.
+        counts: Vec<u64>,
+        /// Sum of all observations, in nanoseconds.
+        sum_ns: u64,
+    },
+}
+
+/// A running data plane.
+pub trait DataPlane: Send + Sync {
+    /// A snapshot of everything, gathered within `wait`.
+    fn status(&self, wait: Duration) -> Result<Status, ControlError>;
+
+    /// Counters and histograms, gathered within `wait`.
+    fn metrics(&self, wait: Duration) -> Result<Vec<MetricFamily>, ControlError>;
+
+    /// Makes an empty replica, durably: when this returns, it outlives a power cut. If there is
+    /// one of the same geometry already, nothing changes.
+    fn create_replica(&self, spec: &ReplicaSpec, wait: Duration) -> Result<(), ControlError>;
+
+    /// Deletes a replica and its data, durably. If there is none, nothing changes.
+    fn delete_replica(&self, key: ReplicaKey, wait: Duration) -> Result<(), ControlError>;
+
+    /// The replicas of the pool; empty without one.
+    fn replicas(&self, wait: Duration) -> Result<Vec<ReplicaStatus>, ControlError>;
+
+    /// Replaces the address book that heads connect by. Connections that are up stay.
+    fn set_servers(&self, servers: &[ServerAddress]) -> Result<(), ControlError>;
+
+    /// Starts a head and waits for it to serve. If that takes longer than `wait` (which may be
+    /// zero) the opening goes on and is answered with [`Opening::Pending`]; asked again with the
+    /// same epoch, it waits again. [`Event::Opened`] tells when a pending one has opened.
+    fn open_head(&self, spec: &HeadSpec, wait: Duration) -> Result<Opening, OpenError>;
+
+    /// Stops the volume's exports if any are left, waits for accepted requests to be answered,
+    /// releases the members and ends the head. If that has not happened within `drain`, the head
+    /// is ended as it is: requests that were not decided stay unanswered. Returns once the head
+    /// is gone, whichever way; only with [`ControlError::Deadline`] it may still run.
+    fn close_head(&self, volume: VolumeId, drain: Duration) -> Result<(), ControlError>;
+
+    /// Serves a volume on a socket. Listens when this returns. The head may still be opening or
+    /// stalled: guests' requests wait.
+    fn start_export(&self, spec: &ExportSpec, wait: Duration) -> Result<(), ControlError>;
+
+    /// Stops serving: no new requests, waits up to `drain` for the accepted ones, disconnects
+    /// the front end and removes the socket. If there is no such export, nothing changes.
+    fn stop_export(&self, socket: &std::path::Path, drain: Duration) -> Result<(), ControlError>;
+
+    /// The next event, waiting for up to `wait`. One caller at a time.
+    fn next_event(&self, wait: Duration) -> Option<Event>;
+
+    /// Ends everything: exports and heads as their own methods do, then the replica service, then
+    /// the pool, with a checkpoint. Afterwards every method fails with [`ControlError::Stopped`].
+    fn shutdown(&self, wait: Duration) -> Result<(), ControlError>;
+}
+
+/// How the binaries start a data plane: `shell::start`, or a fake in their tests.
+pub type StartDataPlane = fn(&DataPlaneConfig) -> Result<Arc<dyn DataPlane>, StartError>;
