@@ -1,1 +1,40 @@
-//! The head of a volume: opening, ordered replication, quorum, reads, membership (L1, sans-I/O).
+//! The head of a volume: opening, ordered replication, quorum, reads, flush (L1, sans-I/O).
+//!
+//! A [`Head`] is the single writer of a shard at one epoch. It talks to members through
+//! [`base::ReplicaCommand`] and to front ends through [`base::BlockRequest`]; who carries either is not its
+//! business. Time comes in with every call, nothing here blocks.
+//!
+//! How to drive it:
+//! * win the epoch by compare-and-swap, then [`Head::new`];
+//! * say [`Input::MemberUp`] once a session to a member's server can take commands, and
+//!   [`Input::MemberDown`] when it is gone (commands under way are then taken for lost);
+//! * hand over each [`Output::Command`] to its server in the order it came out, and bring its one answer
+//!   back as [`Input::Reply`] with the same tag; answers to a lost session may be dropped or
+//!   delivered late, both are fine;
+//! * after each `handle` take outputs until there are none, and call again with
+//!   [`Input::Tick`] at [`Head::next_deadline`].
+//!
+//! A head ends in one of three ways, each announced once by an output: [`Output::Released`] (after
+//! [`Input::Release`]), [`Output::Superseded`] (another head sealed a higher epoch) or
+//! [`Output::Abandoned`] (after [`Input::Abandon`]). Requests that it then still held come back, whole, as
+//! [`Output::Returned`]: nothing was decided about them *here* (a write may or may not have
+//! landed, just as after a crash) and no guest has seen an answer, so the shell keeps them and
+//! submits them to the next head of the volume. An answer [`base::Status::Superseded`] is never
+//! produced by a head.
+//!
+//! What an error means: a request fails with [`base::Status::IoError`] only if every copy of the
+//! data is damaged, or if the policy has a stall deadline and it passed. After the latter, a write
+//! is *unknown*: it may still land, but never after a newer write to the same blocks was
+//! acknowledged, since records take effect and are acknowledged in seq order.
+//!
+//! Deliberately absent: membership changes and the joint rule, read grants, hedged reads, chunk
+//! copy for members whose log is too far behind. They hook in at `members`, `reads` and
+//! `catchup`.
+
+mod config;
+mod head;
+mod status;
+
+pub use config::{HeadConfig, HeadError, Tunables};
+pub use head::{Head, Input, Output};
+pub use status::{HeadPhase, HeadStatus, MemberMode, MemberStatus, Stall, StallReason};

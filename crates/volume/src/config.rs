@@ -1,0 +1,177 @@
+//! What a head is made from.
+
+use core::time::Duration;
+
+use base::limits::{HEAD_REQUESTS_MAX, MEMBER_COMMANDS_MAX, MEMBERS_MAX, SMALL_PAYLOAD_BYTES};
+use base::membership::{Role, ShardRecord, VolumeRecord};
+use base::{BufferPool, Epoch, ServerId};
+
+/// What a head is made from. The records are as read (or written) by the compare-and-swap that won
+/// `epoch`.
+#[derive(Clone, Debug)]
+pub struct HeadConfig {
+    /// The volume.
+    pub volume: VolumeRecord,
+    /// Its shard and the shard's members.
+    pub shard: ShardRecord,
+    /// The epoch that the caller has won by compare-and-swap.
+    pub epoch: Epoch,
+    /// The server in whose process this head runs, if that is a member: reads prefer it.
+    pub local: Option<ServerId>,
+    /// Where buffers come from: record headers of discards, log copies to members that are behind,
+    /// reads that lost theirs. The same pool that front ends use.
+    pub buffers: BufferPool,
+    /// Limits and times; the defaults are good.
+    pub tunables: Tunables,
+}
+
+/// Limits and times of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tunables {
+    /// How long an opening waits, once it has a seal quorum, for the other connected members.
+    pub seal_grace: Duration,
+    /// Commit news goes out by itself when nothing carried it for so long.
+    pub trim_delay: Duration,
+    /// First wait before a member that refused or failed is tried again; doubles.
+    pub retry_min: Duration,
+    /// The longest such wait.
+    pub retry_max: Duration,
+    /// A missing quorum is announced ([`crate::Output::Stalled`]) once it has lasted so long.
+    pub stall_notice: Duration,
+    /// With a quorum connected, a write unanswered for so long counts as a stall.
+    pub slow_write: Duration,
+    /// How long a release waits for the members' answers.
+    pub release_wait: Duration,
+    /// Appends sent to a member and not answered, at most.
+    pub member_records_max: usize,
+    /// Buffer bytes of appends sent to a member and not answered, at most.
+    pub member_bytes_max: usize,
+    /// Acknowledged records kept in memory for members that have not been sent them, at most; a member
+    /// further behind reads the log of another.
+    pub backlog_records_max: usize,
+    /// Buffer bytes of such records, at most.
+    pub backlog_bytes_max: usize,
+    /// Log reads under way for a member that catches up, at most.
+    pub catch_up_depth: usize,
+}
+
+impl Default for Tunables {
+    fn default() -> Self {
+        Self {
+            seal_grace: Duration::from_millis(20),
+            trim_delay: Duration::from_millis(5),
+            retry_min: Duration::from_millis(10),
+            retry_max: Duration::from_secs(1),
+            stall_notice: Duration::from_millis(100),
+            slow_write: Duration::from_secs(1),
+            release_wait: Duration::from_secs(1),
+            member_records_max: MEMBER_COMMANDS_MAX - MEMBER_COMMANDS_RESERVED,
+            member_bytes_max: 32 << 20,
+            backlog_records_max: 2048,
+            backlog_bytes_max: 8 << 20,
+            catch_up_depth: 32,
+        }
+    }
+}
+
+/// Of [`MEMBER_COMMANDS_MAX`], what is left for everything that is not an append.
+pub(crate) const MEMBER_COMMANDS_RESERVED: usize = 64;
+/// The deepest catch-up pipeline that may be configured.
+pub(crate) const CATCH_UP_DEPTH_MAX: usize = 256;
+
+const _: () = assert!(MEMBER_COMMANDS_RESERVED < MEMBER_COMMANDS_MAX);
+const _: () = assert!(HEAD_REQUESTS_MAX <= 1 << 16);
+const _: () = assert!(SMALL_PAYLOAD_BYTES > 0);
+
+/// Why a head cannot be made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeadError {
+    /// The shard record is another volume's.
+    #[error("the shard record does not belong to the volume")]
+    WrongShard,
+    /// The epoch was not won: it is zero or not the volume record's.
+    #[error("{given} is not the epoch in the volume's record ({recorded})")]
+    WrongEpoch {
+        /// The epoch given.
+        given: Epoch,
+        /// The epoch in the record.
+        recorded: Epoch,
+    },
+    /// A member's server has not made its replica yet.
+    #[error("the replica on server {0} has not been made yet")]
+    Provisioning(ServerId),
+    /// No member is in sync.
+    #[error("no replica of the volume is in sync")]
+    NoInSyncMember,
+    /// More members than [`MEMBERS_MAX`].
+    #[error("{0} replicas are more than the {MEMBERS_MAX} that are supported")]
+    TooManyMembers(usize),
+    /// Two members on one server.
+    #[error("server {0} is named twice among the replicas")]
+    DuplicateServer(ServerId),
+    /// The volume has no blocks, or its size is not a multiple of its block size.
+    #[error("a volume of {0} bytes cannot be opened")]
+    Size(u64),
+    /// A limit is zero or above what is supported.
+    #[error("the tunable {0} is out of range")]
+    Tunable(&'static str),
+}
+
+impl HeadConfig {
+    /// Checks what [`crate::Head::new`] refuses.
+    pub fn check(&self) -> Result<(), HeadError> {
+        if self.shard.volume != self.volume.id {
+            return Err(HeadError::WrongShard);
+        }
+        if self.epoch == Epoch::NONE || self.epoch != self.volume.epoch {
+            return Err(HeadError::WrongEpoch { given: self.epoch, recorded: self.volume.epoch });
+        }
+        let size_bytes = self.volume.size_bytes;
+        if size_bytes == 0
+            || size_bytes > base::limits::VOLUME_BYTES_MAX
+            || self.volume.block_size.blocks(size_bytes).is_none()
+        {
+            return Err(HeadError::Size(size_bytes));
+        }
+        self.check_members()?;
+        self.tunables.check()
+    }
+
+    fn check_members(&self) -> Result<(), HeadError> {
+        let members = &self.shard.members;
+        if members.len() > MEMBERS_MAX {
+            return Err(HeadError::TooManyMembers(members.len()));
+        }
+        for (index, member) in members.iter().enumerate() {
+            if member.role == Role::Provisioning {
+                return Err(HeadError::Provisioning(member.server));
+            }
+            if members[..index].iter().any(|other| other.server == member.server) {
+                return Err(HeadError::DuplicateServer(member.server));
+            }
+        }
+        if members.iter().all(|member| member.role != Role::InSync) {
+            return Err(HeadError::NoInSyncMember);
+        }
+        Ok(())
+    }
+}
+
+impl Tunables {
+    fn check(&self) -> Result<(), HeadError> {
+        let records_max = MEMBER_COMMANDS_MAX - MEMBER_COMMANDS_RESERVED;
+        if self.member_records_max == 0 || self.member_records_max > records_max {
+            return Err(HeadError::Tunable("member_records_max"));
+        }
+        if self.member_bytes_max == 0 {
+            return Err(HeadError::Tunable("member_bytes_max"));
+        }
+        if self.catch_up_depth == 0 || self.catch_up_depth > CATCH_UP_DEPTH_MAX {
+            return Err(HeadError::Tunable("catch_up_depth"));
+        }
+        if self.retry_min.is_zero() || self.retry_max < self.retry_min {
+            return Err(HeadError::Tunable("retry_min"));
+        }
+        Ok(())
+    }
+}

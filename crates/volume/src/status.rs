@@ -1,0 +1,172 @@
+//! What a head tells people and metrics about itself. Made on demand, not on the data path.
+
+use core::fmt;
+
+use base::membership::Role;
+use base::{Epoch, Instant, Position, Seq, ServerId};
+
+/// Where a head is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadPhase {
+    /// Waits for a seal quorum.
+    Sealing,
+    /// Brings the log's tail to a write quorum.
+    Reconciling,
+    /// Waits for its EpochStart record to be on media at a write quorum.
+    Starting,
+    /// Serves.
+    Serving,
+    /// Takes no more requests and finishes those it has.
+    Releasing,
+    /// Ended in good order.
+    Released,
+    /// Ended: another head sealed a higher epoch.
+    Superseded {
+        /// That epoch.
+        sealed: Epoch,
+    },
+    /// Ended because the shell gave it up.
+    Abandoned,
+}
+
+/// Why I/O waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StallReason {
+    /// Too few in-sync members are usable.
+    Members {
+        /// In-sync members that are connected and usable.
+        usable: usize,
+        /// How many are needed.
+        needed: usize,
+        /// How many in-sync members there are.
+        of: usize,
+    },
+    /// A record that an opening or a catch-up needs cannot be read at any member that is
+    /// reachable. It may be acknowledged data, so nothing is dropped.
+    Damaged {
+        /// The record.
+        seq: Seq,
+    },
+    /// Enough members are connected, but they have not answered for long.
+    Unanswered {
+        /// The oldest record that is not at a quorum.
+        seq: Seq,
+    },
+    /// No in-sync member that holds the newest data can be read.
+    NoReader,
+}
+
+impl fmt::Display for StallReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Members { usable, needed, of } => {
+                write!(f, "{usable} of {of} members usable, {needed} needed")
+            }
+            Self::Damaged { seq } => {
+                write!(f, "the log record at {seq} is damaged at every reachable member")
+            }
+            Self::Unanswered { seq } => write!(f, "members do not answer the write at {seq}"),
+            Self::NoReader => f.write_str("no reachable member holds the newest data"),
+        }
+    }
+}
+
+/// A stall and its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stall {
+    /// Why I/O waits.
+    pub reason: StallReason,
+    /// Since when.
+    pub since: Instant,
+}
+
+/// What a head is doing with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemberMode {
+    /// No session to its server.
+    Down,
+    /// Waits for its answer to Seal.
+    Sealing,
+    /// Compares its log with the head's, truncates what conflicts.
+    Reconciling,
+    /// Is copied the records it lacks.
+    CatchingUp,
+    /// Gets every record as it is written.
+    Live,
+    /// The records it lacks are no longer in any log: it needs chunk copy.
+    TooFarBehind,
+    /// What it holds contradicts acknowledged data; it must be made anew.
+    Diverged,
+    /// It refused or failed, with this error; tried again after a while.
+    Failed(base::ReplicaError),
+}
+
+impl fmt::Display for MemberMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Down => f.write_str("down"),
+            Self::Sealing => f.write_str("sealing"),
+            Self::Reconciling => f.write_str("reconciling"),
+            Self::CatchingUp => f.write_str("catching up from a log"),
+            Self::Live => f.write_str("live"),
+            Self::TooFarBehind => f.write_str("too far behind the log, needs a copy"),
+            Self::Diverged => f.write_str("contradicts acknowledged data, must be made anew"),
+            Self::Failed(error) => write!(f, "failed: {error}"),
+        }
+    }
+}
+
+/// A member as the head sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Its server.
+    pub server: ServerId,
+    /// Its role in the shard record.
+    pub role: Role,
+    /// True while there is a session to its server.
+    pub connected: bool,
+    /// What the head is doing with it.
+    pub mode: MemberMode,
+    /// Since when it is in that mode.
+    pub since: Instant,
+    /// The last record it is known to hold, with every record before it. Zero while unknown.
+    pub last: Seq,
+    /// Records at or below this seq are on its media. Zero while unknown.
+    pub durable: Seq,
+    /// Records behind the head's newest; `None` while unknown.
+    pub lag: Option<u64>,
+}
+
+/// A head as people and metrics see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadStatus {
+    /// Where it is in its life.
+    pub phase: HeadPhase,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// The newest record of its log (once it has one).
+    pub last: Position,
+    /// Every record at or below this seq is acknowledged or settled.
+    pub commit: Seq,
+    /// Requests begun and not answered.
+    pub in_flight: usize,
+    /// Requests that wait to be begun.
+    pub queued: usize,
+    /// Its members, in the shard record's order.
+    pub members: Vec<MemberStatus>,
+    /// Why and since when I/O waits, if it does.
+    pub stall: Option<Stall>,
+}
+
+impl fmt::Display for HeadStatus {
+    /// One line for people, such as `1 of 3 members usable, 2 needed: server … down since …`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} in {}", self.phase, self.epoch)?;
+        let Some(stall) = self.stall else { return Ok(()) };
+        write!(f, ", stalled since {}: {}", stall.since, stall.reason)?;
+        for member in self.members.iter().filter(|member| member.mode != MemberMode::Live) {
+            write!(f, "; server {} {} since {}", member.server, member.mode, member.since)?;
+        }
+        Ok(())
+    }
+}
