@@ -4,8 +4,8 @@ use core::net::SocketAddr;
 use core::time::Duration;
 
 use base::{
-    BlockReply, BlockRequest, BlockSize, Buffer, BufferMut, BufferPool, Instant, ReplicaCommand,
-    ReplicaError, ReplicaKey, ReplyBody, ServerId, VolumeId,
+    BlockReply, BlockRequest, BlockSize, Buffer, BufferMut, BufferPool, HolderId, Instant,
+    ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, ServerId, VolumeId,
 };
 
 use crate::io::{ConnectionId, Receive, SessionId, Tag};
@@ -175,6 +175,10 @@ pub enum Output {
         session: SessionId,
         /// With which subsystem.
         subsystem: Subsystem,
+        /// The HOSTID of its Connect (for our own hosts: [`InitiatorConfig::host`]
+        /// (crate::InitiatorConfig)). A head that connects again has the same one, so a seal of
+        /// the same epoch is told from one of another head.
+        host: HolderId,
     },
     /// The session is over, its connections are being closed. Its unanswered commands need no
     /// answer; [`Output::Replica`] and [`Output::Block`] of it come no more.
