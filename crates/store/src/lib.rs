@@ -1,1 +1,28 @@
 //! A pool: log, index, home, checkpoint, flush, trim and recovery (L1, sans-I/O).
+//!
+//! A [`Store`] is the one pool of one server: fast devices that hold the log and mass devices
+//! that hold the home, files or block devices. It keeps many replicas. Nothing here does I/O:
+//! whoever drives a store hands it [`Input`]s, takes [`Output`]s until there are none, performs
+//! the disk operations among them and reports each one's completion.
+//!
+//! What is where on a device is in `docs/disk-format.md`. The order of writes and syncs that
+//! keeps acknowledged data is told in the modules: `log` for appends, `flush` for
+//! the way home, `recovery` for what a reopening believes.
+
+mod api;
+mod home;
+mod label;
+mod layout;
+mod metadata;
+mod store;
+
+pub use api::{
+    Command, DeviceFailure, DiskError, DiskId, DiskKind, DiskOperation, DiskResult, FlushPolicy,
+    Input, Notice, OpenError, Output, Parts, ReplicaInfo, Stall, StoreConfig, Usage,
+};
+pub use label::{Label, LabelError, identify};
+pub use layout::{
+    DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,
+    format,
+};
+pub use store::Store;
