@@ -177,6 +177,11 @@ impl BufferMut {
         self.all_mut().split_at_mut(HEADER_BYTES)
     }
 
+    /// Header page and payload in one piece: the payload starts at [`HEADER_BYTES`].
+    pub fn slot_mut(&mut self) -> &mut [u8] {
+        self.all_mut()
+    }
+
     /// The payload, all of its capacity.
     pub fn payload(&self) -> &[u8] {
         &self.slot.bytes()[HEADER_BYTES..]

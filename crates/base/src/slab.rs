@@ -33,6 +33,19 @@ impl<T> Slab<T> {
         Ok(u64::from(slot.generation) << 32 | u64::from(index))
     }
 
+    /// As [`Slab::insert`], but doubles a full slab: for tables whose bound is somebody else's and
+    /// that settle at a size.
+    pub fn insert_or_grow(&mut self, value: T) -> u64 {
+        if self.free.is_empty() {
+            let old = u32::try_from(self.slots.len()).expect("fewer than 2^32 entries");
+            let new = old.checked_mul(2).expect("fewer than 2^32 entries").max(16);
+            self.slots.extend((old..new).map(|_| Slot { generation: 0, value: None }));
+            self.free.extend((old..new).rev());
+        }
+        let Ok(tag) = self.insert(value) else { unreachable!("a slab that has grown has room") };
+        tag
+    }
+
     fn slot_mut(&mut self, tag: u64) -> Option<&mut Slot<T>> {
         let (generation, index) = split(tag);
         self.slots.get_mut(index).filter(|slot| slot.generation == generation)
@@ -106,5 +119,7 @@ mod tests {
         assert_eq!(slab.get(b), Some(&'b'));
         assert_eq!(slab.len(), 2);
         assert_eq!(slab.get(u64::MAX), None);
+        let d = slab.insert_or_grow('d');
+        assert_eq!((slab.get(d), slab.get(b), slab.len()), (Some(&'d'), Some(&'b'), 3));
     }
 }
