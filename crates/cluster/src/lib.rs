@@ -1,1 +1,41 @@
 //! The cluster store: volume records, shard records, servers and placement (L2).
+//!
+//! [`ClusterStore`] keeps the records and changes them only by compare-and-swap; it is consulted
+//! when something *changes*, never per I/O, and may be away for hours without stopping a running
+//! volume. What the records mean is in the operations on top of it: [`volumes`] (create, delete,
+//! provision), [`lease`] (acquire, release) and [`servers`] (register). They work on any store.
+//!
+//! Two rules keep data safe from this crate. A replica is deleted only for an explicit tombstone,
+//! never because a record is missing. And every change to a volume's record or its shard's is
+//! conditional on the versions of both.
+
+mod address;
+mod error;
+pub mod lease;
+mod name;
+mod placement;
+mod records;
+pub mod servers;
+mod sqlite;
+mod store;
+pub mod volumes;
+
+#[cfg(test)]
+mod conformance;
+
+pub use address::{InvalidStoreAddress, StoreAddress, open};
+pub use error::{StoreError, StoreErrorKind};
+pub use name::{InvalidName, check_name};
+pub use placement::{PlacementError, Usage, place};
+pub use records::{
+    ALIVE_MS, Heartbeat, Problem, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms,
+};
+pub use sqlite::{SCHEMA_VERSION, SqliteStore};
+pub use store::{ClusterStore, Create};
+
+use uuid::Uuid;
+
+/// The bytes of a new random id (UUID version 4).
+pub fn new_id() -> [u8; 16] {
+    Uuid::new_v4().into_bytes()
+}

@@ -15,21 +15,32 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base::{
-    BlockSize, Epoch, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId, ShardRecord, VolumeId,
-    VolumeRecord,
+    BlockSize, ClusterId, Epoch, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId,
+    ShardRecord, VolumeId, VolumeRecord,
 };
 
 /// What a data plane is started with. It is fixed for the life of the process.
 #[derive(Clone, Debug)]
 pub struct DataPlaneConfig {
-    /// This server's id; `None` for a diskless head (`holdfast attach`).
-    pub server: Option<ServerId>,
-    /// The pool to open and lock; `None` for a diskless head.
-    pub pool: Option<PoolDevices>,
+    /// The pool to open and lock; `None` for a diskless head (`holdfast attach`).
+    pub pool: Option<PoolConfig>,
     /// Where the replica service listens (port 0: any); `None`: it does not.
     pub listen: Option<SocketAddr>,
     /// Payload memory to preallocate, in bytes.
     pub buffer_bytes: u64,
+}
+
+/// A pool to open, and whose it must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// The cluster that its labels must name.
+    pub cluster: ClusterId,
+    /// The server that its labels must name: this one.
+    pub server: ServerId,
+    /// The pool that its labels must name.
+    pub pool: PoolId,
+    /// Its devices.
+    pub devices: PoolDevices,
 }
 
 /// The devices of a pool: files or block devices, in the order they were formatted.

@@ -1,0 +1,375 @@
+//! What every cluster store must do, as tests that run on any of them.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use base::{
+    BlockSize, Durability, Epoch, Holder, HolderId, Member, Policy, PoolId, Role, ServerId,
+    ShardIndex, ShardRecord, VolumeId, VolumeRecord,
+};
+
+use crate::error::{StoreError, StoreErrorKind};
+use crate::lease::{self, Acquire, AcquireError};
+use crate::records::{Heartbeat, Problem, ServerRecord};
+use crate::servers::{self, RegisterError};
+use crate::store::ClusterStore;
+use crate::volumes::{self, CreateError, DeleteError, NewVolume, Task};
+
+/// Two handles on one new store, and what must outlive them.
+pub(crate) type Opened = (Box<dyn ClusterStore>, Box<dyn ClusterStore>, Box<dyn Any>);
+
+/// Runs every test on stores that `open` makes.
+pub(crate) fn run(open: impl Fn() -> Opened) {
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 10] = [
+        inserts_are_unique_and_seen_by_others,
+        updates_are_conditional_on_both_versions,
+        epochs_and_tombstones_do_not_go_back,
+        servers_register_and_beat,
+        changes_are_noticed,
+        volumes_live_and_die,
+        bad_volumes_are_refused,
+        leases_have_one_holder,
+        servers_keep_their_names,
+        racing_acquirers_get_distinct_epochs,
+    ];
+    for test in tests {
+        let (one, two, _keep) = open();
+        test(one.as_ref(), two.as_ref());
+    }
+}
+
+pub(crate) fn volume(number: u8, name: &str) -> VolumeRecord {
+    VolumeRecord {
+        id: VolumeId::from_bytes([number; 16]),
+        name: name.to_owned(),
+        size_bytes: 1 << 20,
+        block_size: BlockSize::B4096,
+        policy: policy(1),
+        epoch: Epoch::NONE,
+        holder: None,
+    }
+}
+
+pub(crate) fn shard(number: u8) -> ShardRecord {
+    let (server, pool) = (ServerId::from_bytes([9; 16]), PoolId::from_bytes([9; 16]));
+    ShardRecord {
+        volume: VolumeId::from_bytes([number; 16]),
+        shard: ShardIndex(0),
+        members: vec![Member { server, pool, role: Role::InSync }],
+    }
+}
+
+fn policy(replicas: u8) -> Policy {
+    Policy {
+        replicas,
+        durability: Durability::Flush,
+        stall_deadline_ms: Some(5000),
+        read_only: false,
+    }
+}
+
+fn new_volume(name: &str, replicas: u8) -> NewVolume {
+    NewVolume {
+        name: name.to_owned(),
+        size_bytes: 1 << 20,
+        block_size: BlockSize::B512,
+        policy: policy(replicas),
+    }
+}
+
+fn holder(number: u8) -> Holder {
+    Holder { id: HolderId::from_bytes([number; 16]), name: format!("holder {number}") }
+}
+
+fn pool(number: u8) -> PoolId {
+    PoolId::from_bytes([number; 16])
+}
+
+/// Registers a server and lets it say that it runs.
+fn running_server(store: &dyn ClusterStore, number: u8, capacity_bytes: u64) -> ServerId {
+    let name = format!("s{number}");
+    let id = register(store, &name, pool(number), false).unwrap();
+    store.heartbeat(&beat(id, number, capacity_bytes)).unwrap();
+    id
+}
+
+fn register(
+    store: &dyn ClusterStore,
+    name: &str,
+    pool: PoolId,
+    replace: bool,
+) -> Result<ServerId, RegisterError> {
+    let id = servers::id_for(store, name, replace)?;
+    servers::register(store, id, name, pool)?;
+    Ok(id)
+}
+
+fn beat(server: ServerId, number: u8, capacity_bytes: u64) -> Heartbeat {
+    Heartbeat {
+        server,
+        pool: pool(number),
+        addresses: vec![([127, 0, 0, 1], 4420).into()],
+        labels: BTreeMap::from([("rack".to_owned(), "7".to_owned())]),
+        capacity_bytes,
+        free_bytes: capacity_bytes,
+        version: "0.1.0".to_owned(),
+        stopping: false,
+        problems: Vec::new(),
+    }
+}
+
+fn kind<T>(result: Result<T, StoreError>) -> StoreErrorKind {
+    result.err().expect("the operation fails").kind
+}
+
+fn inserts_are_unique_and_seen_by_others(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    assert_eq!(one.cluster_id().unwrap(), two.cluster_id().unwrap());
+    let revision = one.revision().unwrap();
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), revision).unwrap();
+    assert_eq!(two.volume(entry.volume.id).unwrap(), Some(entry.clone()));
+    assert_eq!(two.volume_named("a").unwrap(), Some(entry.clone()));
+    assert_eq!(two.volumes().unwrap(), [entry]);
+    assert_eq!(two.volume_named("b").unwrap(), None);
+    assert_eq!(two.volume(VolumeId::from_bytes([2; 16])).unwrap(), None);
+    let stale = two.insert_volume(&volume(2, "b"), &shard(2), revision);
+    assert!(matches!(kind(stale), StoreErrorKind::Conflict));
+    let revision = two.revision().unwrap();
+    let taken = two.insert_volume(&volume(2, "a"), &shard(2), revision);
+    assert!(matches!(kind(taken), StoreErrorKind::VolumeNameTaken(_)));
+    assert_eq!(one.volumes().unwrap().len(), 1);
+    assert_eq!(one.revision().unwrap(), revision, "a refused insertion changes nothing");
+}
+
+fn updates_are_conditional_on_both_versions(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let first = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let mut changed = first.clone();
+    changed.shard.members.clear();
+    changed.versions = two.update_volume(&changed).unwrap();
+    assert_eq!(one.volume(first.volume.id).unwrap(), Some(changed.clone()));
+    for versions in [
+        first.versions,
+        crate::Versions { volume: changed.versions.volume, ..first.versions },
+        crate::Versions { shard: changed.versions.shard, ..first.versions },
+        crate::Versions { volume: changed.versions.volume + 1, ..changed.versions },
+    ] {
+        let mut stale = first.clone();
+        stale.versions = versions;
+        if versions != changed.versions {
+            assert!(matches!(kind(one.update_volume(&stale)), StoreErrorKind::Conflict));
+        }
+    }
+    assert_eq!(two.volume(first.volume.id).unwrap(), Some(changed));
+    let mut unknown = first;
+    unknown.volume.id = VolumeId::from_bytes([8; 16]);
+    unknown.shard.volume = unknown.volume.id;
+    assert!(matches!(kind(one.update_volume(&unknown)), StoreErrorKind::NoVolume(_)));
+}
+
+fn epochs_and_tombstones_do_not_go_back(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let record = VolumeRecord { epoch: Epoch(5), ..volume(1, "a") };
+    let mut entry = one.insert_volume(&record, &shard(1), one.revision().unwrap()).unwrap();
+    entry.volume.epoch = Epoch(4);
+    assert!(matches!(kind(one.update_volume(&entry)), StoreErrorKind::Conflict));
+    entry.volume.epoch = Epoch(5);
+    let too_early = one.purge_volume(entry.volume.id, entry.versions);
+    assert!(matches!(kind(too_early), StoreErrorKind::Conflict));
+    entry.deleted = true;
+    entry.versions = one.update_volume(&entry).unwrap();
+    assert_eq!(two.volume_named("a").unwrap(), None, "the name is free");
+    two.insert_volume(&volume(2, "a"), &shard(2), two.revision().unwrap()).unwrap();
+    let mut lifted = entry.clone();
+    lifted.deleted = false;
+    assert!(matches!(kind(one.update_volume(&lifted)), StoreErrorKind::Conflict));
+    let has_members = one.purge_volume(entry.volume.id, entry.versions);
+    assert!(matches!(kind(has_members), StoreErrorKind::Conflict));
+    entry.shard.members.clear();
+    entry.versions = two.update_volume(&entry).unwrap();
+    one.purge_volume(entry.volume.id, entry.versions).unwrap();
+    let again = one.purge_volume(entry.volume.id, entry.versions);
+    assert!(matches!(kind(again), StoreErrorKind::NoVolume(_)));
+    assert_eq!(two.volumes().unwrap().len(), 1);
+}
+
+fn servers_register_and_beat(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let id = running_server(one, 1, 100);
+    let before = two.revision().unwrap();
+    let mut news = beat(id, 1, 100);
+    news.free_bytes = 50;
+    two.heartbeat(&news).unwrap();
+    assert_eq!(one.revision().unwrap(), before, "room is no news");
+    news.addresses = vec![([127, 0, 0, 1], 4421).into()];
+    news.problems =
+        vec![Problem { volume: VolumeId::from_bytes([1; 16]), reason: "full".to_owned() }];
+    two.heartbeat(&news).unwrap();
+    assert!(one.revision().unwrap() > before, "a new address is news");
+    let entry = one.servers().unwrap().remove(0);
+    assert_eq!((entry.server.free_bytes, entry.server.labels["rack"].as_str()), (50, "7"));
+    assert_eq!(
+        (&entry.server.addresses, &entry.server.problems),
+        (&news.addresses, &news.problems)
+    );
+    assert!(entry.is_alive(crate::unix_ms()));
+    assert!(!entry.is_alive(entry.last_seen_ms + crate::ALIVE_MS + 1));
+    news.stopping = true;
+    two.heartbeat(&news).unwrap();
+    assert!(!one.servers().unwrap()[0].is_alive(crate::unix_ms()));
+    let foreign = Heartbeat { pool: pool(7), ..news.clone() };
+    assert!(matches!(kind(one.heartbeat(&foreign)), StoreErrorKind::NotRegistered { .. }));
+    two.remove_server(id).unwrap();
+    two.remove_server(id).unwrap();
+    assert!(matches!(kind(one.heartbeat(&news)), StoreErrorKind::NotRegistered { .. }));
+}
+
+fn changes_are_noticed(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let seen = one.revision().unwrap();
+    assert_eq!(one.wait_for_change(seen, Duration::ZERO).unwrap(), seen);
+    let now = std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| one.wait_for_change(seen, Duration::from_secs(20)).unwrap());
+        two.insert_volume(&volume(1, "a"), &shard(1), seen).unwrap();
+        waiter.join().unwrap()
+    });
+    assert!(now > seen);
+}
+
+fn volumes_live_and_die(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let ids: Vec<_> = (1..=3).map(|number| running_server(one, number, 4 << 20)).collect();
+    let made = volumes::create(one, &new_volume("v", 3)).unwrap();
+    let id = made.volume.id;
+    assert_eq!(volumes::find(two, "v").unwrap(), made);
+    assert_eq!(volumes::find(two, &id.to_string()).unwrap(), made);
+    let too_early =
+        lease::acquire(one, id, &holder(1), Acquire { force: true, ..Acquire::default() });
+    assert!(matches!(too_early, Err(AcquireError::Provisioning { count: 3, members: 3, .. })));
+    for (server, number) in ids.iter().zip(1..) {
+        let all = two.volumes().unwrap();
+        assert!(volumes::tasks(&all, *server, pool(99)).is_empty(), "another pool's business");
+        let [Task::Provision(entry)] = &volumes::tasks(&all, *server, pool(number))[..] else {
+            panic!("one replica to make");
+        };
+        assert_eq!(entry.volume.id, id);
+        assert!(volumes::provisioned(two, id, *server, pool(number)).unwrap());
+        assert!(!volumes::provisioned(two, id, *server, pool(number)).unwrap(), "once only");
+        assert!(volumes::tasks(&one.volumes().unwrap(), *server, pool(number)).is_empty());
+    }
+    let held = lease::acquire(one, id, &holder(1), Acquire::default()).unwrap();
+    assert_eq!(held.volume.epoch, Epoch(1));
+    let refused = volumes::delete(two, id).unwrap_err();
+    assert!(matches!(&refused, DeleteError::Held { .. }));
+    assert!(refused.to_string().contains("holder 1"), "{refused}");
+    assert!(lease::release(one, id, holder(1).id, Epoch(1)).unwrap());
+    volumes::delete(two, id).unwrap();
+    volumes::delete(two, id).unwrap();
+    assert!(volumes::find(one, "v").is_err());
+    assert!(volumes::find(one, &id.to_string()).is_err());
+    let dead = lease::acquire(one, id, &holder(1), Acquire::default());
+    assert!(matches!(dead, Err(AcquireError::Deleted { .. })));
+    for (server, number) in ids.iter().zip(1..) {
+        let tasks = volumes::tasks(&one.volumes().unwrap(), *server, pool(number));
+        assert!(matches!(&tasks[..], [Task::Remove(_)]));
+        volumes::removed(two, id, *server, pool(number)).unwrap();
+        volumes::removed(two, id, *server, pool(number)).unwrap();
+    }
+    assert!(one.volumes().unwrap().is_empty(), "the tombstone is purged");
+}
+
+fn bad_volumes_are_refused(one: &dyn ClusterStore, _two: &dyn ClusterStore) {
+    for number in 1..=2 {
+        running_server(one, number, 12 << 20);
+    }
+    let with = |change: fn(&mut NewVolume)| {
+        let mut new = new_volume("v", 1);
+        change(&mut new);
+        volumes::create(one, &new)
+    };
+    let odd = with(|new| new.size_bytes += 100).unwrap_err();
+    assert!(matches!(&odd, CreateError::SizeNotMultiple { .. }));
+    assert!(odd.to_string().contains("1048576 and 1049088"), "{odd}");
+    assert!(matches!(with(|new| new.size_bytes = 0), Err(CreateError::SizeOutOfRange { .. })));
+    let huge = with(|new| new.size_bytes = base::limits::VOLUME_BYTES_MAX + 512);
+    assert!(matches!(huge, Err(CreateError::SizeOutOfRange { .. })));
+    assert!(matches!(with(|new| new.policy.replicas = 4), Err(CreateError::Replicas(4))));
+    assert!(matches!(with(|new| new.name = "a b".to_owned()), Err(CreateError::Name(_))));
+    let few = with(|new| new.policy.replicas = 3).unwrap_err().to_string();
+    assert!(few.contains("3 replicas") && few.contains("2 ready (s1, s2)"), "{few}");
+    assert!(one.volumes().unwrap().is_empty());
+    with(|_| {}).unwrap();
+    let twice = with(|_| {}).unwrap_err();
+    assert!(twice.to_string().contains("named 'v' already"), "{twice}");
+    // Promised space counts at once: 24 MiB of room hold six volumes of up to 4 MiB, no seventh.
+    let fits = (1..10).filter(|n| volumes::create(one, &new_volume(&format!("w{n}"), 1)).is_ok());
+    assert_eq!(fits.count(), 5);
+}
+
+fn leases_have_one_holder(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let id = entry.volume.id;
+    let ask = Acquire::default();
+    assert_eq!(lease::acquire(one, id, &holder(1), ask).unwrap().volume.epoch, Epoch(1));
+    let refused = lease::acquire(two, id, &holder(2), ask).unwrap_err();
+    assert!(matches!(refused, AcquireError::Held { epoch: Epoch(1), .. }));
+    assert!(refused.to_string().contains("holder 1") && refused.to_string().contains("--force"));
+    // The same holder after kill -9.
+    assert_eq!(lease::acquire(two, id, &holder(1), ask).unwrap().volume.epoch, Epoch(2));
+    assert!(!lease::release(one, id, holder(1).id, Epoch(1)).unwrap(), "an old epoch's release");
+    let forced = Acquire { force: true, ..ask };
+    let taken = lease::acquire(two, id, &holder(2), forced).unwrap();
+    assert_eq!((taken.volume.epoch, taken.volume.holder), (Epoch(3), Some(holder(2))));
+    assert!(!lease::release(one, id, holder(1).id, Epoch(2)).unwrap(), "not its own any more");
+    // The store was rolled back: members have sealed a higher epoch.
+    let above = Acquire { above: Epoch(40), ..ask };
+    assert_eq!(lease::acquire(two, id, &holder(2), above).unwrap().volume.epoch, Epoch(41));
+    assert!(lease::release_forced(one, id, false).is_err());
+    assert_eq!(lease::release_forced(one, id, true).unwrap().as_deref(), Some("holder 2"));
+    assert_eq!(lease::release_forced(one, id, false).unwrap(), None);
+    assert_eq!(lease::acquire(one, id, &holder(1), ask).unwrap().volume.epoch, Epoch(42));
+    let gone = lease::acquire(one, VolumeId::from_bytes([7; 16]), &holder(1), ask);
+    assert!(matches!(gone, Err(AcquireError::Store(_))));
+}
+
+fn servers_keep_their_names(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let id = running_server(one, 1, 4 << 20);
+    let made = volumes::create(one, &new_volume("v", 1)).unwrap();
+    volumes::provisioned(one, made.volume.id, id, pool(1)).unwrap();
+    let running = register(two, "s1", pool(2), true);
+    assert!(matches!(running, Err(RegisterError::Running { .. })));
+    one.heartbeat(&Heartbeat { stopping: true, ..beat(id, 1, 4 << 20) }).unwrap();
+    let refused = register(two, "s1", pool(2), false).unwrap_err().to_string();
+    assert!(refused.contains("keeps replicas of v"), "{refused}");
+    let taken = register(two, "s2", pool(1), false);
+    assert!(matches!(taken, Err(RegisterError::Store(_))), "a pool has one server");
+    assert_eq!(register(two, "s1", pool(2), true).unwrap(), id);
+    let record = one.servers().unwrap().remove(0);
+    assert_eq!((record.server.pool, record.last_seen_ms), (pool(2), 0));
+    assert_eq!(servers::with_pool(two, pool(2)).unwrap().unwrap().server.id, id);
+    let members = one.volume(made.volume.id).unwrap().unwrap().shard.members;
+    assert_eq!(members[0].pool, pool(1), "the lost member stays named");
+    // Deleting a volume whose pool is gone does not leave a tombstone for ever.
+    volumes::delete(one, made.volume.id).unwrap();
+    let tombstone = one.volume(made.volume.id).unwrap().unwrap();
+    volumes::forget_lost_pools(two, &tombstone).unwrap();
+    assert!(one.volumes().unwrap().is_empty());
+    assert!(one.update_server(&ServerRecord { ..record.server }, 99).unwrap_err().is_conflict());
+}
+
+fn racing_acquirers_get_distinct_epochs(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    const EACH: u64 = 25;
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let sum = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for (store, number) in [(one, 1), (two, 2), (one, 3), (two, 4)] {
+            let (sum, id) = (&sum, entry.volume.id);
+            scope.spawn(move || {
+                for _ in 0..EACH {
+                    let how = Acquire { force: true, ..Acquire::default() };
+                    let got = lease::acquire(store, id, &holder(number), how).unwrap();
+                    sum.fetch_add(got.volume.epoch.0, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let last = one.volume(entry.volume.id).unwrap().unwrap().volume.epoch.0;
+    assert_eq!(last, 4 * EACH, "every acquisition is a new epoch");
+    assert_eq!(sum.into_inner(), last * (last + 1) / 2, "and no epoch is given twice");
+}

@@ -1,0 +1,181 @@
+//! The lease: the right to be a volume's head.
+//!
+//! The volume record names the holder; the seals make it true. So taking a lease from a holder
+//! that still runs is safe (its head is deposed when the members seal the new epoch) but rude,
+//! and needs `force`.
+
+use base::{Epoch, Holder, HolderId, Role, VolumeId};
+
+use crate::error::{StoreError, StoreErrorKind};
+use crate::records::VolumeEntry;
+use crate::store::ClusterStore;
+use crate::volumes::{Change, change};
+
+/// Why a lease was not acquired. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AcquireError {
+    /// Someone else holds it.
+    #[error(
+        "volume '{volume}' is attached elsewhere: {holder} holds it ({epoch}); detach it there \
+         first, or take it over with --force if {holder} is gone for good"
+    )]
+    Held {
+        /// The volume's name.
+        volume: String,
+        /// The holder's name.
+        holder: String,
+        /// The epoch it was given.
+        epoch: Epoch,
+    },
+    /// Some members have no replica yet.
+    #[error(
+        "volume '{volume}' is not ready: {count} of {members} replicas are still to be made by \
+         their servers; start those servers, `holdfast volume show {volume}` names them"
+    )]
+    Provisioning {
+        /// The volume's name.
+        volume: String,
+        /// Members without replica.
+        count: usize,
+        /// Members in all.
+        members: usize,
+    },
+    /// It was deleted.
+    #[error("volume '{volume}' was deleted")]
+    Deleted {
+        /// The volume's name.
+        volume: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a lease was not released by force.
+#[derive(Debug, thiserror::Error)]
+pub enum ReleaseError {
+    /// It is held, and force was not allowed.
+    #[error(
+        "volume '{volume}' is held by {holder}; detach it there, or give --force if {holder} is \
+         gone for good"
+    )]
+    Held {
+        /// The volume's name.
+        volume: String,
+        /// The holder's name.
+        holder: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// How a lease is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Acquire {
+    /// Take it from another holder.
+    pub force: bool,
+    /// The epoch will be above this one: the highest that a member is known to have sealed, if
+    /// the store was rolled back behind the members.
+    pub above: Epoch,
+}
+
+/// What keeps `me` from acquiring the volume of `entry` as it is.
+pub fn check(entry: &VolumeEntry, me: HolderId, force: bool) -> Result<(), AcquireError> {
+    let volume = entry.volume.name.clone();
+    if entry.deleted {
+        return Err(AcquireError::Deleted { volume });
+    }
+    let members = &entry.shard.members;
+    let count = members.iter().filter(|member| member.role == Role::Provisioning).count();
+    if count > 0 {
+        return Err(AcquireError::Provisioning { volume, count, members: members.len() });
+    }
+    match &entry.volume.holder {
+        Some(holder) if holder.id != me && !force => Err(AcquireError::Held {
+            volume,
+            holder: holder.name.clone(),
+            epoch: entry.volume.epoch,
+        }),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Makes `me` the holder, in a new epoch. A holder may acquire what it holds: its process died
+/// and is back. The entry as it is now; `entry.volume.epoch` is the epoch to open in.
+pub fn acquire(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: &Holder,
+    how: Acquire,
+) -> Result<VolumeEntry, AcquireError> {
+    let mut refused = None;
+    let changed = change(store, id, |entry| match check(entry, me.id, how.force) {
+        Ok(()) => {
+            entry.volume.epoch = entry.volume.epoch.max(how.above).next();
+            entry.volume.holder = Some(me.clone());
+            Change::Write
+        }
+        Err(error) => {
+            refused = Some(error);
+            Change::Nothing
+        }
+    })?;
+    match (changed, refused) {
+        (Some(entry), _) => Ok(entry),
+        (None, Some(error)) => Err(error),
+        (None, None) => {
+            let kind = StoreErrorKind::NoVolume(id);
+            Err(StoreError { store: store.address(), kind }.into())
+        }
+    }
+}
+
+/// Gives a lease back after its head has ended. Nothing happens if it is not `me`'s in that
+/// `epoch` any more, or if the volume is gone. True if it was given back.
+pub fn release(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: HolderId,
+    epoch: Epoch,
+) -> Result<bool, StoreError> {
+    let changed = change(store, id, |entry| {
+        let mine = entry.volume.holder.as_ref().is_some_and(|holder| holder.id == me);
+        if !mine || entry.volume.epoch != epoch {
+            return Change::Nothing;
+        }
+        entry.volume.holder = None;
+        Change::Write
+    });
+    match changed {
+        Err(StoreError { kind: StoreErrorKind::NoVolume(_), .. }) => Ok(false),
+        changed => Ok(changed?.is_some()),
+    }
+}
+
+/// Takes a lease from whoever holds it and gives it to nobody: for holders that are gone for
+/// good. A holder that still runs is not stopped by this, only by the next head's seals. The
+/// holder's name, if there was one.
+pub fn release_forced(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    force: bool,
+) -> Result<Option<String>, ReleaseError> {
+    let mut holder = None;
+    let mut refused = None;
+    change(store, id, |entry| {
+        holder = entry.volume.holder.take().map(|holder| holder.name);
+        match &holder {
+            None => Change::Nothing,
+            Some(_) if force => Change::Write,
+            Some(name) => {
+                refused = Some((entry.volume.name.clone(), name.clone()));
+                Change::Nothing
+            }
+        }
+    })?;
+    match refused {
+        Some((volume, holder)) => Err(ReleaseError::Held { volume, holder }),
+        None => Ok(holder),
+    }
+}

@@ -1,0 +1,78 @@
+//! The trait every cluster store implements.
+
+use std::time::Duration;
+
+use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
+
+use crate::error::StoreError;
+use crate::records::{Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry};
+
+/// Whether opening may make a new store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Create {
+    /// It must be there. What daemons use: an empty store in place of a lost one helps nobody.
+    Never,
+    /// Make one if there is none.
+    IfMissing,
+}
+
+/// Keeps the records of a cluster. Methods block for a bounded time and may be called from
+/// several threads and processes at once; each is atomic and, when it returns, durable.
+pub trait ClusterStore: Send + Sync {
+    /// The store's address, for messages.
+    fn address(&self) -> String;
+
+    /// The cluster's id, made with the store.
+    fn cluster_id(&self) -> Result<ClusterId, StoreError>;
+
+    /// Grows with every change to a volume, a shard, a server's registration or its addresses;
+    /// not with a heartbeat that brings no such news.
+    fn revision(&self) -> Result<u64, StoreError>;
+
+    /// Waits until the revision is another than `seen`, for up to `wait`; the revision then.
+    fn wait_for_change(&self, seen: u64, wait: Duration) -> Result<u64, StoreError>;
+
+    /// All volumes, deleted ones too, by name.
+    fn volumes(&self) -> Result<Vec<VolumeEntry>, StoreError>;
+
+    /// One volume, deleted or not.
+    fn volume(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError>;
+
+    /// The volume with this name that is not deleted.
+    fn volume_named(&self, name: &str) -> Result<Option<VolumeEntry>, StoreError>;
+
+    /// Adds a volume with its shard, if the revision is still `revision`: placements decided on
+    /// the same picture do not both come true. Fails with `Conflict` or `VolumeNameTaken`.
+    fn insert_volume(
+        &self,
+        volume: &VolumeRecord,
+        shard: &ShardRecord,
+        revision: u64,
+    ) -> Result<VolumeEntry, StoreError>;
+
+    /// Replaces both records and the tombstone of `entry`, if both still have `entry.versions`.
+    /// Fails with `Conflict` or `NoVolume`. Returns the new versions.
+    ///
+    /// The store refuses, as `Conflict`, to lower an epoch or to lift a tombstone.
+    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError>;
+
+    /// Forgets a deleted volume that has no members left, if both records still have these
+    /// versions. Fails with `Conflict` or `NoVolume`.
+    fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError>;
+
+    /// All servers, by name.
+    fn servers(&self) -> Result<Vec<ServerEntry>, StoreError>;
+
+    /// Adds a server. Fails with `ServerTaken` if its id, name or pool is taken.
+    fn insert_server(&self, server: &ServerRecord) -> Result<(), StoreError>;
+
+    /// Replaces a server's record if it still has this version, and forgets when it was last
+    /// seen. Fails with `Conflict` or `ServerTaken`.
+    fn update_server(&self, server: &ServerRecord, version: u64) -> Result<(), StoreError>;
+
+    /// Notes that a server runs. Fails with `NotRegistered`.
+    fn heartbeat(&self, beat: &Heartbeat) -> Result<(), StoreError>;
+
+    /// Forgets a server. Nothing happens if there is none.
+    fn remove_server(&self, id: ServerId) -> Result<(), StoreError>;
+}
