@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use base::{CommandBody, Epoch, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody};
+use base::{CommandBody, Epoch, HolderId, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody};
 
 /// Where a command came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,15 +25,11 @@ pub(crate) enum Origin {
     },
 }
 
-/// Identity of a process that runs heads, random at its start: tells a head that connects again
-/// from another one that claims the same epoch.
-pub(crate) type ClientId = [u8; 16];
-
 /// Whose commands a replica obeys.
 #[derive(Clone, Copy, Debug)]
 struct Owner {
     epoch: Epoch,
-    session: Option<(Origin, ClientId)>,
+    session: Option<(Origin, HolderId)>,
 }
 
 /// The sessions of all replicas of a server.
@@ -43,9 +39,10 @@ pub(crate) struct ReplicaService {
 }
 
 impl ReplicaService {
-    /// Learns of a replica, with the epoch that its store has durably sealed.
-    pub(crate) fn add(&mut self, key: ReplicaKey, sealed: Epoch) {
-        self.owners.insert(key, Owner { epoch: sealed, session: None });
+    /// Learns of a replica, with the epoch that its store has durably sealed. One that is known
+    /// keeps its session.
+    pub(crate) fn add_if_new(&mut self, key: ReplicaKey, sealed: Epoch) {
+        self.owners.entry(key).or_insert(Owner { epoch: sealed, session: None });
     }
 
     /// Forgets a deleted replica.
@@ -64,7 +61,7 @@ impl ReplicaService {
         &mut self,
         command: &ReplicaCommand,
         origin: Origin,
-        client: ClientId,
+        client: HolderId,
     ) -> Result<(), ReplicaError> {
         let owner = self.owners.get_mut(&command.key).ok_or(ReplicaError::NoReplica)?;
         if command.epoch < owner.epoch {
@@ -141,9 +138,10 @@ mod tests {
 
     const KEY: ReplicaKey =
         ReplicaKey { volume: VolumeId::from_bytes([1; 16]), shard: ShardIndex(0) };
-    const A: (Origin, ClientId) = (Origin::Remote { session: 1 }, [1; 16]);
-    const A_AGAIN: (Origin, ClientId) = (Origin::Remote { session: 3 }, [1; 16]);
-    const B: (Origin, ClientId) = (Origin::Remote { session: 2 }, [2; 16]);
+    const A: (Origin, HolderId) = (Origin::Remote { session: 1 }, HolderId::from_bytes([1; 16]));
+    const A_AGAIN: (Origin, HolderId) =
+        (Origin::Remote { session: 3 }, HolderId::from_bytes([1; 16]));
+    const B: (Origin, HolderId) = (Origin::Remote { session: 2 }, HolderId::from_bytes([2; 16]));
 
     fn command(epoch: u64, body: CommandBody) -> ReplicaCommand {
         ReplicaCommand { key: KEY, epoch: Epoch(epoch), commit: Seq::ZERO, body }
@@ -151,7 +149,7 @@ mod tests {
 
     fn admit(
         service: &mut ReplicaService,
-        who: (Origin, ClientId),
+        who: (Origin, HolderId),
         epoch: u64,
         body: CommandBody,
     ) -> Result<(), ReplicaError> {
@@ -162,7 +160,7 @@ mod tests {
     fn only_the_sealing_session_commands() {
         let mut service = ReplicaService::default();
         assert_eq!(admit(&mut service, A, 1, CommandBody::Seal), Err(ReplicaError::NoReplica));
-        service.add(KEY, Epoch(4));
+        service.add_if_new(KEY, Epoch(4));
         let superseded = |sealed| Err(ReplicaError::Superseded { sealed: Epoch(sealed) });
         assert_eq!(admit(&mut service, A, 3, CommandBody::Seal), superseded(4));
         assert_eq!(admit(&mut service, A, 5, CommandBody::Flush), Err(ReplicaError::NotSealed));
@@ -180,7 +178,7 @@ mod tests {
     #[test]
     fn answers_to_deposed_sessions_are_withheld() {
         let mut service = ReplicaService::default();
-        service.add(KEY, Epoch(0));
+        service.add_if_new(KEY, Epoch(0));
         admit(&mut service, A, 1, CommandBody::Seal).unwrap();
         let appended = || Ok(ReplyBody::Appended { durable: Seq(1) });
         assert!(service.gate(KEY, Epoch(1), A.0, appended()).is_ok());

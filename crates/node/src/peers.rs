@@ -1,0 +1,205 @@
+//! The servers that heads of this node have members on: one initiator each, shared by all heads.
+
+use core::net::SocketAddr;
+use std::collections::BTreeMap;
+
+use base::{BufferPool, HolderId, Instant, ReplicaCommand, ServerId, Slab};
+use nvme::{Initiator, InitiatorConfig, Subsystem, Tag};
+
+/// A command that a peer has not answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outgoing {
+    /// Whose command.
+    pub(crate) head: u64,
+    /// The head's tag.
+    pub(crate) tag: u64,
+}
+
+pub(crate) struct Peer {
+    pub(crate) server: ServerId,
+    pub(crate) initiator: Initiator,
+    pub(crate) up: bool,
+    /// Heads with a member there. At zero the peer is stopped.
+    heads: u32,
+    /// Its outputs have to be taken.
+    dirty: bool,
+    stopped: bool,
+}
+
+/// All peers, and who of them has something to say.
+pub(crate) struct Peers {
+    host: HolderId,
+    buffers: BufferPool,
+    jitter_seed: u64,
+    addresses: BTreeMap<ServerId, SocketAddr>,
+    peers: Slab<Peer>,
+    by_server: BTreeMap<ServerId, u64>,
+    dirty: Vec<u64>,
+    /// Scratch of `tick`.
+    due: Vec<u64>,
+    /// Commands that were handed to initiators.
+    pub(crate) outgoing: Slab<Outgoing>,
+}
+
+impl Peers {
+    pub(crate) fn new(host: HolderId, buffers: BufferPool, jitter_seed: u64) -> Self {
+        Self {
+            host,
+            buffers,
+            jitter_seed,
+            addresses: BTreeMap::new(),
+            peers: Slab::with_capacity(16),
+            by_server: BTreeMap::new(),
+            dirty: Vec::with_capacity(16),
+            due: Vec::with_capacity(16),
+            outgoing: Slab::with_capacity(4096),
+        }
+    }
+
+    /// Replaces the address book. Peers whose address changed connect there at their next attempt,
+    /// peers that were waiting for an address start.
+    pub(crate) fn set_addresses(
+        &mut self,
+        now: Instant,
+        addresses: impl Iterator<Item = (ServerId, SocketAddr)>,
+    ) {
+        let old = std::mem::replace(&mut self.addresses, addresses.collect());
+        let changed: Vec<_> = self
+            .addresses
+            .iter()
+            .filter(|(server, address)| old.get(server) != Some(address))
+            .map(|(server, address)| (*server, *address))
+            .collect();
+        for (server, address) in changed {
+            if let Some(tag) = self.by_server.get(&server).copied() {
+                self.handle(now, tag, nvme::initiator::Input::SetAddress(address));
+            }
+        }
+    }
+
+    /// True if the address of `server` is known.
+    pub(crate) fn is_addressable(&self, server: ServerId) -> bool {
+        self.addresses.contains_key(&server)
+    }
+
+    /// One more head has a member on `server`; true if its session is up. Without a known
+    /// address nothing is connected: call again when there is one.
+    pub(crate) fn retain(&mut self, now: Instant, server: ServerId) -> bool {
+        if let Some(tag) = self.by_server.get(&server).copied() {
+            let peer = self.peers.get_mut(tag).expect("by_server names live peers");
+            peer.heads += 1;
+            return peer.up;
+        }
+        let Some(address) = self.addresses.get(&server).copied() else {
+            return false;
+        };
+        self.jitter_seed = self.jitter_seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        let subsystem = Subsystem::Replica(server);
+        let config = InitiatorConfig::new(self.host, address, subsystem, self.jitter_seed);
+        let initiator = Initiator::new(config, self.buffers.clone());
+        let peer = Peer { server, initiator, up: false, heads: 1, dirty: false, stopped: false };
+        let tag = self.peers.insert_or_grow(peer);
+        self.by_server.insert(server, tag);
+        self.handle(now, tag, nvme::initiator::Input::Tick);
+        false
+    }
+
+    /// One head less has a member on `server`.
+    pub(crate) fn release(&mut self, now: Instant, server: ServerId) {
+        let Some(tag) = self.by_server.get(&server).copied() else { return };
+        let peer = self.peers.get_mut(tag).expect("by_server names live peers");
+        peer.heads -= 1;
+        if peer.heads == 0 {
+            self.stop(now, tag);
+        }
+    }
+
+    fn stop(&mut self, now: Instant, tag: u64) {
+        let peer = self.peers.get_mut(tag).expect("callers name live peers");
+        peer.stopped = true;
+        self.by_server.remove(&peer.server);
+        self.handle(now, tag, nvme::initiator::Input::Stop);
+    }
+
+    /// Ends every session; no peer connects any more.
+    pub(crate) fn stop_all(&mut self, now: Instant) {
+        for tag in std::mem::take(&mut self.by_server).into_values() {
+            if self.peers.get(tag).is_some() {
+                self.stop(now, tag);
+            }
+        }
+        self.addresses.clear();
+    }
+
+    /// Gives `command` to the peer for `server`; gives it back if there is none.
+    pub(crate) fn command(
+        &mut self,
+        now: Instant,
+        server: ServerId,
+        from: Outgoing,
+        command: ReplicaCommand,
+    ) -> Result<(), ReplicaCommand> {
+        let Some(peer) = self.by_server.get(&server).copied() else { return Err(command) };
+        let tag = Tag(self.outgoing.insert_or_grow(from));
+        self.handle(now, peer, nvme::initiator::Input::Command { tag, command });
+        Ok(())
+    }
+
+    /// Hands `input` to a peer's initiator; late news of a peer that is gone is dropped.
+    pub(crate) fn handle(&mut self, now: Instant, tag: u64, input: nvme::initiator::Input) {
+        let Some(peer) = self.peers.get_mut(tag) else { return };
+        peer.initiator.handle(now, input);
+        if !peer.dirty {
+            peer.dirty = true;
+            self.dirty.push(tag);
+        }
+    }
+
+    /// The next output of any peer that was handed something.
+    pub(crate) fn poll_output(&mut self) -> Option<(u64, ServerId, nvme::initiator::Output)> {
+        while let Some(tag) = self.dirty.last().copied() {
+            let Some(peer) = self.peers.get_mut(tag) else {
+                self.dirty.pop();
+                continue;
+            };
+            if let Some(output) = peer.initiator.poll_output() {
+                return Some((tag, peer.server, output));
+            }
+            peer.dirty = false;
+            let done = peer.stopped;
+            self.dirty.pop();
+            if done {
+                self.peers.remove(tag);
+            }
+        }
+        None
+    }
+
+    /// Notes that the session of a peer came or went; true if that is news.
+    pub(crate) fn set_up(&mut self, tag: u64, up: bool) -> bool {
+        self.peers.get_mut(tag).is_some_and(|peer| std::mem::replace(&mut peer.up, up) != up)
+    }
+
+    /// True if there is a session with `server`.
+    pub(crate) fn is_up(&self, server: ServerId) -> bool {
+        self.by_server.get(&server).and_then(|tag| self.peers.get(*tag)).is_some_and(|peer| peer.up)
+    }
+
+    /// Lets every initiator whose time has come act.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        self.due.extend(
+            self.peers
+                .iter()
+                .filter(|(_, peer)| peer.initiator.next_deadline().is_some_and(|at| at <= now))
+                .map(|(tag, _)| tag),
+        );
+        while let Some(tag) = self.due.pop() {
+            self.handle(now, tag, nvme::initiator::Input::Tick);
+        }
+    }
+
+    /// When some initiator wants to be called.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.peers.iter().filter_map(|(_, peer)| peer.initiator.next_deadline()).min()
+    }
+}
