@@ -15,13 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base::{
-    BlockSize, ClusterId, Epoch, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId,
+    BlockSize, ClusterId, Epoch, HolderId, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId,
     ShardRecord, VolumeId, VolumeRecord,
 };
 
 /// What a data plane is started with. It is fixed for the life of the process.
 #[derive(Clone, Debug)]
 pub struct DataPlaneConfig {
+    /// Who this process is to the servers it connects to: the holder of its leases. A head that
+    /// connects again is told from another one by it.
+    pub holder: HolderId,
     /// The pool to open and lock; `None` for a diskless head (`holdfast attach`).
     pub pool: Option<PoolConfig>,
     /// Where the replica service listens (port 0: any); `None`: it does not.
