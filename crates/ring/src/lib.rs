@@ -34,11 +34,25 @@
 mod clock;
 mod completion;
 mod config;
+mod connection;
+mod device;
 mod error;
+mod flag;
 mod handle;
+mod listener;
 mod mailbox;
+mod memory;
+#[cfg(test)]
+mod model;
+mod operation;
+mod pacing;
+mod queue;
 mod reactor;
+mod slab;
+mod sync;
+mod uring;
 mod wake;
+mod watch;
 
 pub use clock::now;
 pub use completion::Completion;

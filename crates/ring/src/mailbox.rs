@@ -1,15 +1,26 @@
 //! A bounded queue into a reactor's thread, from any number of threads.
 
-use std::marker::PhantomData;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::queue::Queue;
+use crate::wake::Wakeup;
+
+struct Shared<T> {
+    queue: Queue<T>,
+    closed: AtomicBool,
+    wakeup: Wakeup,
+}
 
 /// The sending end of a mailbox. Clones send into the same mailbox.
 pub struct Sender<T> {
-    _message: PhantomData<T>,
+    shared: Arc<Shared<T>>,
 }
 
 /// The receiving end of a mailbox; stays with the reactor's owner.
 pub struct Receiver<T> {
-    _message: PhantomData<T>,
+    shared: Arc<Shared<T>>,
 }
 
 /// A message that was not sent, given back.
@@ -23,17 +34,33 @@ pub enum TrySendError<T> {
     Closed(T),
 }
 
+pub(crate) fn mailbox<T: Send>(capacity: usize, wakeup: Wakeup) -> (Sender<T>, Receiver<T>) {
+    let closed = AtomicBool::new(false);
+    let shared = Arc::new(Shared { queue: Queue::new(capacity), closed, wakeup });
+    (Sender { shared: Arc::clone(&shared) }, Receiver { shared })
+}
+
 impl<T: Send> Sender<T> {
     /// Sends `message` and wakes the reactor if it sleeps. Never blocks.
     pub fn try_send(&self, message: T) -> Result<(), TrySendError<T>> {
-        let _ = message;
-        todo!()
+        if self.shared.closed.load(Ordering::Acquire) {
+            return Err(TrySendError::Closed(message));
+        }
+        self.shared.queue.push(message).map_err(TrySendError::Full)?;
+        self.shared.wakeup.wake();
+        Ok(())
     }
 }
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        todo!()
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<T> fmt::Debug for Sender<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sender")
     }
 }
 
@@ -41,11 +68,27 @@ impl<T: Send> Receiver<T> {
     /// The next message, if there is one. Call it after each turn until it gives `None`, or make
     /// the next turn a busy one: a message that was left behind does not wake the reactor again.
     pub fn receive(&mut self) -> Option<T> {
-        todo!()
+        // SAFETY: this is the mailbox's only receiver (it cannot be cloned), borrowed mutably.
+        unsafe { self.shared.queue.pop() }
     }
 
     /// True if every sender is gone; what is still in the mailbox can be received.
     pub fn is_orphaned(&self) -> bool {
-        todo!()
+        Arc::strong_count(&self.shared) == 1
+    }
+}
+
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        // What nobody will receive is dropped here, not with the last sender.
+        // SAFETY: this is the mailbox's only receiver.
+        while unsafe { self.shared.queue.pop() }.is_some() {}
+    }
+}
+
+impl<T> fmt::Debug for Receiver<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Receiver")
     }
 }

@@ -1,19 +1,40 @@
-//! The reactor.
+//! The reactor: what it owns, its turn, its end.
 
-use std::marker::PhantomData;
-use std::ops::Range;
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::fmt;
+use std::mem;
 use std::time::Duration;
 
-use base::{Buffer, BufferMut, BufferPool, Instant};
+use base::time::earliest;
+use base::{BufferPool, Instant};
+use io_uring::{opcode, types};
 
+use crate::clock::now;
 use crate::completion::Completion;
-use crate::config::{Config, DeviceInfo, DeviceOptions, SocketAddress, SocketOptions};
-use crate::error::{Error, SendError};
-use crate::handle::{ConnectionHandle, DeviceHandle, ListenerHandle, Token, WatchHandle};
-use crate::mailbox::{Receiver, Sender};
+use crate::config::Config;
+use crate::connection::Connection;
+use crate::device::{Device, FileTable};
+use crate::error::{Error, ErrorKind, IoError};
+use crate::handle::{ConnectionHandle, DeviceHandle, Key};
+use crate::listener::{Listener, accept_entry};
+use crate::mailbox::{Receiver, Sender, mailbox};
+use crate::memory::Region;
+use crate::operation::{Gather, Operation, Step, on, step_plain};
+use crate::pacing::Pacing;
+use crate::slab::Slab;
+use crate::uring::{UNWATCHED, Uring};
 use crate::wake::Wakeup;
+use crate::watch::{Watch, poll_entry};
+
+/// When to try again what the kernel refused for want of memory or descriptors.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// How long a reactor that is dropped waits for the kernel to give its buffers back.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Looks at the ring between two looks at the clock while polling.
+const POLLS_PER_CLOCK: u32 = 16;
 
 /// What a [`Reactor::turn`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,257 +47,364 @@ pub struct Turn {
     pub slept: Duration,
 }
 
+/// The reactor's own timers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Timer {
+    /// Accept again on this listener.
+    Accept(Key),
+    /// Poll again on this watch.
+    Poll(Key),
+    /// Cancel this connect.
+    Connect(Key),
+}
+
 /// One io_uring with its buffers, devices, sockets and eventfds. Belongs to the thread that made
 /// it.
+///
+/// Dropping it cancels what is under way and waits for it, so that no buffer is freed while the
+/// kernel may still use it. What the kernel does not give back within 10 s is leaked.
 pub struct Reactor {
-    _not_send: PhantomData<*const ()>,
+    pub(crate) uring: Uring,
+    pub(crate) operations: Slab<Operation>,
+    pub(crate) devices: Slab<Device>,
+    pub(crate) connections: Slab<Connection>,
+    pub(crate) listeners: Slab<Listener>,
+    pub(crate) watches: Slab<Watch>,
+    pub(crate) files: FileTable,
+    pub(crate) completions: VecDeque<Completion>,
+    /// Connections with something new in their send queues.
+    pub(crate) senders: Vec<ConnectionHandle>,
+    /// Storage for gathering writes that is not in use.
+    #[expect(clippy::vec_box, reason = "operations hold them boxed: the kernel reads them")]
+    pub(crate) gathers: Vec<Box<Gather>>,
+    timers: BinaryHeap<Reverse<(Instant, Timer)>>,
+    buffers: BufferPool,
+    region: Region,
+    wakeup: Wakeup,
+    pacing: Pacing,
+    now: Instant,
+    /// The reactor is being dropped: nothing is started again.
+    pub(crate) ending: bool,
 }
 
 impl Reactor {
     /// A reactor for the calling thread. Its buffers' memory is never given back to the system.
     pub fn new(config: &Config) -> Result<Self, Error> {
-        let _ = config;
-        todo!()
+        if config.entries == 0 || !config.entries.is_power_of_two() {
+            let entries = config.entries;
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!("{entries} ring entries: not a power of two"),
+            ));
+        }
+        let uring = Uring::new(config.entries)?;
+        let files = FileTable::new(&uring)?;
+        let (region, buffers) = Region::new(config, &uring)?;
+        let operations = config.entries as usize * 4;
+        let wakeup = Wakeup::new()?;
+        let eventfd = wakeup.eventfd().try_clone_to_owned().map_err(|error| {
+            Error::os(ErrorKind::FileDescriptors, "duplicating an eventfd", error)
+        })?;
+        let mut reactor = Self {
+            uring,
+            operations: Slab::with_capacity(operations),
+            devices: Slab::with_capacity(8),
+            connections: Slab::with_capacity(64),
+            listeners: Slab::with_capacity(8),
+            watches: Slab::with_capacity(64),
+            files,
+            completions: VecDeque::with_capacity(operations),
+            senders: Vec::with_capacity(64),
+            gathers: Vec::with_capacity(operations),
+            timers: BinaryHeap::with_capacity(64),
+            buffers,
+            region,
+            wakeup,
+            pacing: Pacing::new(config.poll),
+            now: now(),
+            ending: false,
+        };
+        reactor.add_watch(eventfd, None);
+        Ok(reactor)
     }
 
     /// The buffers, registered with the kernel.
     pub fn buffers(&self) -> &BufferPool {
-        todo!()
+        &self.buffers
     }
 
     /// The time, as read when the last turn ended: use it for everything that follows from one
     /// turn. [`now`](crate::now) reads the clock.
     pub fn now(&self) -> Instant {
-        todo!()
+        self.now
     }
 
     /// Reads the clock and moves [`Reactor::now`] there.
     pub fn now_precise(&mut self) -> Instant {
-        todo!()
+        self.now = now();
+        self.now
     }
 
     /// Wakes this reactor from other threads.
     pub fn wakeup(&self) -> Wakeup {
-        todo!()
+        self.wakeup.clone()
     }
 
     /// A mailbox into this thread that holds up to `capacity` messages (rounded up to a power of
     /// two).
     pub fn mailbox<T: Send>(&self, capacity: usize) -> (Sender<T>, Receiver<T>) {
-        let _ = capacity;
-        todo!()
+        mailbox(capacity, self.wakeup())
     }
-
-    // Devices. Ranges are checked: what is outside the device or not aligned completes with
-    // `IoError::Invalid`, and a handle that is no longer valid with `IoError::Closed`.
-
-    /// Opens a regular file or a block device for direct I/O. Blocks for as long as the file
-    /// system does.
-    pub fn open_device(
-        &mut self,
-        path: &Path,
-        options: DeviceOptions,
-    ) -> Result<DeviceHandle, Error> {
-        let _ = (path, options);
-        todo!()
-    }
-
-    /// What is known of a device; `None` if the handle is no longer valid.
-    pub fn device_info(&self, device: DeviceHandle) -> Option<DeviceInfo> {
-        let _ = device;
-        todo!()
-    }
-
-    /// Closes a device once the operations under way on it have completed; no more are taken.
-    /// Completes with [`Completion::DeviceClosed`].
-    pub fn close_device(&mut self, device: DeviceHandle) {
-        let _ = device;
-        todo!()
-    }
-
-    /// Reads `length` bytes at byte `offset` into `buffer`'s payload at `start`. Completes with
-    /// [`Completion::Read`].
-    pub fn read(
-        &mut self,
-        device: DeviceHandle,
-        offset: u64,
-        buffer: BufferMut,
-        start: usize,
-        length: usize,
-        token: Token,
-    ) {
-        let _ = (device, offset, buffer, start, length, token);
-        todo!()
-    }
-
-    /// Writes `parts`, one after the other, at byte `offset`: one contiguous write of up to
-    /// [`WRITE_PARTS_MAX`](crate::WRITE_PARTS_MAX) parts. Each part's memory and length are
-    /// aligned as [`DeviceInfo`] says (pages always are). Completes with
-    /// [`Completion::Written`].
-    pub fn write(
-        &mut self,
-        device: DeviceHandle,
-        offset: u64,
-        parts: impl IntoIterator<Item = Buffer>,
-        token: Token,
-    ) {
-        let _ = (device, offset, parts.into_iter(), token);
-        todo!()
-    }
-
-    /// Puts on media what was written before (fdatasync): every write that had completed when
-    /// this was called. Completes with [`Completion::Synced`].
-    pub fn sync(&mut self, device: DeviceHandle, token: Token) {
-        let _ = (device, token);
-        todo!()
-    }
-
-    /// Gives the range's space back (hole punching; the size stays). It reads as zeroes. Completes
-    /// with [`Completion::Discarded`].
-    pub fn discard(&mut self, device: DeviceHandle, offset: u64, length: u64, token: Token) {
-        let _ = (device, offset, length, token);
-        todo!()
-    }
-
-    // Sockets.
-
-    /// Listens; connections come as [`Completion::Accepted`] and have `options`. A Unix socket
-    /// that nobody listens on any more is replaced.
-    pub fn listen(
-        &mut self,
-        address: &SocketAddress,
-        options: SocketOptions,
-    ) -> Result<ListenerHandle, Error> {
-        let _ = (address, options);
-        todo!()
-    }
-
-    /// Where a listener listens, with the port that the kernel chose.
-    pub fn listener_address(&self, listener: ListenerHandle) -> Option<&SocketAddress> {
-        let _ = listener;
-        todo!()
-    }
-
-    /// Stops listening. No `Accepted` comes after this. A Unix socket's file stays.
-    pub fn close_listener(&mut self, listener: ListenerHandle) {
-        let _ = listener;
-        todo!()
-    }
-
-    /// Connects. Completes with [`Completion::Connected`].
-    pub fn connect(&mut self, address: &SocketAddress, options: SocketOptions, token: Token) {
-        let _ = (address, options, token);
-        todo!()
-    }
-
-    /// Takes over a connected stream socket, for instance one end of a socket pair.
-    pub fn adopt(
-        &mut self,
-        socket: OwnedFd,
-        options: SocketOptions,
-    ) -> Result<ConnectionHandle, Error> {
-        let _ = (socket, options);
-        todo!()
-    }
-
-    /// The peer's address, if it has one.
-    pub fn peer_address(&self, connection: ConnectionHandle) -> Option<SocketAddress> {
-        let _ = connection;
-        todo!()
-    }
-
-    /// Receives into `buffer`. `region` is in bytes of the whole slot: the header page at 0, the
-    /// payload at [`HEADER_BYTES`](base::limits::HEADER_BYTES), so that one receive may put a
-    /// header right before the payload. Completes with [`Completion::Received`] once `min_bytes`
-    /// (at least 1) are there, or the peer has closed, or it failed.
-    ///
-    /// # Panics
-    /// If a receive is outstanding on this connection, or `region` is not within the slot, or
-    /// `min_bytes` is 0 or longer than the region.
-    pub fn receive(
-        &mut self,
-        connection: ConnectionHandle,
-        buffer: BufferMut,
-        region: Range<usize>,
-        min_bytes: usize,
-    ) {
-        let _ = (connection, buffer, region, min_bytes);
-        todo!()
-    }
-
-    /// Appends `part` to what is to be sent. Parts are sent in order and whole; they leave with
-    /// the next turn, many in one system call. What must go as a whole (a header and its data)
-    /// needs its [`Reactor::send_space`] first: a refused part is dropped.
-    pub fn send(&mut self, connection: ConnectionHandle, part: Buffer) -> Result<(), SendError> {
-        let _ = (connection, part);
-        todo!()
-    }
-
-    /// As [`Reactor::send`], of a copy of at most [`INLINE_BYTES_MAX`](crate::INLINE_BYTES_MAX)
-    /// bytes that takes no buffer: for protocol headers. Takes up to one part of the queue.
-    ///
-    /// # Panics
-    /// If there are more bytes.
-    pub fn send_bytes(
-        &mut self,
-        connection: ConnectionHandle,
-        bytes: &[u8],
-    ) -> Result<(), SendError> {
-        let _ = (connection, bytes);
-        todo!()
-    }
-
-    /// Parts that the send queue still takes; 0 if the connection is closed or failed.
-    pub fn send_space(&self, connection: ConnectionHandle) -> usize {
-        let _ = connection;
-        todo!()
-    }
-
-    /// Closes a connection now: drops what is queued, cancels what is under way. An outstanding
-    /// receive completes first, then [`Completion::Closed`] comes.
-    pub fn close(&mut self, connection: ConnectionHandle) {
-        let _ = connection;
-        todo!()
-    }
-
-    /// Closes a connection when all that is queued has been sent, for a last message. Takes no
-    /// more parts. [`Reactor::close`] cuts it short.
-    pub fn close_after_send(&mut self, connection: ConnectionHandle) {
-        let _ = connection;
-        todo!()
-    }
-
-    // Eventfds.
-
-    /// Watches an eventfd (blocking or not, never changed): [`Completion::EventFd`] each time it
-    /// was signalled, its counter taken.
-    pub fn watch_eventfd(&mut self, eventfd: OwnedFd, token: Token) -> Result<WatchHandle, Error> {
-        let _ = (eventfd, token);
-        todo!()
-    }
-
-    /// Stops watching. No `EventFd` of this watch comes after this; the counter keeps what is
-    /// signalled from now on.
-    pub fn unwatch(&mut self, watch: WatchHandle) {
-        let _ = watch;
-        todo!()
-    }
-
-    // The loop.
 
     /// Submits what is queued and reaps what has completed. If that is nothing and the owner is
     /// not `busy` (has no other work), polls for a while and then sleeps, until something
-    /// completes, another thread wakes it, or `deadline` (`None`: no limit).
+    /// completes, another thread wakes it, or `deadline` (`None`: no limit). It may return
+    /// without any of these.
     ///
     /// An error means that the ring is broken: stop using the reactor.
     pub fn turn(&mut self, deadline: Option<Instant>, busy: bool) -> Result<Turn, Error> {
-        let _ = (deadline, busy);
-        todo!()
+        let mut turn = Turn { woken: self.wakeup.flag().take(), ..Turn::default() };
+        self.start_sends();
+        if busy || turn.woken || !self.completions.is_empty() {
+            self.uring.enter(None)?;
+            self.reap();
+            self.now = now();
+        } else {
+            self.wait(deadline, &mut turn)?;
+        }
+        self.fire_timers();
+        turn.completions = self.completions.len();
+        Ok(turn)
+    }
+
+    /// Waits: polls, then sleeps. Sets [`Reactor::now`].
+    fn wait(&mut self, deadline: Option<Instant>, turn: &mut Turn) -> Result<(), Error> {
+        let timer = self.timers.peek().map(|Reverse((at, _))| *at);
+        let deadline = earliest(deadline, timer);
+        let started = now();
+        self.now = started;
+        let poll = self.pacing.poll();
+        let mut event = false;
+        if poll > Duration::ZERO || deadline.is_some_and(|deadline| deadline <= started) {
+            let until = started + poll;
+            event = self.poll(deadline.map_or(until, |deadline| deadline.min(until)))?;
+        }
+        if !event && deadline.is_none_or(|deadline| self.now < deadline) {
+            let timeout = deadline.map(|deadline| deadline.since(self.now));
+            let before = self.now;
+            if self.wakeup.flag().prepare_sleep() {
+                let entered = self.uring.enter(Some(timeout));
+                turn.woken |= self.wakeup.flag().take();
+                entered?;
+            } else {
+                turn.woken |= self.wakeup.flag().take();
+                self.uring.enter(None)?;
+            }
+            event = self.reap() > 0 || turn.woken;
+            self.now = now();
+            turn.slept = self.now.since(before);
+        }
+        self.pacing.waited(self.now.since(started), event);
+        Ok(())
+    }
+
+    /// Submits, and polls until something completes or another thread wakes the reactor (true),
+    /// or `until`. Sets [`Reactor::now`].
+    fn poll(&mut self, until: Instant) -> Result<bool, Error> {
+        self.uring.enter(None)?;
+        loop {
+            for _ in 0..POLLS_PER_CLOCK {
+                if self.uring.is_ready() {
+                    self.uring.enter(None)?;
+                    if self.reap() > 0 {
+                        self.now = now();
+                        return Ok(true);
+                    }
+                }
+                if self.wakeup.flag().is_notified() {
+                    self.now = now();
+                    return Ok(true);
+                }
+                std::hint::spin_loop();
+            }
+            self.now = now();
+            if self.now >= until {
+                return Ok(false);
+            }
+        }
     }
 
     /// The next completion, if there is one. What is left is kept for the next turn, which then
     /// does not sleep.
     pub fn next_completion(&mut self) -> Option<Completion> {
-        todo!()
+        self.completions.pop_front()
+    }
+
+    /// Handles what has completed; gives the number.
+    fn reap(&mut self) -> usize {
+        let mut count = 0;
+        while let Some(reaped) = self.uring.reap() {
+            count += 1;
+            if reaped.user_data != UNWATCHED {
+                self.complete(Key::from_user_data(reaped.user_data), reaped.result, reaped.more);
+            }
+        }
+        count
+    }
+
+    /// Gives `operation` to the kernel, with the next submission.
+    pub(crate) fn start(&mut self, operation: Operation) -> Key {
+        let key = self.operations.insert(operation);
+        self.issue(key);
+        key
+    }
+
+    /// Queues the entry for (the rest of) an operation in the slab.
+    pub(crate) fn issue(&mut self, key: Key) {
+        let operation = self.operations.get_mut(key).expect("issued while in the slab");
+        let entry = match operation {
+            Operation::Read(read) => read.entry(&self.region),
+            Operation::Write(write) => write.entry(&self.region),
+            Operation::Sync { target, .. } => on!(*target, |file| {
+                opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build()
+            }),
+            Operation::Discard { target, offset, length, .. } => on!(*target, |file| {
+                opcode::Fallocate::new(file, *length)
+                    .offset(*offset)
+                    .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+                    .build()
+            }),
+            Operation::Accept { descriptor, .. } => accept_entry(*descriptor),
+            Operation::Connect(connect) => connect.entry(),
+            Operation::Receive(receive) => receive.entry(),
+            Operation::Send { connection } => self
+                .connections
+                .get_mut(*connection)
+                .expect("a connection outlives its operations")
+                .send_entry(),
+            Operation::Poll { descriptor, .. } => poll_entry(*descriptor),
+        };
+        // SAFETY: what the entry names (buffers, vectors, addresses, headers) is owned by the
+        // operation or by its connection, on the heap or in the never-unmapped region, and is
+        // neither moved, freed nor handed out before `complete` has seen the last completion;
+        // if the reactor goes before that, it is leaked.
+        unsafe { self.uring.push(entry.user_data(key.user_data())) };
+    }
+
+    /// Asks the kernel to end an operation. It completes all the same, one way or the other.
+    pub(crate) fn cancel(&mut self, key: Key) {
+        let entry = opcode::AsyncCancel::new(key.user_data()).build().user_data(UNWATCHED);
+        // SAFETY: a cancellation names no memory.
+        unsafe { self.uring.push(entry) };
+    }
+
+    fn complete(&mut self, key: Key, result: i32, more: bool) {
+        let operation = self.operations.get_mut(key).expect("the kernel completes what it has");
+        let step = match operation {
+            Operation::Read(read) => read.step(result),
+            Operation::Write(write) => write.step(result),
+            Operation::Sync { retries, .. } | Operation::Discard { retries, .. } => {
+                step_plain(result, retries)
+            }
+            Operation::Connect(_) => return self.connect_completed(key, result),
+            Operation::Receive(_) => return self.receive_completed(key, result),
+            Operation::Accept { listener, .. } => {
+                let listener = *listener;
+                return self.accept_completed(key, listener, result, more);
+            }
+            Operation::Send { connection } => {
+                let connection = *connection;
+                return self.send_completed(key, connection, result);
+            }
+            Operation::Poll { watch, .. } => {
+                let watch = *watch;
+                return self.poll_completed(key, watch, result, more);
+            }
+        };
+        match step {
+            Step::Again if self.ending => self.device_completed(key, Err(IoError::Cancelled)),
+            Step::Again => self.issue(key),
+            Step::Done(result) => self.device_completed(key, result),
+        }
+    }
+
+    fn device_completed(&mut self, key: Key, result: Result<(), IoError>) {
+        let (device, completion) = match self.operations.remove(key) {
+            Some(Operation::Read(read)) => {
+                (read.device, Completion::Read { token: read.token, buffer: read.buffer, result })
+            }
+            Some(Operation::Write(write)) => {
+                self.recycle(write.gather);
+                (write.device, Completion::Written { token: write.token, result })
+            }
+            Some(Operation::Sync { device, token, .. }) => {
+                (device, Completion::Synced { token, result })
+            }
+            Some(Operation::Discard { device, token, .. }) => {
+                (device, Completion::Discarded { token, result })
+            }
+            _ => unreachable!("the caller has seen a device operation"),
+        };
+        self.completions.push_back(completion);
+        self.device_operation_ended(DeviceHandle(device));
+    }
+
+    pub(crate) fn set_timer(&mut self, after: Duration, timer: Timer) {
+        self.timers.push(Reverse((now() + after, timer)));
+    }
+
+    fn fire_timers(&mut self) {
+        while let Some(Reverse((at, timer))) = self.timers.peek().copied()
+            && at <= self.now
+        {
+            self.timers.pop();
+            match timer {
+                Timer::Accept(listener) => self.start_accept(listener),
+                Timer::Poll(watch) => self.start_poll(watch),
+                Timer::Connect(key) => self.connect_expired(key),
+            }
+        }
+    }
+
+    /// Cancels everything and waits until the kernel has given it back; false if it did not in
+    /// time.
+    fn end(&mut self) -> bool {
+        self.ending = true;
+        let deadline = now() + END_TIMEOUT;
+        let any = opcode::AsyncCancel2::new(types::CancelBuilder::any().all())
+            .build()
+            .user_data(UNWATCHED);
+        // SAFETY: a cancellation names no memory.
+        unsafe { self.uring.push(any) };
+        while self.operations.len() > 0 {
+            let left = deadline.since(now());
+            if left.is_zero() || self.uring.enter(Some(Some(left))).is_err() {
+                return false;
+            }
+            self.reap();
+            self.completions.clear();
+        }
+        true
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        if self.end() {
+            return;
+        }
+        // The kernel may still write to what these own: it must never be used again.
+        mem::forget(mem::replace(&mut self.operations, Slab::with_capacity(0)));
+        mem::forget(mem::replace(&mut self.connections, Slab::with_capacity(0)));
+    }
+}
+
+impl fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reactor")
+            .field("operations", &self.operations.len())
+            .field("connections", &self.connections.len())
+            .field("buffers", &self.buffers)
+            .finish_non_exhaustive()
     }
 }
