@@ -112,11 +112,10 @@ pub enum Input {
     StopConnections,
 }
 
-/// What a node wants done, or known.
+/// What a node wants done, or known; disk operations apart, which have a door of their own
+/// ([`Node::poll_disk`](crate::Node::poll_disk)) because they are large.
 #[derive(Debug)]
 pub enum Output {
-    /// Perform this, and answer with [`Input::DiskDone`].
-    Disk(store::DiskOperation),
     /// Connect; answer with [`Input::Connected`].
     Connect {
         /// The id from now on.

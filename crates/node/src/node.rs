@@ -11,7 +11,7 @@ use base::{
 use nvme::initiator::Output as PeerOutput;
 use nvme::target::{Input as TargetInput, Output as TargetOutput};
 use nvme::{SessionId, Subsystem, Tag, Target, TargetConfig, VolumeExport};
-use store::{DeviceInfo, Store, StoreConfig};
+use store::{DeviceInfo, DiskOperation, Store, StoreConfig};
 use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 
 use crate::heads::{HeadEntry, Heads};
@@ -118,6 +118,7 @@ pub struct Node {
     heads: Heads,
     requests: Slab<Request>,
     outputs: VecDeque<Output>,
+    disk: VecDeque<DiskOperation>,
     now: Instant,
 }
 
@@ -141,6 +142,7 @@ impl Node {
             heads: Heads::new(),
             requests: Slab::with_capacity(1024),
             outputs: VecDeque::with_capacity(1024),
+            disk: VecDeque::with_capacity(64),
             now: Instant::ZERO,
         }
     }
@@ -205,6 +207,12 @@ impl Node {
             }
         }
         self.outputs.pop_front()
+    }
+
+    /// The next disk operation to perform, until there is none; answer each with
+    /// [`Input::DiskDone`]. Take them after [`Node::poll_output`] has given `None`.
+    pub fn poll_disk(&mut self) -> Option<DiskOperation> {
+        self.disk.pop_front()
     }
 
     /// When to come back with [`Input::Tick`] if nothing happens before.
@@ -500,7 +508,7 @@ impl Node {
                     }
                     self.outputs.push_back(Output::PoolOpened(result));
                 }
-                store::Output::Disk(operation) => self.outputs.push_back(Output::Disk(operation)),
+                store::Output::Disk(operation) => self.disk.push_back(operation),
                 store::Output::Done { tag, result } => self.store_done(tag, result),
                 store::Output::Failed(failure) => {
                     self.outputs.push_back(Output::PoolFailed(failure));
@@ -645,12 +653,11 @@ impl Node {
         request: BlockRequest,
     ) {
         let from = RequestOrigin::Nvme(session);
-        match self.heads.of_volume(volume) {
-            Some(head) => self.request(HeadHandle(head), from, request),
-            None => {
-                let reply = BlockReply { id: request.id, status: Status::Superseded, data: None };
-                self.front_end_reply(from, reply);
-            }
+        if let Some(head) = self.heads.of_volume(volume) {
+            self.request(HeadHandle(head), from, request);
+        } else {
+            let reply = BlockReply { id: request.id, status: Status::Superseded, data: None };
+            self.front_end_reply(from, reply);
         }
     }
 
@@ -722,7 +729,7 @@ impl Node {
             return;
         }
         let from = Outgoing { head, tag };
-        if self.peers.command(self.now, server, from, command).is_err() {
+        if !self.peers.command(self.now, server, from, command) {
             let result = Err(ReplicaError::Disconnected);
             self.heads.handle(self.now, head, volume::Input::Reply { server, tag, result });
         }

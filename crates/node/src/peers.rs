@@ -131,18 +131,18 @@ impl Peers {
         self.addresses.clear();
     }
 
-    /// Gives `command` to the peer for `server`; gives it back if there is none.
+    /// Gives `command` to the peer for `server`; false if there is none.
     pub(crate) fn command(
         &mut self,
         now: Instant,
         server: ServerId,
         from: Outgoing,
         command: ReplicaCommand,
-    ) -> Result<(), ReplicaCommand> {
-        let Some(peer) = self.by_server.get(&server).copied() else { return Err(command) };
+    ) -> bool {
+        let Some(peer) = self.by_server.get(&server).copied() else { return false };
         let tag = Tag(self.outgoing.insert_or_grow(from));
         self.handle(now, peer, nvme::initiator::Input::Command { tag, command });
-        Ok(())
+        true
     }
 
     /// Hands `input` to a peer's initiator; late news of a peer that is gone is dropped.

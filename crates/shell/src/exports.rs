@@ -1,0 +1,230 @@
+//! Volumes served at vhost-user sockets: the devices, and the eventfds of their rings.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+
+use base::{BlockReply, BufferPool, VolumeId};
+use node::{FrontEnd, HeadHandle, Input, Node};
+use ring::{Reactor, Token, WatchHandle};
+use vhost_blk::{Control, Device, DeviceConfig, Event};
+
+use crate::control::{ExportSpec, ExportStatus};
+use crate::message::ExportId;
+
+/// Requests that one device may submit in one turn: guests take turns, too.
+const TURN_BUDGET: usize = 64;
+
+struct Export {
+    spec: ExportSpec,
+    device: Device,
+    /// Watched kick eventfds, by queue.
+    watches: BTreeMap<u16, WatchHandle>,
+    /// There may be requests in its rings.
+    pending: bool,
+    /// They wait for buffers or for the head: not to be looked at before something came back.
+    blocked: bool,
+    /// Replies or a control message came: guests may have to be signalled.
+    touched: bool,
+}
+
+/// All exports of the process.
+pub(crate) struct Exports {
+    exports: BTreeMap<ExportId, Export>,
+    next: u64,
+}
+
+/// A token of a kick eventfd: export and queue.
+fn kick_token(export: ExportId, queue: u16) -> Token {
+    Token(export.0 << 16 | u64::from(queue))
+}
+
+impl Exports {
+    pub(crate) fn new() -> Self {
+        Self { exports: BTreeMap::new(), next: 1 }
+    }
+
+    /// Makes the device of a new export.
+    pub(crate) fn add(
+        &mut self,
+        spec: ExportSpec,
+        config: DeviceConfig,
+        buffers: BufferPool,
+    ) -> ExportId {
+        let id = ExportId(self.next);
+        self.next += 1;
+        let device = Device::new(config, buffers);
+        let export = Export {
+            spec,
+            device,
+            watches: BTreeMap::new(),
+            pending: false,
+            blocked: false,
+            touched: false,
+        };
+        self.exports.insert(id, export);
+        id
+    }
+
+    /// Forgets an export. Its socket is closed, nobody will be answered any more.
+    pub(crate) fn remove(&mut self, reactor: &mut Reactor, id: ExportId) {
+        if let Some(export) = self.exports.remove(&id) {
+            for watch in export.watches.into_values() {
+                reactor.unwatch(watch);
+            }
+        }
+    }
+
+    pub(crate) fn has_socket(&self, path: &std::path::Path) -> bool {
+        self.exports.values().any(|export| export.spec.socket == path)
+    }
+
+    pub(crate) fn status(&self) -> Vec<ExportStatus> {
+        self.exports
+            .values()
+            .map(|export| ExportStatus {
+                spec: export.spec.clone(),
+                connected: export.device.is_attached(),
+                in_flight: u32::try_from(export.device.busy()).unwrap_or(u32::MAX),
+            })
+            .collect()
+    }
+
+    /// A message of an export's control thread. Without the export it goes unanswered, which ends
+    /// the connection.
+    pub(crate) fn control(&mut self, id: ExportId, control: Control) {
+        if let Some(export) = self.exports.get_mut(&id) {
+            export.device.control(control);
+            export.pending = true;
+            export.touched = true;
+        }
+    }
+
+    /// A kick eventfd was signalled.
+    pub(crate) fn kicked(&mut self, token: Token) {
+        let queue = u16::try_from(token.0 & 0xffff).expect("16 bits fit");
+        if let Some(export) = self.exports.get_mut(&ExportId(token.0 >> 16)) {
+            export.device.kicked(queue);
+            export.pending = true;
+        }
+    }
+
+    /// The answer to a request.
+    pub(crate) fn reply(&mut self, front_end: FrontEnd, reply: BlockReply) {
+        if let Some(export) = self.exports.get_mut(&ExportId(front_end.0)) {
+            export.device.complete(reply);
+            export.touched = true;
+            export.blocked = false;
+        }
+    }
+
+    /// A head of `volume` serves: what an earlier one gave back is submitted again.
+    pub(crate) fn volume_opened(&mut self, volume: VolumeId) {
+        for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
+            export.device.resume();
+            export.pending = true;
+            export.blocked = false;
+        }
+    }
+
+    /// Takes requests out of rings and hands them to the heads.
+    pub(crate) fn poll(&mut self, node: &mut Node, now: base::Instant) {
+        for (id, export) in &mut self.exports {
+            if !export.pending || export.blocked {
+                continue;
+            }
+            let Some(head) = node.head_of(export.spec.volume) else {
+                export.blocked = true;
+                continue;
+            };
+            let budget = TURN_BUDGET.min(node.room(head));
+            let submitted = submit(&mut export.device, budget, node, now, head, FrontEnd(id.0));
+            export.pending = submitted.more;
+            export.blocked = submitted.more && submitted.count == 0;
+            export.touched = true;
+        }
+    }
+
+    /// True if some ring may hold requests that need not wait for anything.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.exports.values().any(|export| export.pending && !export.blocked)
+    }
+
+    /// Does what devices ask for, and signals guests. Last in a turn.
+    pub(crate) fn finish_turn(&mut self, reactor: &mut Reactor) {
+        for (id, export) in &mut self.exports {
+            if !std::mem::take(&mut export.touched) {
+                continue;
+            }
+            while let Some(event) = export.device.poll_event() {
+                export.event(reactor, *id, event);
+            }
+            export.device.flush_notifications();
+        }
+    }
+}
+
+struct Submitted {
+    count: usize,
+    more: bool,
+}
+
+fn submit(
+    device: &mut Device,
+    budget: usize,
+    node: &mut Node,
+    now: base::Instant,
+    head: HeadHandle,
+    front_end: FrontEnd,
+) -> Submitted {
+    let mut count = 0;
+    let more = device.poll(budget, &mut |request| {
+        count += 1;
+        node.handle(now, Input::Request { head, front_end, request });
+    });
+    Submitted { count, more }
+}
+
+impl Export {
+    fn event(&mut self, reactor: &mut Reactor, id: ExportId, event: Event) {
+        match event {
+            Event::WatchKick { queue, fd } => {
+                if let Some(old) = self.watches.remove(&queue) {
+                    reactor.unwatch(old);
+                }
+                let watch =
+                    fd.as_fd().try_clone_to_owned().map_err(|error| error.to_string()).and_then(
+                        |fd| {
+                            let token = kick_token(id, queue);
+                            reactor.watch_eventfd(fd, token).map_err(|error| error.to_string())
+                        },
+                    );
+                match watch {
+                    Ok(watch) => {
+                        self.watches.insert(queue, watch);
+                        self.pending = true;
+                    }
+                    Err(error) => tracing::error!(
+                        socket = %self.spec.socket.display(),
+                        queue,
+                        "cannot watch the queue's kick eventfd, its requests will not be seen: {error}"
+                    ),
+                }
+            }
+            Event::UnwatchKick { queue } => {
+                if let Some(watch) = self.watches.remove(&queue) {
+                    reactor.unwatch(watch);
+                }
+            }
+            Event::Started => {
+                tracing::info!(socket = %self.spec.socket.display(), "the guest uses the disk");
+            }
+            Event::Stopped => {
+                tracing::info!(socket = %self.spec.socket.display(), "the guest stopped the disk");
+            }
+            Event::Superseded => tracing::warn!(
+                socket = %self.spec.socket.display(),
+                "requests wait: this process is no longer the volume's head"
+            ),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What control threads ask of the data-plane thread, and how they wait for its answer.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use base::{ReplicaKey, VolumeId};
+use ring::{Sender, TrySendError};
+use vhost_blk::DeviceConfig;
+
+use crate::control::{
+    ControlError, ExportSpec, HeadSpec, MetricFamily, OpenError, Opening, ReplicaSpec,
+    ServerAddress, Status,
+};
+
+/// Messages that may wait for the data-plane thread.
+pub(crate) const MAIL_MAX: usize = 4096;
+
+/// An export on the data-plane thread; never reused in the life of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ExportId(pub(crate) u64);
+
+/// Where an answer goes. The asker may have stopped waiting.
+pub(crate) type Answer<T> = SyncSender<T>;
+
+/// A message to the data-plane thread.
+pub(crate) enum Message {
+    Status(Answer<Status>),
+    Metrics(Answer<Vec<MetricFamily>>),
+    CreateReplica {
+        spec: ReplicaSpec,
+        answer: Answer<Result<(), ControlError>>,
+    },
+    DeleteReplica {
+        key: ReplicaKey,
+        answer: Answer<Result<(), ControlError>>,
+    },
+    SetServers(Vec<ServerAddress>),
+    OpenHead {
+        spec: Box<HeadSpec>,
+        answer: Answer<Result<Opening, OpenError>>,
+    },
+    /// Answered once the head is gone; after `drain` it is abandoned.
+    CloseHead {
+        volume: VolumeId,
+        drain: Duration,
+        answer: Answer<Result<(), ControlError>>,
+    },
+    AddExport {
+        spec: ExportSpec,
+        answer: Answer<Result<(ExportId, DeviceConfig), ControlError>>,
+    },
+    RemoveExport {
+        export: ExportId,
+        answer: Answer<()>,
+    },
+    /// From the control thread of an export's socket.
+    Vhost {
+        export: ExportId,
+        control: vhost_blk::Control,
+    },
+    /// Ends the thread; heads and exports have been closed.
+    Stop(Answer<()>),
+}
+
+/// Sends messages to the data-plane thread and waits for answers.
+#[derive(Clone)]
+pub(crate) struct Mail {
+    sender: Sender<Message>,
+}
+
+impl Mail {
+    pub(crate) fn new(sender: Sender<Message>) -> Self {
+        Self { sender }
+    }
+
+    /// Delivers `message`, waiting while the mailbox is full.
+    pub(crate) fn send(
+        &self,
+        operation: &'static str,
+        message: Message,
+        wait: Duration,
+    ) -> Result<(), ControlError> {
+        let start = Instant::now();
+        let mut message = message;
+        loop {
+            match self.sender.try_send(message) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Closed(_)) => return Err(ControlError::Stopped),
+                Err(TrySendError::Full(back)) => message = back,
+            }
+            if start.elapsed() >= wait {
+                return Err(ControlError::Deadline { operation, waited: wait });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Sends what `make` makes around an answer, and waits for it.
+    pub(crate) fn ask<T>(
+        &self,
+        operation: &'static str,
+        wait: Duration,
+        make: impl FnOnce(Answer<T>) -> Message,
+    ) -> Result<T, ControlError> {
+        let (answer, answered): (_, Receiver<T>) = sync_channel(1);
+        let start = Instant::now();
+        self.send(operation, make(answer), wait)?;
+        match answered.recv_timeout(wait.saturating_sub(start.elapsed())) {
+            Ok(value) => Ok(value),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(ControlError::Deadline { operation, waited: wait })
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(ControlError::Stopped),
+        }
+    }
+}

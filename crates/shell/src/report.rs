@@ -1,0 +1,203 @@
+//! What the data plane tells people and metrics about itself. Made when asked for.
+
+use std::time::Duration;
+
+use base::Role;
+use node::metrics::{Counters, LATENCY_BOUNDS_NS, OperationKind};
+use volume::MemberMode;
+
+use crate::control::{
+    HeadPhase, HeadStatus, MemberStatus, MetricFamily, MetricSample, MetricValue, PoolStatus,
+    ReplicaSpec, ReplicaStatus, Status,
+};
+use crate::worker::{HeadState, Worker};
+
+impl Worker {
+    pub(crate) fn status(&self) -> Status {
+        Status {
+            pool: self.pool_status(),
+            listen: self.listen,
+            replicas: self.replica_status(),
+            heads: self.head_status(),
+            exports: self.exports.status(),
+        }
+    }
+
+    fn pool_status(&self) -> Option<PoolStatus> {
+        let usage = self.node.store()?.usage();
+        Some(PoolStatus {
+            id: self.pool.as_ref()?.pool,
+            log_bytes: usage.log_bytes,
+            log_used_bytes: usage.log_used_bytes,
+            home_bytes: usage.home_bytes,
+            home_free_bytes: usage.home_bytes.saturating_sub(usage.home_used_bytes),
+            failed: self.pool_failed.clone(),
+        })
+    }
+
+    fn replica_status(&self) -> Vec<ReplicaStatus> {
+        let Some(store) = self.node.store() else { return Vec::new() };
+        store
+            .replicas()
+            .map(|(key, info)| ReplicaStatus {
+                spec: ReplicaSpec { key, block_size: info.block_size, blocks: info.blocks },
+                state: info.state,
+            })
+            .collect()
+    }
+
+    fn head_status(&self) -> Vec<HeadStatus> {
+        self.node
+            .heads()
+            .filter_map(|(handle, volume, status, _)| {
+                let state = self.heads.get(&volume)?;
+                let local = self.node.local_member(handle);
+                Some(HeadStatus {
+                    volume,
+                    epoch: status.epoch,
+                    phase: self.phase(state, &status),
+                    last: status.last.seq,
+                    commit: status.commit,
+                    in_flight: u32::try_from(status.in_flight + status.queued).unwrap_or(u32::MAX),
+                    members: status
+                        .members
+                        .iter()
+                        .map(|member| MemberStatus {
+                            server: member.server,
+                            role: member.role,
+                            local: local == Some(member.server),
+                            reachable: member.mode == MemberMode::Live,
+                            last: member.last,
+                            durable: member.durable,
+                            note: note(member),
+                        })
+                        .collect(),
+                })
+            })
+            .collect()
+    }
+
+    fn phase(&self, state: &HeadState, status: &volume::HeadStatus) -> HeadPhase {
+        if let Some(sealed) = state.superseded {
+            return HeadPhase::Superseded { sealed };
+        }
+        match status.phase {
+            volume::HeadPhase::Sealing
+            | volume::HeadPhase::Reconciling
+            | volume::HeadPhase::Starting => HeadPhase::Opening { reason: opening_reason(status) },
+            volume::HeadPhase::Serving => match &status.stall {
+                None => HeadPhase::Open,
+                Some(stall) => HeadPhase::Stalled {
+                    reason: stall.reason.to_string(),
+                    duration: self.reactor.now().since(stall.since),
+                },
+            },
+            volume::HeadPhase::Releasing
+            | volume::HeadPhase::Released
+            | volume::HeadPhase::Abandoned => HeadPhase::Draining,
+            volume::HeadPhase::Superseded { sealed } => HeadPhase::Superseded { sealed },
+        }
+    }
+
+    pub(crate) fn metrics(&self) -> Vec<MetricFamily> {
+        let mut families = self.request_metrics();
+        families.extend(self.pool_metrics());
+        families.push(gauge("holdfast_heads", "Heads that run in this process.", self.heads.len()));
+        families.push(gauge(
+            "holdfast_connections",
+            "Open connections, accepted ones and those to peers.",
+            self.connections.len(),
+        ));
+        families
+    }
+
+    fn request_metrics(&self) -> Vec<MetricFamily> {
+        let family = |name, help| MetricFamily { name, help, samples: Vec::new() };
+        let mut requests = family("holdfast_requests_total", "Requests answered.");
+        let mut errors =
+            family("holdfast_request_errors_total", "Requests answered with an error.");
+        let mut bytes = family("holdfast_request_bytes_total", "Bytes of successful requests.");
+        let mut latency = family(
+            "holdfast_request_duration_seconds",
+            "Time from a request's arrival at the head to its answer.",
+        );
+        for (_, volume, _, counters) in self.node.heads() {
+            for kind in OperationKind::ALL {
+                let labels =
+                    || vec![("volume", volume.to_string()), ("operation", kind.name().to_owned())];
+                let sample = |value| MetricSample { labels: labels(), value };
+                let of = counters.of(kind);
+                requests.samples.push(sample(MetricValue::Counter(of.requests)));
+                errors.samples.push(sample(MetricValue::Counter(of.errors)));
+                bytes.samples.push(sample(MetricValue::Counter(of.bytes)));
+                latency.samples.push(sample(histogram(counters, kind)));
+            }
+        }
+        vec![requests, errors, bytes, latency]
+    }
+
+    fn pool_metrics(&self) -> Vec<MetricFamily> {
+        let Some(store) = self.node.store() else { return Vec::new() };
+        let usage = store.usage();
+        vec![
+            gauge("holdfast_log_bytes", "Bytes of log space.", usage.log_bytes),
+            gauge("holdfast_log_used_bytes", "Bytes of log in use.", usage.log_used_bytes),
+            gauge("holdfast_log_dirty_bytes", "Bytes of log not home yet.", usage.log_dirty_bytes),
+            gauge("holdfast_index_entries", "Blocks found through the log.", usage.index_entries),
+            gauge("holdfast_home_bytes", "Bytes of home space.", usage.home_bytes),
+            gauge("holdfast_home_used_bytes", "Bytes of home in use.", usage.home_used_bytes),
+            gauge(
+                "holdfast_pool_stalled",
+                "1 while writes to the pool wait for room.",
+                u64::from(usage.stalled.is_some()),
+            ),
+            gauge(
+                "holdfast_pool_failed",
+                "1 after a device of the pool failed.",
+                u64::from(self.pool_failed.is_some()),
+            ),
+        ]
+    }
+}
+
+fn gauge(
+    name: &'static str,
+    help: &'static str,
+    value: impl TryInto<u64, Error: core::fmt::Debug>,
+) -> MetricFamily {
+    let value: u64 = value.try_into().expect("counts are not negative");
+    #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+    let value = MetricValue::Gauge(value as f64);
+    MetricFamily { name, help, samples: vec![MetricSample { labels: Vec::new(), value }] }
+}
+
+fn histogram(counters: &Counters, kind: OperationKind) -> MetricValue {
+    let of = counters.of(kind);
+    MetricValue::Histogram {
+        bounds_ns: LATENCY_BOUNDS_NS,
+        counts: of.latency_counts.to_vec(),
+        sum_ns: of.latency_sum_ns,
+    }
+}
+
+/// What an opening waits for.
+pub(crate) fn opening_reason(status: &volume::HeadStatus) -> String {
+    if let Some(stall) = &status.stall {
+        return stall.reason.to_string();
+    }
+    let connected = status.members.iter().filter(|member| member.connected).count();
+    let in_sync = status.members.iter().filter(|member| member.role == Role::InSync).count();
+    format!("{connected} of {} members connected ({in_sync} in sync)", status.members.len())
+}
+
+fn note(member: &volume::MemberStatus) -> Option<String> {
+    match (member.mode, member.lag) {
+        (MemberMode::Live, None | Some(0)) => None,
+        (MemberMode::Live, Some(lag)) => Some(format!("{lag} records behind")),
+        (mode, Some(lag)) => Some(format!("{mode}, {lag} records behind")),
+        (mode, None) => Some(mode.to_string()),
+    }
+}
+
+/// A duration that a caller may wait for a status.
+pub(crate) const STATUS_WAIT: Duration = Duration::from_secs(2);
