@@ -1,0 +1,145 @@
+//! Where a test takes place: its directory, its share of the machine, and the report if it fails.
+
+use std::env;
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::binaries::{cache_directory, work_directory};
+use crate::process::tail;
+use crate::wait::{Deadline, wait_until};
+
+/// Guests that run at once on one machine, over all test processes. Without KVM each fills a core.
+const GUESTS_AT_ONCE: usize = 2;
+
+/// How long to wait for other tests' guests, in seconds.
+const SLOT_WAIT_SECONDS: u64 = 1200;
+
+/// A working directory and the right to run some guests.
+#[derive(Debug)]
+pub struct Lab {
+    /// Pools, logs and consoles: on a disk, for direct I/O.
+    directory: TempDir,
+    /// Sockets: a path of theirs has at most 107 bytes.
+    sockets: TempDir,
+    /// Locked for as long as the guests may run.
+    _slots: Vec<File>,
+}
+
+impl Lab {
+    /// Makes the directories, and waits until `guests` more guests may run.
+    pub fn new(name: &str, guests: usize) -> Result<Self> {
+        let slots = acquire_slots(guests)?;
+        Self::with_slots(name, slots)
+    }
+
+    /// A lab for finding out what this machine can do, for whoever holds slots already.
+    pub(crate) fn for_probe(name: &str) -> Result<Self> {
+        Self::with_slots(name, Vec::new())
+    }
+
+    fn with_slots(name: &str, slots: Vec<File>) -> Result<Self> {
+        let work = work_directory()?;
+        fs::create_dir_all(&work)?;
+        let mut builder = tempfile::Builder::new();
+        let keep = env::var_os("HOLDFAST_KEEP").is_some();
+        builder.disable_cleanup(keep);
+        let prefix = format!("{}-", name.replace("::", "-"));
+        let directory = builder.prefix(&prefix).tempdir_in(&work)?;
+        let sockets = builder.prefix("holdfast-").tempdir_in("/tmp")?;
+        if keep {
+            eprintln!("keeping {} and {}", directory.path().display(), sockets.path().display());
+        }
+        Ok(Self { directory, sockets, _slots: slots })
+    }
+
+    /// The directory for data and logs. Every `*.log` in it is part of a failure report.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The path of a log called `name`.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.directory().join(format!("{name}.log"))
+    }
+
+    /// The path of a socket called `name`.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.sockets.path().join(format!("{name}.sock"))
+    }
+
+    /// Makes a file of `bytes` bytes (sparse), for a disk or a device of a pool.
+    pub fn file(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.directory().join(name);
+        File::create_new(&path)?.set_len(bytes)?;
+        Ok(path)
+    }
+
+    /// The end of every log, for a reader who was not there.
+    pub fn report(&self) -> String {
+        let mut logs: Vec<PathBuf> = fs::read_dir(self.directory())
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+            .collect();
+        logs.sort();
+        let part = |log: &PathBuf| {
+            let name = log.file_name().unwrap_or_default().display();
+            format!("--- {name}\n{}", tail(log))
+        };
+        logs.iter().map(part).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Runs a test that needs `guests` guests at once. A failure prints every log and console.
+pub fn test(guests: usize, body: impl FnOnce(&Lab) -> Result<()>) {
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let lab = Lab::new(&name, guests).expect("a lab for the test");
+    // The body owns the processes: they are gone, and their logs complete, when it returns.
+    match catch_unwind(AssertUnwindSafe(|| body(&lab))) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            eprintln!("{}", lab.report());
+            drop(lab);
+            let reasons: Vec<String> = error.chain().map(ToString::to_string).collect();
+            panic!("{name}: {}", reasons.join("\n  because: "));
+        }
+        Err(payload) => {
+            eprintln!("{}", lab.report());
+            drop(lab);
+            resume_unwind(payload);
+        }
+    }
+}
+
+/// Locks `count` of the machine's slots. Whoever waits for several holds the gate meanwhile, so
+/// that two such never wait for each other.
+fn acquire_slots(count: usize) -> Result<Vec<File>> {
+    ensure!(count <= GUESTS_AT_ONCE, "{count} guests at once, the limit is {GUESTS_AT_ONCE}");
+    let directory = cache_directory()?;
+    fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    let deadline = Deadline::seconds(SLOT_WAIT_SECONDS);
+    let gate = File::create(directory.join("guests.lock"))?;
+    wait_until("other tests' guests (gate)", deadline, || Ok(gate.try_lock().ok()))?;
+    let mut slots = Vec::new();
+    for index in 0..GUESTS_AT_ONCE {
+        slots.push(File::create(directory.join(format!("guest-{index}.lock")))?);
+    }
+    let mut held = Vec::new();
+    wait_until("other tests' guests", deadline, || {
+        let mut index = 0;
+        while index < slots.len() && held.len() < count {
+            if slots[index].try_lock().is_ok() {
+                held.push(slots.swap_remove(index));
+            } else {
+                index += 1;
+            }
+        }
+        Ok((held.len() == count).then_some(()))
+    })?;
+    Ok(held)
+}

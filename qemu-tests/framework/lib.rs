@@ -1,0 +1,40 @@
+//! Boots real guests under QEMU, on disks served by real processes, and works them.
+//!
+//! A test is a closure over a [`Lab`]: a working directory whose processes and guests are gone
+//! when it ends, and whose logs and consoles are the failure report.
+//!
+//! * [`Lab`], [`test`]: the directory, the slots that bound how many guests run at once, the report.
+//! * [`Process`]: a child with a log, killed when dropped.
+//! * [`Guest`]: a virtual machine, and commands run in it ([`Guest::sh`]).
+//! * [`Cluster`]: `holdfastd` servers over one cluster store, and volumes.
+//! * [`StorageDaemon`]: QEMU's own vhost-user-blk server, to test this harness against a peer.
+//! * [`fio`]: jobs for the guest, and what they measured.
+//!
+//! Nothing here skips: without a working KVM guests run under QEMU's emulation, and a missing
+//! program is an error that says `scripts/install`.
+
+mod accelerator;
+mod agent;
+mod binaries;
+mod console;
+mod cpio;
+pub mod fio;
+mod guest;
+mod initramfs;
+mod lab;
+mod lines;
+mod process;
+mod qmp;
+mod storage_daemon;
+mod wait;
+
+pub use accelerator::Accelerator;
+pub use agent::Output;
+pub use binaries::{cache_directory, holdfast_binary, system_binary};
+pub use console::Shell;
+pub use guest::{Disk, Guest, GuestOptions};
+pub use lab::{Lab, test};
+pub use process::Process;
+pub use qmp::Qmp;
+pub use storage_daemon::StorageDaemon;
+pub use wait::{Deadline, wait_until};

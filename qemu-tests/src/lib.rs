@@ -1,1 +1,0 @@
-//! Boots real guests under QEMU and tests volumes through them.

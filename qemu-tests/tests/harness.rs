@@ -1,0 +1,81 @@
+//! The harness against a peer's back end, so that a failure elsewhere is not the harness's.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use framework::fio::Fio;
+use framework::{Disk, Guest, GuestOptions, Lab, StorageDaemon, test};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn a_guest_works_a_disk_of_qemu_storage_daemon() {
+    test(1, |lab: &Lab| {
+        let file = lab.file("disk", 128 * MIB)?;
+        let back_end = StorageDaemon::start(lab, "storage-daemon", &file)?;
+        let disk = Disk::new("disk", back_end.socket());
+        let options = GuestOptions { disks: vec![disk.clone()], ..GuestOptions::new("guest") };
+        let mut guest = Guest::boot(lab, &options)?;
+
+        guest.sh("echo 'label: gpt\n,' | sfdisk --quiet /dev/vda")?;
+        guest.sh("mkfs.ext4 -q /dev/vda1 && mount /dev/vda1 /mnt")?;
+        guest.sh("dd if=/dev/urandom of=/mnt/data bs=64k count=64 2>/dev/null")?;
+        guest.sh("cd /mnt && md5sum data >sum && cd / && umount /mnt")?;
+
+        guest.unplug("disk")?;
+        ensure!(guest.disks()?.is_empty(), "the disk is gone");
+        let device = guest.plug(&disk)?;
+        guest.sh(&format!("e2fsck -fn {device}1 && mount {device}1 /mnt"))?;
+        guest.sh("cd /mnt && md5sum -c sum && cd / && umount /mnt")?;
+
+        let fio = Fio::new(&device, "randwrite").size_mib(8).verify();
+        let measured = fio.run(&mut guest)?;
+        ensure!(measured.write.requests == 2048, "{measured:?}");
+        ensure!(measured.read.requests == 2048, "{measured:?}");
+        guest.check_no_complaints()?;
+        guest.power_off()
+    });
+}
+
+#[test]
+fn damage_below_the_disk_is_seen_in_the_guest() -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut seen = String::new();
+    test(1, |lab: &Lab| {
+        let file = lab.file("disk", 16 * MIB)?;
+        let back_end = StorageDaemon::start(lab, "storage-daemon", &file)?;
+        let options = GuestOptions::new("guest").disk("disk", back_end.socket());
+        let mut guest = Guest::boot(lab, &options)?;
+        let fio = Fio::new("/dev/vda", "randwrite").size_mib(1).verify();
+        fio.run(&mut guest)?;
+        let bytes = std::fs::OpenOptions::new().write(true).open(&file)?;
+        bytes.write_all_at(&[0x55; 512], 40 * 4096 + 1024)?;
+        bytes.sync_all()?;
+        seen = match fio.check_only(&mut guest) {
+            Ok(_) => "nothing".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        Ok(())
+    });
+    ensure!(seen.contains("verify"), "fio saw {seen}");
+    Ok(())
+}
+
+#[test]
+fn commands_in_the_guest_have_deadlines_and_statuses() {
+    test(1, |lab: &Lab| {
+        let mut guest = Guest::boot(lab, &GuestOptions::new("guest"))?;
+        ensure!(guest.sh("echo done 7 0; echo end 7")? == "done 7 0\nend 7\n", "frames in output");
+        let output = guest.output_of("echo partial; exit 3", Duration::from_secs(5))?;
+        ensure!(output.status == 3 && output.text == "partial\n", "{output:?}");
+        let output = guest.output_of("echo before; sleep 3600", Duration::from_secs(1))?;
+        ensure!(output.status == 137 && output.text.starts_with("before\n"), "{output:?}");
+        // The agent is still there, and jobs run beside other commands.
+        let job = guest.spawn("until [ -e /tmp/go ]; do usleep 10000; done; echo went; exit 4")?;
+        ensure!(guest.poll(job)?.is_none(), "the job waits");
+        guest.sh("touch /tmp/go")?;
+        let output = guest.wait_output(job, Duration::from_secs(10))?;
+        ensure!(output.status == 4 && output.text == "went\n", "{output:?}");
+        Ok(())
+    });
+}
