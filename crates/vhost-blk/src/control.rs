@@ -1,17 +1,116 @@
 //! What the control thread asks of the device, and how it waits for the answer.
 
 use core::fmt;
+use core::time::Duration;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use crate::dirty::DirtyLog;
+use crate::inflight::InflightBuffer;
+use crate::memory::GuestMemory;
+use crate::ring::RingAddresses;
 
 /// A message from a socket's control thread to its device. The shell passes it unopened from its
 /// [`ControlSink`] to [`Device::control`](crate::Device::control), in order. Dropping it
 /// unanswered ends the front end's connection.
+#[derive(Debug)]
 pub struct Control {
-    private: (),
+    pub(crate) request: Request,
+    pub(crate) reply: Reply,
 }
 
-impl fmt::Debug for Control {
+/// What is asked. Queues are below [`crate::QUEUES_MAX`]'s bound only after the device checked.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// A front end connected.
+    Connected,
+    /// It is gone: let go of everything of it. Answered at once.
+    Disconnected,
+    /// Take no new requests; answered when none is under way.
+    Quiesce,
+    Features(u64),
+    Memory(Arc<GuestMemory>),
+    Log(Arc<DirtyLog>),
+    Inflight(Arc<InflightBuffer>),
+    RingSize {
+        queue: u16,
+        size: u16,
+    },
+    RingAddresses {
+        queue: u16,
+        addresses: RingAddresses,
+    },
+    RingBase {
+        queue: u16,
+        base: u16,
+    },
+    /// Answered with the ring's available index, when nothing of it is under way.
+    RingStop {
+        queue: u16,
+    },
+    /// Disabling is answered when all that is available now was answered.
+    RingEnable {
+        queue: u16,
+        enable: bool,
+    },
+    Kick {
+        queue: u16,
+        fd: Arc<OwnedFd>,
+    },
+    Call {
+        queue: u16,
+        fd: Option<OwnedFd>,
+    },
+    Error {
+        queue: u16,
+        fd: Option<OwnedFd>,
+    },
+}
+
+/// Why a device did not do what it was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ControlError {
+    #[error("queue {queue} does not exist: the device has {queues}")]
+    NoQueue { queue: u16, queues: u16 },
+    #[error("features {unknown:#x} were not offered")]
+    Features { unknown: u64 },
+    #[error("queue {queue} cannot have {size} entries (a power of two up to {max})")]
+    RingSize { queue: u16, size: u16, max: u16 },
+    #[error("queue {queue} is running: its size and base cannot change")]
+    Running { queue: u16 },
+    #[error("the device's reactor is gone")]
+    Closed,
+    #[error("no answer in time")]
+    TimedOut,
+}
+
+/// An answer; the number is a stopped ring's available index, else 0.
+pub(crate) type Answer = Result<u16, ControlError>;
+
+/// The way back to the control thread.
+pub(crate) struct Reply {
+    sender: SyncSender<Answer>,
+}
+
+impl Reply {
+    /// Answers. Nobody may be waiting any more: then the connection ends anyway.
+    pub(crate) fn send(self, answer: Answer) {
+        let _ = self.sender.try_send(answer);
+    }
+}
+
+impl fmt::Debug for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Control {{ {:?} }}", self.private)
+        f.write_str("Reply")
+    }
+}
+
+impl Control {
+    /// A message, and where its answer will come.
+    pub(crate) fn new(request: Request) -> (Self, Receiver<Answer>) {
+        let (sender, receiver) = sync_channel(1);
+        (Self { request, reply: Reply { sender } }, receiver)
     }
 }
 
@@ -31,5 +130,17 @@ pub trait ControlSink: Send {
 impl<F: FnMut(Control) -> Result<(), SinkClosed> + Send> ControlSink for F {
     fn deliver(&mut self, control: Control) -> Result<(), SinkClosed> {
         self(control)
+    }
+}
+
+/// Delivers `request` and waits for its answer.
+pub(crate) fn ask(sink: &mut dyn ControlSink, request: Request, timeout: Duration) -> Answer {
+    use std::sync::mpsc::RecvTimeoutError;
+    let (control, answer) = Control::new(request);
+    sink.deliver(control).map_err(|SinkClosed| ControlError::Closed)?;
+    match answer.recv_timeout(timeout) {
+        Ok(answer) => answer,
+        Err(RecvTimeoutError::Timeout) => Err(ControlError::TimedOut),
+        Err(RecvTimeoutError::Disconnected) => Err(ControlError::Closed),
     }
 }

@@ -17,11 +17,19 @@
 //! 4. [`Device::poll_event`] until it returns `None`;
 //! 5. [`Device::flush_notifications`].
 
+mod chain;
 mod config;
 mod control;
 mod device;
+mod dirty;
 mod eventfd;
+mod inflight;
 mod listener;
+mod memory;
+mod queue;
+mod request;
+mod ring;
+mod session;
 
 pub use config::{
     CONFIG_BYTES, ConfigError, DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX, SECTOR_BYTES, SERIAL_BYTES,
