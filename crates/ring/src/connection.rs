@@ -244,7 +244,8 @@ impl Reactor {
     /// Receives into `buffer`. `region` is in bytes of the whole slot: the header page at 0, the
     /// payload at [`HEADER_BYTES`](base::limits::HEADER_BYTES), so that one receive may put a
     /// header right before the payload. Completes with [`Completion::Received`] once `min_bytes`
-    /// (at least 1) are there, or the peer has closed, or it failed.
+    /// (at least 1) are there, or the peer has closed, or it failed. On a connection that is
+    /// closing or closed it completes with [`IoError::Closed`], perhaps after the `Closed`.
     ///
     /// # Panics
     /// If a receive is outstanding on this connection, or `region` is not within the slot, or
@@ -262,7 +263,10 @@ impl Reactor {
         );
         assert!(0 < min_bytes && min_bytes <= region.len(), "the region holds the least bytes");
         let target = match self.connections.get(connection.0) {
-            Some(entry) if entry.state != State::Closing => entry.target,
+            Some(entry) if entry.state != State::Closing => {
+                assert!(entry.receive.is_none(), "one receive at a time on a connection");
+                entry.target
+            }
             Some(_) | None => {
                 let result = Err(IoError::Closed);
                 self.completions.push_back(Completion::Received { connection, buffer, result });
@@ -278,9 +282,7 @@ impl Reactor {
             min_bytes,
             done: 0,
         }));
-        let entry = self.connections.get_mut(connection.0).expect("it was there just now");
-        let before = entry.receive.replace(key);
-        assert!(before.is_none(), "one receive at a time on a connection");
+        self.connections.get_mut(connection.0).expect("it was there just now").receive = Some(key);
     }
 
     pub(crate) fn receive_completed(&mut self, key: Key, result: i32) {

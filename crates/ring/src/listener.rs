@@ -122,7 +122,8 @@ pub(crate) fn accept_entry(descriptor: RawFd) -> Entry {
 
 impl Reactor {
     /// Listens; connections come as [`Completion::Accepted`] and have `options`. A Unix socket
-    /// that nobody listens on any more is replaced.
+    /// that nobody listens on any more is replaced; whoever does listen there sees a connection
+    /// that closes at once, which is how it is found out.
     pub fn listen(
         &mut self,
         address: &SocketAddress,
