@@ -1,12 +1,24 @@
 //! The head: what goes in, what comes out.
 
+use std::collections::VecDeque;
+
+use base::limits::HEAD_REQUESTS_MAX;
+use base::membership::{seal_quorum, write_quorum};
+use base::time::earliest;
 use base::{
-    BlockReply, BlockRequest, Epoch, Instant, Position, ReplicaCommand, ReplicaError, ReplyBody,
-    ServerId,
+    BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Policy, Position,
+    ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId,
 };
 
-use crate::config::{HeadConfig, HeadError};
-use crate::status::{HeadStatus, StallReason};
+use crate::config::{HeadConfig, HeadError, Tunables};
+use crate::ending::Unanswered;
+use crate::flush::FlushWaiter;
+use crate::log::Log;
+use crate::member::Member;
+use crate::overlap::Newest;
+use crate::reads::Reads;
+use crate::status::{HeadPhase, Stall, StallReason};
+use crate::tag::{Kind, tag};
 
 /// What a head is told.
 #[derive(Debug)]
@@ -88,65 +100,252 @@ pub enum Output {
 /// The single writer of a shard at an epoch.
 #[derive(Debug)]
 pub struct Head {
-    config: HeadConfig,
+    pub(crate) key: ReplicaKey,
+    pub(crate) epoch: Epoch,
+    pub(crate) block_size: BlockSize,
+    pub(crate) blocks: u64,
+    pub(crate) policy: Policy,
+    pub(crate) local: Option<ServerId>,
+    pub(crate) buffers: BufferPool,
+    /// The head's own few buffers, made when `buffers` was empty at the wrong moment.
+    pub(crate) reserve: Option<BufferPool>,
+    pub(crate) tunables: Tunables,
+    /// Time of the input being handled.
+    pub(crate) now: Instant,
+    pub(crate) phase: Phase,
+    pub(crate) members: Vec<Member>,
+    /// Acknowledgements that a record needs: Qw(S).
+    pub(crate) write_quorum: usize,
+    /// Answers to Seal that an opening needs: Qs(S).
+    pub(crate) seal_quorum: usize,
+    pub(crate) log: Log,
+    pub(crate) newest: Newest,
+    pub(crate) reads: Reads,
+    pub(crate) flushes: VecDeque<FlushWaiter>,
+    pub(crate) queue: VecDeque<Queued>,
+    /// The first queued request waits for a buffer; try again then.
+    pub(crate) buffer_retry: Option<Instant>,
+    /// Writes begun and not answered.
+    pub(crate) writes: usize,
+    /// Commit news goes out then.
+    pub(crate) trim_at: Option<Instant>,
+    /// Requests past the stall deadline are looked for then.
+    pub(crate) expire_at: Instant,
+    pub(crate) stall: Option<Stall>,
+    pub(crate) stall_announced: Option<StallReason>,
+    pub(crate) returned: VecDeque<Unanswered>,
+    pub(crate) outputs: VecDeque<Output>,
+    /// Numbers for the tags of rare commands.
+    pub(crate) counter: u64,
+}
+
+/// Where a head is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Waits for a seal quorum, and from `quorum_since` on for a moment longer.
+    Sealing { quorum_since: Option<Instant> },
+    /// A tail is chosen; brings it to a write quorum.
+    Reconciling,
+    /// EpochStart is written.
+    Starting,
+    /// Serves.
+    Serving,
+    /// Finishes what was accepted, and from `until` on waits for members to hear of it.
+    Releasing { until: Option<Instant> },
+    /// Over.
+    Ended(HeadPhase),
+}
+
+/// A request that has not been begun.
+#[derive(Debug)]
+pub(crate) struct Queued {
+    pub(crate) arrived: Instant,
+    pub(crate) request: BlockRequest,
 }
 
 impl Head {
     /// A head that has won `config.epoch`. It waits for [`Input::MemberUp`].
     pub fn new(config: HeadConfig, now: Instant) -> Result<Self, HeadError> {
         config.check()?;
-        let _ = now;
-        Ok(Self { config })
+        let HeadConfig { volume, shard, epoch, local, buffers, tunables } = config;
+        let member = |member: &base::Member| {
+            Member::new(member.server, member.role, now, tunables.retry_min)
+        };
+        let members: Vec<Member> = shard.members.iter().map(member).collect();
+        let in_sync = members.iter().filter(|member| member.in_sync()).count();
+        let blocks = volume.blocks();
+        Ok(Self {
+            key: ReplicaKey { volume: volume.id, shard: shard.shard },
+            epoch,
+            block_size: volume.block_size,
+            blocks,
+            policy: volume.policy,
+            local,
+            buffers,
+            reserve: None,
+            tunables,
+            now,
+            phase: Phase::Sealing { quorum_since: None },
+            members,
+            write_quorum: write_quorum(in_sync),
+            seal_quorum: seal_quorum(in_sync),
+            log: Log::new(HEAD_REQUESTS_MAX + tunables.backlog_records_max + 2),
+            newest: Newest::new(volume.block_size),
+            reads: Reads::new(),
+            flushes: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
+            queue: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
+            buffer_retry: None,
+            writes: 0,
+            trim_at: None,
+            expire_at: now,
+            stall: None,
+            stall_announced: None,
+            returned: VecDeque::new(),
+            outputs: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
+            counter: 0,
+        })
     }
 
     /// Takes one input.
     pub fn handle(&mut self, now: Instant, input: Input) {
-        let _ = (now, input);
+        self.now = self.now.max(now);
+        if let Phase::Ended(_) = self.phase {
+            if let Input::Request(request) = input {
+                self.outputs.push_back(Output::Returned(request));
+            }
+            return;
+        }
+        match input {
+            Input::MemberUp { server } => self.member_up(server),
+            Input::MemberDown { server } => self.member_down(server),
+            Input::Reply { server, tag, result } => self.reply(server, tag, result),
+            Input::Request(request) => self.accept(request),
+            Input::Release => self.release(),
+            Input::Abandon => self.end(HeadPhase::Abandoned, Output::Abandoned),
+            Input::Tick => {}
+        }
+        self.advance();
+    }
+
+    /// Does whatever the last input, or the time, made possible.
+    fn advance(&mut self) {
+        if let Phase::Ended(_) = self.phase {
+            return;
+        }
+        if self.buffer_retry.is_some_and(|at| at <= self.now) {
+            self.buffer_retry = None;
+        }
+        self.wake_members();
+        self.advance_opening();
+        self.advance_commit();
+        self.begin_queued();
+        for member in 0..self.members.len() {
+            self.pump(member);
+        }
+        self.forget_acknowledged();
+        self.advance_flushes();
+        self.advance_reads();
+        self.send_commit_news();
+        self.expire();
+        self.advance_release();
+        self.watch_for_stall();
     }
 
     /// The next thing the head wants, until `None`.
     pub fn poll_output(&mut self) -> Option<Output> {
-        None
+        self.outputs.pop_front().or_else(|| self.next_returned().map(Output::Returned))
     }
 
     /// When to call with [`Input::Tick`] at the latest.
     pub fn next_deadline(&self) -> Option<Instant> {
-        None
+        if let Phase::Ended(_) = self.phase {
+            let more = !self.returned.is_empty();
+            return more.then(|| self.now + self.tunables.retry_min);
+        }
+        let mut deadline = earliest(self.buffer_retry, self.trim_at);
+        deadline = earliest(deadline, self.reads.retry_at());
+        deadline = earliest(deadline, self.phase_deadline());
+        deadline = earliest(deadline, self.stall_deadline());
+        if self.policy.stall_deadline_ms.is_some() && self.unanswered() > 0 {
+            deadline = earliest(deadline, Some(self.expire_at));
+        }
+        for member in &self.members {
+            deadline = earliest(deadline, member.deadline());
+        }
+        deadline
     }
 
     /// How many more requests may be handed in without one coming back.
     pub fn room(&self) -> usize {
-        0
+        match self.phase {
+            Phase::Sealing { .. } | Phase::Reconciling | Phase::Starting | Phase::Serving => {
+                HEAD_REQUESTS_MAX - self.queue.len()
+            }
+            Phase::Releasing { .. } | Phase::Ended(_) => 0,
+        }
     }
 
     /// Requests accepted and neither answered nor returned. A head that ended may be dropped
     /// once this is zero and no output is left.
     pub fn unanswered(&self) -> usize {
-        0
+        self.in_flight() + self.queue.len() + self.returned.len()
+    }
+
+    /// Requests begun and not answered.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.writes + self.reads.unanswered() + self.flushes.len()
     }
 
     /// The epoch.
     pub fn epoch(&self) -> Epoch {
-        self.config.epoch
+        self.epoch
     }
 
-    /// How it is doing.
-    pub fn status(&self) -> HeadStatus {
-        HeadStatus {
-            phase: crate::status::HeadPhase::Sealing,
-            epoch: self.config.epoch,
-            last: Position::ZERO,
-            commit: base::Seq::ZERO,
-            in_flight: 0,
-            queued: 0,
-            members: Vec::new(),
-            stall: None,
-        }
+    pub(crate) fn next_number(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    /// Sends a command to a member; commit news rides along.
+    pub(crate) fn send(
+        &mut self,
+        member: usize,
+        kind: Kind,
+        number: u64,
+        body: CommandBody,
+    ) -> u64 {
+        let (commit, now) = (self.log.commit(), self.now);
+        let member = &mut self.members[member];
+        assert!(member.connected, "commands go to connected members only");
+        // What a member has not acknowledged it may yet have to truncate, or may not hold.
+        let commit = if member.follows() { commit.min(member.acked) } else { Seq::ZERO };
+        member.told_commit = member.told_commit.max(commit);
+        member.told_at = now;
+        member.outstanding += 1;
+        let tag = tag(kind, member.session, number);
+        let command = ReplicaCommand { key: self.key, epoch: self.epoch, commit, body };
+        self.outputs.push_back(Output::Command { server: member.server, tag, command });
+        tag
     }
 
     /// Asserts what must always hold; for tests and the simulator.
     ///
     /// # Panics
     /// If an invariant is violated.
-    pub fn check_invariants(&self) {}
+    pub fn check_invariants(&self) {
+        self.log.check();
+        self.reads.check();
+        assert!(self.queue.len() <= HEAD_REQUESTS_MAX);
+        assert!(self.log.undecided() <= HEAD_REQUESTS_MAX + 1);
+        assert!(self.log.durable <= self.log.last().seq);
+        for member in &self.members {
+            let follows = member.follows();
+            assert!(!follows || member.connected);
+            assert!(!follows || member.next_send.0 <= self.log.last().seq.0 + 1);
+            assert!(!follows || member.acked < member.next_send);
+            if let crate::member::Mode::Live = member.mode {
+                assert!(member.next_send >= self.log.base(), "no gap before the live stream");
+            }
+        }
+    }
 }

@@ -31,9 +31,23 @@
 //! copy for members whose log is too far behind. They hook in at `members`, `reads` and
 //! `catchup`.
 
+mod catchup;
 mod config;
+mod ending;
+mod flush;
+mod gate;
 mod head;
+mod inflight;
+mod log;
+mod matching;
+mod member;
+mod opening;
+mod overlap;
+mod reads;
+mod sessions;
+mod stall;
 mod status;
+mod tag;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};

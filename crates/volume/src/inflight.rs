@@ -1,0 +1,217 @@
+//! Requests on their way in, and writes: a seq each at arrival, the same record to every member,
+//! acknowledged in seq order once a write quorum has it.
+
+use base::limits::{HEAD_REQUESTS_MAX, PAYLOAD_BYTES_MAX, RANGE_BLOCKS_MAX};
+use base::{
+    BlockRequest, BufferMut, Durability, Operation, Position, Record, RecordHeader, RecordKind,
+    ReplicaError, ReplyBody, Seq, Status,
+};
+
+use crate::gate::Grounds;
+use crate::head::{Head, Output, Phase, Queued};
+use crate::log::Entry;
+use crate::member::Mode;
+use crate::sessions::Answer;
+use crate::tag::NUMBER_MASK;
+
+impl Head {
+    /// Takes a request in: answers it if it is not valid, queues it, or gives it back.
+    pub(crate) fn accept(&mut self, request: BlockRequest) {
+        if self.room() == 0 {
+            self.outputs.push_back(Output::Returned(request));
+            return;
+        }
+        if let Some(status) = self.refusal(&request) {
+            self.answer(request.id, Grounds::Refused(status));
+            return;
+        }
+        self.queue.push_back(Queued { arrived: self.now, request });
+    }
+
+    /// Why a request can never be served, if so. Front ends check too; what slips through must
+    /// not reach a record.
+    fn refusal(&self, request: &BlockRequest) -> Option<Status> {
+        let bytes = request.blocks.bytes(self.block_size);
+        let fits = |capacity: usize| bytes <= PAYLOAD_BYTES_MAX as u64 && bytes <= capacity as u64;
+        let in_limits = match &request.operation {
+            Operation::Flush => return None,
+            Operation::Read { buffer } | Operation::Write { buffer, .. } => fits(buffer.capacity()),
+            Operation::Discard | Operation::WriteZeroes { .. } => {
+                request.blocks.0 <= RANGE_BLOCKS_MAX
+            }
+        };
+        let end = request.lba.checked_add(request.blocks);
+        if request.blocks.0 == 0 || !in_limits || end.is_none_or(|end| end.0 > self.blocks) {
+            return Some(Status::InvalidRange);
+        }
+        let writes = !matches!(request.operation, Operation::Read { .. });
+        (writes && self.policy.read_only).then_some(Status::ReadOnly)
+    }
+
+    /// Begins queued requests in their order, as far as limits and buffers allow.
+    pub(crate) fn begin_queued(&mut self) {
+        if !matches!(self.phase, Phase::Serving | Phase::Releasing { until: None }) {
+            return;
+        }
+        while self.in_flight() < HEAD_REQUESTS_MAX {
+            let Some(Queued { arrived, request }) = self.queue.pop_front() else { return };
+            if let Err(request) = self.begin(arrived, request) {
+                self.queue.push_front(Queued { arrived, request });
+                return;
+            }
+        }
+    }
+
+    /// Begins a request, or gives it back if it has to wait.
+    fn begin(&mut self, arrived: base::Instant, request: BlockRequest) -> Result<(), BlockRequest> {
+        let BlockRequest { id, lba, blocks, operation } = request;
+        let give_back = |operation| Err(BlockRequest { id, lba, blocks, operation });
+        // After a stall deadline, undecided records outlive their requests.
+        let room = self.log.undecided() < HEAD_REQUESTS_MAX;
+        let (kind, buffer, fua) = match operation {
+            Operation::Read { buffer } if self.reads.room() => {
+                self.begin_read(arrived, id, lba, blocks, buffer);
+                return Ok(());
+            }
+            Operation::Flush => {
+                self.begin_flush(arrived, id);
+                return Ok(());
+            }
+            Operation::Write { buffer, fua } if room => (RecordKind::Write, buffer, fua),
+            Operation::Discard if room => match self.header_buffer() {
+                Some(buffer) => (RecordKind::Discard, buffer, false),
+                None => return give_back(Operation::Discard),
+            },
+            Operation::WriteZeroes { fua } if room => match self.header_buffer() {
+                Some(buffer) => (RecordKind::WriteZeroes, buffer, fua),
+                None => return give_back(Operation::WriteZeroes { fua }),
+            },
+            Operation::Read { .. }
+            | Operation::Write { .. }
+            | Operation::Discard
+            | Operation::WriteZeroes { .. } => return give_back(operation),
+        };
+        let last = self.log.last();
+        let header = RecordHeader {
+            key: self.key,
+            position: Position::new(self.epoch, last.seq.next()),
+            previous_epoch: last.epoch,
+            kind,
+            block_size: self.block_size,
+            lba,
+            blocks,
+            fua,
+        };
+        let record = Record::encode(header, buffer);
+        let media = fua || self.policy.durability == Durability::Durable;
+        self.newest.note(lba, blocks, header.position.seq);
+        self.log.push(Entry { record, request: Some(id), arrived, media });
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn header_buffer(&mut self) -> Option<BufferMut> {
+        let buffer = self.buffers.take(0);
+        if buffer.is_none() {
+            self.buffer_retry = Some(self.now + self.tunables.retry_min);
+        }
+        buffer
+    }
+
+    pub(crate) fn append_answered(&mut self, index: usize, number: u64, result: &Answer) {
+        let member = &mut self.members[index];
+        if !member.follows() {
+            return;
+        }
+        // The tag holds the seq's low bits; the appends under way are far fewer.
+        let ahead = number.wrapping_sub(member.acked.0) & NUMBER_MASK;
+        let seq = Seq(member.acked.0.saturating_add(ahead));
+        match result {
+            Ok(ReplyBody::Appended { durable }) => {
+                let before = member.acked;
+                member.learn_durable(*durable);
+                if member.append_answered(seq) {
+                    if let Mode::Live = member.mode {
+                        member.backoff = self.tunables.retry_min;
+                    }
+                    let covers_now = member.acked >= self.log.commit();
+                    if before < self.log.commit() && covers_now {
+                        self.reads.retry();
+                    }
+                    self.plan_commit_news();
+                }
+            }
+            Ok(_) => self.member_failed(index, ReplicaError::Invalid),
+            Err(error) => self.member_failed(index, *error),
+        }
+    }
+
+    /// Members of the in-sync set that hold `seq`, on media if `media`.
+    pub(crate) fn holders(&self, seq: Seq, media: bool) -> usize {
+        let holds = |member: &&crate::member::Member| {
+            let position = if media { member.durable() } else { member.acked };
+            member.in_sync() && member.follows() && position >= seq
+        };
+        self.members.iter().filter(holds).count()
+    }
+
+    /// Acknowledges every record that a write quorum has, in seq order.
+    pub(crate) fn advance_commit(&mut self) {
+        let Some(start) = self.log.start() else { return };
+        loop {
+            // What precedes EpochStart is settled with it, never before.
+            let seq = self.log.commit().next().max(start);
+            let Some(entry) = self.log.entry(seq) else { break };
+            if self.holders(seq, entry.media) < self.write_quorum {
+                break;
+            }
+            let committed = self.log.commit_next();
+            assert_eq!(committed, seq, "records are acknowledged in order");
+            let request = self.log.entry_mut(seq).and_then(|entry| entry.request.take());
+            if let Some(id) = request {
+                self.writes -= 1;
+                self.answer(id, Grounds::Written { seq });
+            }
+            if seq == start {
+                self.log.durable = self.log.durable.max(start);
+                self.started(start);
+            }
+            self.plan_commit_news();
+        }
+        self.release_held_reads();
+    }
+
+    /// Forgets acknowledged records that every member that follows has been sent, and beyond the
+    /// backlog's limits the oldest: members that still lack those read another's log.
+    pub(crate) fn forget_acknowledged(&mut self) {
+        loop {
+            let (records, bytes) = self.log.backlog();
+            if records == 0 {
+                return;
+            }
+            let first = self.log.base();
+            let wanted = self.members.iter().any(|m| m.follows() && m.next_send <= first);
+            let over = records > self.tunables.backlog_records_max
+                || bytes > self.tunables.backlog_bytes_max;
+            if wanted && !over {
+                return;
+            }
+            self.log.forget_first();
+            if wanted {
+                self.demote_members();
+            }
+        }
+    }
+
+    /// Members whose next record is no longer in memory go on from another member's log.
+    fn demote_members(&mut self) {
+        let (base, now) = (self.log.base(), self.now);
+        for member in &mut self.members {
+            if matches!(member.mode, Mode::Live) && member.next_send < base {
+                let catch_up =
+                    crate::catchup::CatchUp::new(member.next_send, self.tunables.catch_up_depth);
+                member.enter(Mode::CatchingUp(Box::new(catch_up)), now);
+            }
+        }
+    }
+}

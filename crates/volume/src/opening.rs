@@ -1,0 +1,164 @@
+//! Opening: wait for a seal quorum, choose the tail, bring it to a write quorum, write EpochStart,
+//! serve.
+//!
+//! Why the greatest last position holds everything acknowledged: a seal quorum meets every write
+//! quorum, so one of the answers holds it; and a log with a greater end (epoch before seq) either
+//! contains that one's log, or was begun by a head that had settled it. Records of older epochs count
+//! as settled only once a record of this epoch follows them at a write quorum: until then another
+//! head could choose a tail without them.
+//!
+//! EpochStart is written only when a write quorum holds the whole tail: before, no record of this
+//! epoch exists anywhere, so if the chosen source goes away another tail may still be chosen.
+//! And it counts only on media, so that what the old epochs left undecided stays as this opening
+//! decided it, whatever loses power afterwards.
+
+use base::{
+    BlockCount, Instant, Lba, Position, Record, RecordHeader, RecordKind, ReplicaState, Seq,
+};
+
+use crate::head::{Head, Output, Phase};
+use crate::log::Entry;
+use crate::member::Mode;
+use crate::status::HeadPhase;
+
+impl Head {
+    pub(crate) fn advance_opening(&mut self) {
+        if let Phase::Sealing { quorum_since } = self.phase {
+            self.advance_sealing(quorum_since);
+        }
+        if self.phase == Phase::Reconciling {
+            self.advance_reconciling();
+        }
+    }
+
+    fn advance_sealing(&mut self, quorum_since: Option<Instant>) {
+        let sealed = self
+            .members
+            .iter()
+            .filter(|member| member.in_sync() && matches!(member.mode, Mode::Sealed(_)));
+        if sealed.count() < self.seal_quorum {
+            self.phase = Phase::Sealing { quorum_since: None };
+            return;
+        }
+        let since = quorum_since.unwrap_or(self.now);
+        self.phase = Phase::Sealing { quorum_since: Some(since) };
+        let pending = self
+            .members
+            .iter()
+            .any(|member| matches!(member.mode, Mode::Sealing | Mode::Resting { error: None, .. }));
+        if !pending || since + self.tunables.seal_grace <= self.now {
+            self.choose_tail();
+        }
+    }
+
+    /// Takes the greatest last position of the in-sync members that answered; of several, the local
+    /// member's or the one with the longest log.
+    fn choose_tail(&mut self) {
+        let mut states = [None::<ReplicaState>; base::limits::MEMBERS_MAX];
+        let mut source = None;
+        let mut commit = Seq::ZERO;
+        for (index, member) in self.members.iter().enumerate() {
+            let Mode::Sealed(state) = member.mode else { continue };
+            states[index] = Some(state);
+            if !member.in_sync() {
+                continue;
+            }
+            commit = commit.max(state.commit);
+            let local = self.local == Some(member.server);
+            let rank = (state.last, local, core::cmp::Reverse(state.trimmed));
+            if source.is_none_or(|(best, _)| rank > best) {
+                source = Some((rank, index));
+            }
+        }
+        let ((tail, ..), _) = source.expect("a seal quorum has members");
+        self.log.follow(tail, commit);
+        self.phase = Phase::Reconciling;
+        // Those that hold the tail first: the others are compared with them.
+        for holders in [true, false] {
+            for (index, state) in states.into_iter().enumerate() {
+                if let Some(state) = state.filter(|state| (state.last == tail) == holders) {
+                    self.match_member(index, state);
+                }
+            }
+        }
+    }
+
+    fn advance_reconciling(&mut self) {
+        let tail = self.log.tail();
+        let holds = |member: &&crate::member::Member| {
+            member.in_sync() && member.follows() && member.acked >= tail.seq
+        };
+        let holders = self.members.iter().filter(holds).count();
+        if holders == 0 {
+            self.seal_again();
+        } else if holders >= self.write_quorum {
+            self.write_epoch_start(tail);
+        }
+    }
+
+    /// Nobody connected holds the whole tail any more: choose again among those that come.
+    fn seal_again(&mut self) {
+        self.phase = Phase::Sealing { quorum_since: None };
+        for index in 0..self.members.len() {
+            match self.members[index].mode {
+                Mode::Sealed(_)
+                | Mode::Matching(_)
+                | Mode::Truncating { .. }
+                | Mode::CatchingUp(_)
+                | Mode::Live => self.reset(index, None),
+                Mode::Down | Mode::Resting { .. } | Mode::Sealing | Mode::Parked { .. } => {}
+            }
+        }
+        self.wake_members();
+    }
+
+    fn write_epoch_start(&mut self, tail: Position) {
+        let buffer = self.buffers.take(0);
+        let Some(buffer) = buffer.or_else(|| self.reserve.as_ref()?.take(0)) else {
+            self.buffer_retry = Some(self.now + self.tunables.retry_min);
+            return;
+        };
+        self.buffer_retry = None;
+        let header = RecordHeader {
+            key: self.key,
+            position: Position::new(self.epoch, tail.seq.next()),
+            previous_epoch: tail.epoch,
+            kind: RecordKind::EpochStart,
+            block_size: self.block_size,
+            lba: Lba(0),
+            blocks: BlockCount(0),
+            fua: false,
+        };
+        let record = Record::encode(header, buffer);
+        self.log.push(Entry { record, request: None, arrived: self.now, media: true });
+        self.phase = Phase::Starting;
+    }
+
+    /// EpochStart is at a write quorum, and with it everything before.
+    pub(crate) fn started(&mut self, start: Seq) {
+        assert!(self.log.commit() >= start, "serve only after EpochStart is at a write quorum");
+        self.phase = Phase::Serving;
+        self.outputs.push_back(Output::Opened { position: Position::new(self.epoch, start) });
+    }
+
+    pub(crate) fn phase_deadline(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Sealing { quorum_since } => {
+                quorum_since.map(|since| since + self.tunables.seal_grace)
+            }
+            Phase::Releasing { until } => until,
+            Phase::Reconciling | Phase::Starting | Phase::Serving | Phase::Ended(_) => None,
+        }
+    }
+
+    pub(crate) fn public_phase(&self) -> HeadPhase {
+        match self.phase {
+            Phase::Sealing { .. } => HeadPhase::Sealing,
+            Phase::Reconciling => HeadPhase::Reconciling,
+            Phase::Starting => HeadPhase::Starting,
+            Phase::Serving => HeadPhase::Serving,
+            Phase::Releasing { .. } => HeadPhase::Releasing,
+            Phase::Ended(phase) => phase,
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Sessions of members: up, sealed, reset, parked, down; and where their answers go.
+
+use base::{CommandBody, Instant, ReplicaError, ReplicaState, ReplyBody, Seq, ServerId};
+
+use crate::head::{Head, Output, Phase};
+use crate::member::{Member, Mode};
+use crate::status::{HeadPhase, MemberMode};
+use crate::tag::{Kind, parse};
+
+/// What a member answered to a command.
+pub(crate) type Answer = Result<ReplyBody, ReplicaError>;
+
+impl Head {
+    fn member_index(&self, server: ServerId) -> Option<usize> {
+        self.members.iter().position(|member| member.server == server)
+    }
+
+    pub(crate) fn member_up(&mut self, server: ServerId) {
+        let Some(index) = self.member_index(server) else { return };
+        if self.members[index].connected {
+            self.member_down(server);
+        }
+        let (now, backoff) = (self.now, self.tunables.retry_min);
+        let member = &mut self.members[index];
+        member.connected = true;
+        member.session += 1;
+        member.outstanding = 0;
+        member.backoff = backoff;
+        member.told_commit = Seq::ZERO;
+        member.release_sent = false;
+        member.enter(Mode::Resting { error: None, until: now }, now);
+    }
+
+    pub(crate) fn member_down(&mut self, server: ServerId) {
+        let Some(index) = self.member_index(server) else { return };
+        let now = self.now;
+        let member = &mut self.members[index];
+        if !member.connected {
+            return;
+        }
+        member.connected = false;
+        member.session += 1;
+        member.outstanding = 0;
+        member.release_answered = member.release_sent;
+        member.enter(Mode::Down, now);
+        self.reads_lost(index);
+        self.donor_lost(index);
+    }
+
+    /// Ends what the head was doing with a member and starts over with a Seal, after a wait that
+    /// doubles if `error` says that something went wrong.
+    pub(crate) fn reset(&mut self, index: usize, error: Option<ReplicaError>) {
+        let (now, retry_max) = (self.now, self.tunables.retry_max);
+        let member = &mut self.members[index];
+        let until = if error.is_some() { now + member.backoff } else { now };
+        if error.is_some() {
+            member.backoff = (member.backoff * 2).min(retry_max);
+        }
+        member.enter(Mode::Resting { error, until }, now);
+    }
+
+    /// Takes a member out of use, until `retry_max` from now if `again`.
+    pub(crate) fn park(&mut self, index: usize, why: MemberMode, again: bool) {
+        let until = again.then(|| self.now + self.tunables.retry_max);
+        let now = self.now;
+        self.members[index].enter(Mode::Parked { why, until }, now);
+    }
+
+    /// What an unexpected answer means for its member.
+    pub(crate) fn member_failed(&mut self, index: usize, error: ReplicaError) {
+        match error {
+            ReplicaError::NoReplica | ReplicaError::DeviceFailed => {
+                self.park(index, MemberMode::Failed(error), true);
+            }
+            ReplicaError::Superseded { .. }
+            | ReplicaError::NotSealed
+            | ReplicaError::OutOfOrder { .. }
+            | ReplicaError::Behind { .. }
+            | ReplicaError::Trimmed { .. }
+            | ReplicaError::Damaged
+            | ReplicaError::Invalid
+            | ReplicaError::Disconnected => self.reset(index, Some(error)),
+        }
+    }
+
+    /// Seals at members whose wait is over and which have no command of a former life under way.
+    pub(crate) fn wake_members(&mut self) {
+        for index in 0..self.members.len() {
+            let member = &self.members[index];
+            let seal = match &member.mode {
+                Mode::Resting { until, .. } => *until <= self.now && member.outstanding == 0,
+                Mode::Parked { until: Some(until), .. } => {
+                    *until <= self.now && member.outstanding == 0
+                }
+                Mode::Parked { until: None, .. }
+                | Mode::Down
+                | Mode::Sealing
+                | Mode::Sealed(_)
+                | Mode::Matching(_)
+                | Mode::Truncating { .. }
+                | Mode::CatchingUp(_)
+                | Mode::Live => false,
+            };
+            if seal {
+                let number = self.next_number();
+                self.send(index, Kind::Seal, number, CommandBody::Seal);
+                let now = self.now;
+                self.members[index].enter(Mode::Sealing, now);
+            }
+        }
+    }
+
+    pub(crate) fn reply(&mut self, server: ServerId, tag: u64, result: Answer) {
+        let Some(index) = self.member_index(server) else { return };
+        let member = &mut self.members[index];
+        if !member.connected {
+            return;
+        }
+        let Some((kind, number)) = parse(tag, member.session) else { return };
+        member.outstanding = member.outstanding.saturating_sub(1);
+        if let Err(ReplicaError::Superseded { sealed }) = result
+            && sealed > self.epoch
+        {
+            self.superseded(sealed);
+            return;
+        }
+        match kind {
+            Kind::Seal => self.seal_answered(index, &result),
+            Kind::Append => self.append_answered(index, number, &result),
+            Kind::Read => self.read_answered(index, tag, number, result),
+            Kind::Flush => self.flush_answered(index, &result),
+            Kind::Scan => self.scan_answered(index, tag, result),
+            Kind::Truncate => self.truncate_answered(index, &result),
+            Kind::Trim => self.trim_answered(index, &result),
+            Kind::Release => self.members[index].release_answered = true,
+        }
+    }
+
+    pub(crate) fn superseded(&mut self, sealed: base::Epoch) {
+        self.end(HeadPhase::Superseded { sealed }, Output::Superseded { sealed });
+    }
+
+    fn seal_answered(&mut self, index: usize, result: &Answer) {
+        if !matches!(self.members[index].mode, Mode::Sealing) {
+            return;
+        }
+        match result {
+            Ok(ReplyBody::Sealed(state)) => self.sealed(index, *state),
+            Ok(_) => self.member_failed(index, ReplicaError::Invalid),
+            Err(error) => self.member_failed(index, *error),
+        }
+    }
+
+    fn sealed(&mut self, index: usize, state: ReplicaState) {
+        let newest = state.sealed.max(state.last.epoch);
+        if newest > self.epoch {
+            self.superseded(newest);
+            return;
+        }
+        let now = self.now;
+        self.members[index].trimmed = state.trimmed;
+        self.members[index].enter(Mode::Sealed(state), now);
+        match self.phase {
+            Phase::Sealing { .. } => {}
+            Phase::Reconciling | Phase::Starting | Phase::Serving | Phase::Releasing { .. } => {
+                self.match_member(index, state);
+            }
+            Phase::Ended(_) => unreachable!("an ended head takes no answers"),
+        }
+    }
+
+    fn trim_answered(&mut self, index: usize, result: &Answer) {
+        if !self.members[index].follows() {
+            return;
+        }
+        match result {
+            Ok(_) => {}
+            Err(error) => self.member_failed(index, *error),
+        }
+    }
+
+    /// Sends commit news that nothing carried for a while.
+    pub(crate) fn send_commit_news(&mut self) {
+        if self.trim_at.is_none_or(|at| at > self.now) {
+            return;
+        }
+        self.trim_at = None;
+        for index in 0..self.members.len() {
+            let member = &self.members[index];
+            if !member.follows() || member.told_commit >= self.log.commit().min(member.acked) {
+                continue;
+            }
+            let due = member.told_at + self.tunables.trim_delay;
+            if due <= self.now {
+                let number = self.next_number();
+                self.send(index, Kind::Trim, number, CommandBody::Trim);
+            } else {
+                self.trim_at = base::time::earliest(self.trim_at, Some(due));
+            }
+        }
+    }
+
+    /// Commit news for a member may have come up: sees to it that it gets there.
+    pub(crate) fn plan_commit_news(&mut self) {
+        let due = self.now + self.tunables.trim_delay;
+        self.trim_at.get_or_insert(due);
+    }
+}
+
+impl Member {
+    /// When something is to be done about this member.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match &self.mode {
+            Mode::Resting { until, .. } => (self.outstanding == 0).then_some(*until),
+            Mode::Parked { until, .. } => until.filter(|_| self.outstanding == 0),
+            Mode::Matching(matching) => matching.retry_at,
+            Mode::CatchingUp(catch_up) => catch_up.retry_at,
+            Mode::Down | Mode::Sealing | Mode::Sealed(_) | Mode::Truncating { .. } | Mode::Live => {
+                None
+            }
+        }
+    }
+}

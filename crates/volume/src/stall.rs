@@ -1,0 +1,125 @@
+//! Stall, don't err: notices that I/O cannot go on, says why and since when, and when it is over.
+
+use base::{Instant, Seq};
+
+use crate::head::{Head, Output, Phase};
+use crate::member::Mode;
+use crate::status::{HeadStatus, MemberMode, MemberStatus, Stall, StallReason};
+
+impl Head {
+    /// Notes the start and the end of stalls, and announces those that last.
+    pub(crate) fn watch_for_stall(&mut self) {
+        let Some(reason) = self.stall_reason() else {
+            self.stall = None;
+            if self.stall_announced.take().is_some() {
+                self.outputs.push_back(Output::Resumed);
+            }
+            return;
+        };
+        let since = self.stall.map_or(self.now, |stall| stall.since);
+        self.stall = Some(Stall { reason, since });
+        let lasted = since + self.tunables.stall_notice <= self.now;
+        if lasted && !self.announced(reason) {
+            self.stall_announced = Some(reason);
+            self.outputs.push_back(Output::Stalled { reason, since });
+        }
+    }
+
+    /// True if a stall for the same kind of reason was announced.
+    fn announced(&self, reason: StallReason) -> bool {
+        let kind = core::mem::discriminant(&reason);
+        self.stall_announced.is_some_and(|said| core::mem::discriminant(&said) == kind)
+    }
+
+    fn stall_reason(&self) -> Option<StallReason> {
+        if let Phase::Ended(_) | Phase::Releasing { until: Some(_) } = self.phase {
+            return None;
+        }
+        let in_sync = self.members.iter().filter(|member| member.in_sync());
+        let usable = in_sync.clone().filter(|member| member.usable()).count();
+        if usable < self.write_quorum {
+            let (needed, of) = (self.write_quorum, in_sync.count());
+            return Some(StallReason::Members { usable, needed, of });
+        }
+        if let Some(seq) = self.damaged_record() {
+            return Some(StallReason::Damaged { seq });
+        }
+        let seq = self.log.commit().next().max(self.log.base());
+        if let Some(entry) = self.log.entry(seq)
+            && entry.arrived + self.tunables.slow_write <= self.now
+        {
+            return Some(StallReason::Unanswered { seq });
+        }
+        self.reads_stalled().then_some(StallReason::NoReader)
+    }
+
+    /// A record that keeps members from a write quorum because it cannot be read anywhere.
+    fn damaged_record(&self) -> Option<Seq> {
+        let in_sync = self.members.iter().filter(|member| member.in_sync());
+        let live = in_sync.clone().filter(|member| matches!(member.mode, Mode::Live)).count();
+        if live >= self.write_quorum {
+            return None;
+        }
+        in_sync.clone().find_map(|member| match &member.mode {
+            Mode::CatchingUp(catch_up) => catch_up.damaged,
+            Mode::Matching(matching) => matching.damaged,
+            Mode::Down
+            | Mode::Resting { .. }
+            | Mode::Sealing
+            | Mode::Sealed(_)
+            | Mode::Truncating { .. }
+            | Mode::Live
+            | Mode::Parked { .. } => None,
+        })
+    }
+
+    /// When a stall is to be announced, or an unanswered write becomes one.
+    pub(crate) fn stall_deadline(&self) -> Option<Instant> {
+        if let Some(stall) = self.stall {
+            let announced = self.announced(stall.reason);
+            return (!announced).then(|| stall.since + self.tunables.stall_notice);
+        }
+        let seq = self.log.commit().next().max(self.log.base());
+        self.log.entry(seq).map(|entry| entry.arrived + self.tunables.slow_write)
+    }
+
+    /// How it is doing.
+    pub fn status(&self) -> HeadStatus {
+        let last = self.log.last();
+        let member = |member: &crate::member::Member| {
+            let follows = member.follows();
+            MemberStatus {
+                server: member.server,
+                role: member.role,
+                connected: member.connected,
+                mode: public_mode(&member.mode),
+                since: member.since,
+                last: if follows { member.acked } else { Seq::ZERO },
+                durable: if follows { member.durable() } else { Seq::ZERO },
+                lag: follows.then(|| last.seq.0 - member.acked.0),
+            }
+        };
+        HeadStatus {
+            phase: self.public_phase(),
+            epoch: self.epoch,
+            last,
+            commit: self.log.commit(),
+            in_flight: self.in_flight(),
+            queued: self.queue.len(),
+            members: self.members.iter().map(member).collect(),
+            stall: self.stall,
+        }
+    }
+}
+
+fn public_mode(mode: &Mode) -> MemberMode {
+    match mode {
+        Mode::Down => MemberMode::Down,
+        Mode::Resting { error: Some(error), .. } => MemberMode::Failed(*error),
+        Mode::Resting { error: None, .. } | Mode::Sealing | Mode::Sealed(_) => MemberMode::Sealing,
+        Mode::Matching(_) | Mode::Truncating { .. } => MemberMode::Reconciling,
+        Mode::CatchingUp(_) => MemberMode::CatchingUp,
+        Mode::Live => MemberMode::Live,
+        Mode::Parked { why, .. } => *why,
+    }
+}

@@ -1,0 +1,79 @@
+//! A command's tag says what it was for, so that no table of commands is needed: its kind, the
+//! member's session it was sent in, and a number whose meaning depends on the kind.
+
+/// What a command was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Seal,
+    Append,
+    Read,
+    Flush,
+    Scan,
+    Truncate,
+    Trim,
+    Release,
+}
+
+const KIND_SHIFT: u32 = 60;
+const SESSION_SHIFT: u32 = 40;
+const SESSION_MASK: u64 = (1 << (KIND_SHIFT - SESSION_SHIFT)) - 1;
+/// The bits of a tag's number.
+pub(crate) const NUMBER_MASK: u64 = (1 << SESSION_SHIFT) - 1;
+
+impl Kind {
+    const fn code(self) -> u64 {
+        match self {
+            Self::Seal => 1,
+            Self::Append => 2,
+            Self::Read => 3,
+            Self::Flush => 4,
+            Self::Scan => 5,
+            Self::Truncate => 6,
+            Self::Trim => 7,
+            Self::Release => 8,
+        }
+    }
+
+    const fn from_code(code: u64) -> Option<Self> {
+        match code {
+            1 => Some(Self::Seal),
+            2 => Some(Self::Append),
+            3 => Some(Self::Read),
+            4 => Some(Self::Flush),
+            5 => Some(Self::Scan),
+            6 => Some(Self::Truncate),
+            7 => Some(Self::Trim),
+            8 => Some(Self::Release),
+            _ => None,
+        }
+    }
+}
+
+/// The tag of a command of `kind` in a member's `session`.
+pub(crate) const fn tag(kind: Kind, session: u64, number: u64) -> u64 {
+    kind.code() << KIND_SHIFT | (session & SESSION_MASK) << SESSION_SHIFT | (number & NUMBER_MASK)
+}
+
+/// Kind and number of `tag`, if it is one of `session`.
+pub(crate) const fn parse(tag: u64, session: u64) -> Option<(Kind, u64)> {
+    if (tag >> SESSION_SHIFT) & SESSION_MASK != session & SESSION_MASK {
+        return None;
+    }
+    match Kind::from_code(tag >> KIND_SHIFT) {
+        Some(kind) => Some((kind, tag & NUMBER_MASK)),
+        None => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_of_another_session_is_not_ours() {
+        let one = tag(Kind::Append, 7, 12);
+        assert_eq!(parse(one, 7), Some((Kind::Append, 12)));
+        assert_eq!(parse(one, 8), None);
+        assert_eq!(parse(12, 0), None);
+    }
+}
