@@ -1,1 +1,15 @@
-//! Deterministic simulation of a cluster: time, disks, network, oracle and checkers (L3).
+//! Deterministic simulation of a cluster (L3).
+//!
+//! A [`World`] runs the production machines ([`node::Node`] with everything below it) and replaces
+//! only what lies underneath: disks page by page with a volatile cache ([`disk`]), connections as
+//! byte pipes, the clock, and the cluster store's answer to who may be head. One seed decides a
+//! run. The [`oracle`] says what reads may return.
+
+pub mod disk;
+mod network;
+pub mod oracle;
+mod process;
+pub mod random;
+mod world;
+
+pub use world::{Report, World, WorldConfig};

@@ -1,0 +1,139 @@
+//! A simulated process: a node, the disks under it, and what of it dies with it.
+
+use core::net::SocketAddr;
+
+use base::{BufferPool, ClusterId, HolderId, PoolId, ServerId};
+use node::{HeadHandle, Node, NodeConfig, ServerConfig};
+use nvme::TargetConfig;
+use store::{DeviceInfo, DeviceRole, FlushPolicy, FormatConfig, StoreConfig};
+
+use crate::disk::Disk;
+use crate::random::Random;
+
+const CLUSTER: ClusterId = ClusterId::from_bytes([0xc1; 16]);
+const FAST_BYTES: u64 = 16 << 20;
+const MASS_BYTES: u64 = 64 << 20;
+
+/// A server, or (without disks) a diskless head.
+pub(crate) struct Process {
+    pub(crate) index: usize,
+    pub(crate) node: Option<Node>,
+    /// Grows with every start: events of an earlier life are void.
+    pub(crate) life: u64,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) open: bool,
+    pub(crate) head: Option<HeadHandle>,
+    /// The time at which a tick is due already.
+    pub(crate) tick_at: Option<base::Instant>,
+    /// Buffers of this life's front end.
+    pub(crate) guest_buffers: BufferPool,
+}
+
+pub(crate) fn id(index: usize, kind: u8) -> [u8; 16] {
+    let mut bytes = [kind; 16];
+    bytes[0] = u8::try_from(index + 1).expect("few processes");
+    bytes
+}
+
+pub(crate) fn server_id(index: usize) -> ServerId {
+    ServerId::from_bytes(id(index, 0x5e))
+}
+
+pub(crate) fn pool_id(index: usize) -> PoolId {
+    PoolId::from_bytes(id(index, 0x70))
+}
+
+pub(crate) fn address(index: usize) -> SocketAddr {
+    let port = u16::try_from(4420 + index).expect("few processes");
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+fn devices() -> Vec<DeviceInfo> {
+    vec![
+        DeviceInfo { bytes: FAST_BYTES, role: DeviceRole::Fast },
+        DeviceInfo { bytes: MASS_BYTES, role: DeviceRole::Mass },
+    ]
+}
+
+impl Process {
+    /// A process that is not running; a server's disks are formatted.
+    pub(crate) fn new(index: usize, is_server: bool) -> Self {
+        let mut disks = Vec::new();
+        if is_server {
+            disks = vec![Disk::default(), Disk::default()];
+            let writes = store::format(&FormatConfig {
+                pool: pool_id(index),
+                cluster: CLUSTER,
+                server: server_id(index),
+                devices: devices(),
+                log_bytes: 0,
+                segment_bytes: 512 * 1024,
+                chunk_bytes: 64 * 1024,
+                replicas_max: 8,
+            })
+            .expect("the simulated disks suffice");
+            for write in writes {
+                disks[usize::from(write.device.0)].write(write.offset, &write.bytes);
+            }
+            disks.iter_mut().for_each(Disk::sync);
+        }
+        Self {
+            index,
+            node: None,
+            life: 0,
+            disks,
+            open: false,
+            head: None,
+            tick_at: None,
+            guest_buffers: BufferPool::heap(1, 1),
+        }
+    }
+
+    pub(crate) fn is_server(&self) -> bool {
+        !self.disks.is_empty()
+    }
+
+    /// Starts the process.
+    pub(crate) fn start(&mut self, random: &mut Random) {
+        self.life += 1;
+        self.open = !self.is_server();
+        self.head = None;
+        self.tick_at = None;
+        self.guest_buffers = BufferPool::heap(256, 32);
+        let server = self.is_server().then(|| ServerConfig {
+            server: server_id(self.index),
+            pool: pool_id(self.index),
+            store: StoreConfig {
+                pool: Some(pool_id(self.index)),
+                cluster: CLUSTER,
+                server: server_id(self.index),
+                buffers: BufferPool::heap(
+                    StoreConfig::SMALL_BUFFERS_MIN,
+                    StoreConfig::LARGE_BUFFERS_MIN,
+                ),
+                flush: FlushPolicy::default(),
+            },
+            devices: devices(),
+            target: TargetConfig::new(server_id(self.index)),
+            target_buffers: BufferPool::heap(128, 24),
+        });
+        self.node = Some(Node::new(NodeConfig {
+            host: HolderId::from_bytes(id(self.index, 0x40)),
+            jitter_seed: random.bits(),
+            head_buffers: BufferPool::heap(64, 16),
+            peer_buffers: BufferPool::heap(64, 24),
+            server,
+        }));
+    }
+
+    /// `kill -9`, or the power goes.
+    pub(crate) fn stop(&mut self, power_cut: bool, random: &mut Random) {
+        self.node = None;
+        self.open = false;
+        self.head = None;
+        self.life += 1;
+        if power_cut {
+            self.disks.iter_mut().for_each(|disk| disk.power_cut(random));
+        }
+    }
+}

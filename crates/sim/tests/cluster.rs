@@ -1,0 +1,65 @@
+//! Runs of whole clusters: fixed seeds, fresh seeds, and replay of one.
+
+use base::Durability;
+use sim::{World, WorldConfig};
+
+fn config(seed: u64) -> WorldConfig {
+    WorldConfig {
+        seed,
+        servers: [3, 1, 3, 2, 3, 5][usize::try_from(seed % 6).expect("small")],
+        diskless: seed % 4 == 1,
+        blocks: 512,
+        requests: 1500,
+        faults: true,
+        durability: if seed % 2 == 0 { Durability::Durable } else { Durability::Flush },
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn a_quiet_cluster_answers_everything() {
+    for servers in [1, 2, 3, 5] {
+        for diskless in [false, true] {
+            let config = WorldConfig {
+                seed: 7,
+                servers,
+                diskless,
+                blocks: 512,
+                requests: 2000,
+                faults: false,
+                durability: Durability::Flush,
+            };
+            let report = World::new(config).run();
+            assert!(report.answered >= 2000, "{servers} servers: {report:?}");
+            assert_eq!(report.heads, 1);
+        }
+    }
+}
+
+#[test]
+fn clusters_under_faults_lose_nothing() {
+    let base = number("SIM_SEED_BASE").unwrap_or(0);
+    let count = number("SIM_SEEDS").unwrap_or(40);
+    let (mut faults, mut heads, mut checked) = (0, 0, 0);
+    for seed in base..base + count {
+        let report = World::new(config(seed)).run();
+        faults += report.faults;
+        heads += report.heads;
+        checked += report.checked;
+    }
+    println!("seeds {base}..{}: {faults} faults, {heads} heads, {checked} blocks", base + count);
+    assert!(faults > count && heads > count && checked > 0, "the faults happen");
+}
+
+/// `SIM_SEED=N [SIM_SERVERS=N SIM_DISKLESS=true] cargo test -p sim replay`.
+#[test]
+fn replay() {
+    let Some(seed) = number("SIM_SEED") else {
+        println!("SKIPPED: set SIM_SEED to replay a seed");
+        return;
+    };
+    println!("{:?}", World::new(config(seed)).run());
+}
