@@ -1,1 +1,28 @@
-//! holdfastd: pool, replica service, heads, front ends, HTTP API.
+//! The control plane of Holdfast: what `holdfastd` does around the data plane, as a library.
+//!
+//! [`Daemon`] is a server's: it registers, keeps its replicas as the cluster store wants them
+//! ([`registration`]), holds leases and serves exports ([`heads`], [`exports`]), and answers the
+//! HTTP API ([`api`]). `holdfast attach` shares [`heads`] and [`logging`]; the command line
+//! shares [`size`], [`pool`] and the API's types.
+//!
+//! Nothing here is on the path of a guest's request. The data plane is behind
+//! [`shell::control::DataPlane`], the cluster store behind [`cluster::ClusterStore`]; both block
+//! for a bounded time, so they are called from threads of their own or from tokio's blocking ones.
+
+pub mod api;
+pub mod config;
+mod daemon;
+pub mod exports;
+pub mod heads;
+pub mod logging;
+pub mod metrics;
+pub mod notify;
+pub mod pool;
+pub mod registration;
+pub mod size;
+pub mod socket;
+
+pub use daemon::{Daemon, DaemonError};
+
+/// The program's version, as servers report it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

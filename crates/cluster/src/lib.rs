@@ -39,3 +39,10 @@ use uuid::Uuid;
 pub fn new_id() -> [u8; 16] {
     Uuid::new_v4().into_bytes()
 }
+
+/// The bytes of the id that `name` always has (UUID version 5).
+pub fn named_id(name: &[u8]) -> [u8; 16] {
+    /// What tells our names from other programs' equal ones. Never changes.
+    const NAMESPACE: Uuid = Uuid::from_u128(0x6d3c_6f0b_53b0_4c1e_9c39_4d6f_1f0a_7e52);
+    Uuid::new_v5(&NAMESPACE, name).into_bytes()
+}

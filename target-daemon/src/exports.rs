@@ -1,0 +1,337 @@
+//! The volumes that a daemon serves: each wanted export is brought up, kept, and brought down.
+//!
+//! An export is wanted because the configuration or the API says so. [`Exports::tend`] starts
+//! those that do not run and says why they cannot; it is called every second, so a volume whose
+//! lease, replicas or servers come late is served when they have come. The first export of a
+//! volume opens its head, the last one to go closes it and gives the lease back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use base::{VolumeId, limits};
+use cluster::volumes::{self, FindError};
+use cluster::{ClusterStore, StoreError, VolumeEntry};
+use shell::control::{ControlError, DataPlane, ExportSpec, OpenError, Opening};
+
+use crate::config::ExportConfig;
+use crate::heads::{HeadError, Heads};
+use crate::socket;
+
+/// How long accepted requests get to finish when an export is stopped.
+pub const DRAIN: Duration = Duration::from_secs(10);
+/// How long a socket gets to be made.
+const START_WAIT: Duration = Duration::from_secs(5);
+
+/// Why an export was not started or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// No such volume.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// It cannot be opened here.
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    /// The socket cannot be made there.
+    #[error("socket: {0}")]
+    Socket(String),
+    /// Another export of this daemon has the socket.
+    #[error("socket '{}' serves volume '{volume}' already", socket.display())]
+    SocketTaken {
+        /// The socket.
+        socket: PathBuf,
+        /// The volume, as it was named.
+        volume: String,
+    },
+    /// No export has the socket.
+    #[error("no export has the socket '{}'; `holdfast export list` shows what there is", .0.display())]
+    NoExport(PathBuf),
+    /// There are too many.
+    #[error("this daemon serves {} exports already, which is the most", limits::VOLUMES_MAX)]
+    TooMany,
+    /// The data plane refused.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// A wanted export and how it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportView {
+    /// What is wanted.
+    pub wanted: ExportConfig,
+    /// It is in the configuration, and comes back with the next start.
+    pub configured: bool,
+    /// The volume, once it is served.
+    pub volume: Option<VolumeId>,
+    /// Why it is not served.
+    pub waiting: Option<String>,
+}
+
+struct Export {
+    wanted: ExportConfig,
+    configured: bool,
+    state: State,
+}
+
+enum State {
+    Waiting { reason: String },
+    Running { volume: VolumeId },
+}
+
+#[derive(Default)]
+struct Inner {
+    exports: BTreeMap<PathBuf, Export>,
+    heads: BTreeMap<VolumeId, VolumeEntry>,
+}
+
+/// The exports of one daemon.
+pub struct Exports {
+    store: Arc<dyn ClusterStore>,
+    plane: Arc<dyn DataPlane>,
+    heads: Heads,
+    /// What [`Exports::list`] sees; held only for moments.
+    inner: Mutex<Inner>,
+    /// Held by whoever starts or stops, for as long as that takes.
+    changing: Mutex<()>,
+}
+
+impl Exports {
+    /// Exports of `configured` volumes; [`Exports::tend`] starts them.
+    pub fn new(
+        store: Arc<dyn ClusterStore>,
+        plane: Arc<dyn DataPlane>,
+        heads: Heads,
+        configured: &[ExportConfig],
+    ) -> Self {
+        let export = |wanted: &ExportConfig| {
+            let state = State::Waiting { reason: "not started yet".to_owned() };
+            (wanted.socket.clone(), Export { wanted: wanted.clone(), configured: true, state })
+        };
+        let exports = configured.iter().map(export).collect();
+        let inner = Mutex::new(Inner { exports, heads: BTreeMap::new() });
+        Self { store, plane, heads, inner, changing: Mutex::new(()) }
+    }
+
+    /// All wanted exports, by socket.
+    pub fn list(&self) -> Vec<ExportView> {
+        let view = |export: &Export| {
+            let (volume, waiting) = match &export.state {
+                State::Waiting { reason } => (None, Some(reason.clone())),
+                State::Running { volume } => (Some(*volume), None),
+            };
+            let wanted = export.wanted.clone();
+            ExportView { wanted, configured: export.configured, volume, waiting }
+        };
+        self.inner().exports.values().map(view).collect()
+    }
+
+    /// The entry of each volume that a head was opened for, as it was then.
+    pub fn open_volumes(&self) -> Vec<VolumeEntry> {
+        self.inner().heads.values().cloned().collect()
+    }
+
+    /// Starts an export now, or says why not; then it is not wanted either. The same export again
+    /// changes nothing. The head may still be opening when this returns: see
+    /// [`Exports::wait_open`].
+    pub fn add(&self, wanted: ExportConfig) -> Result<VolumeId, ExportError> {
+        let _changing = lock(&self.changing);
+        {
+            let inner = self.inner();
+            if let Some(existing) = inner.exports.get(&wanted.socket) {
+                return match &existing.state {
+                    State::Running { volume } if existing.wanted == wanted => Ok(*volume),
+                    State::Running { .. } | State::Waiting { .. } => {
+                        let volume = existing.wanted.volume.clone();
+                        Err(ExportError::SocketTaken { socket: wanted.socket, volume })
+                    }
+                };
+            }
+            if inner.exports.len() >= limits::VOLUMES_MAX {
+                return Err(ExportError::TooMany);
+            }
+        }
+        let volume = self.start(&wanted)?;
+        let export = Export { wanted, configured: false, state: State::Running { volume } };
+        self.inner().exports.insert(export.wanted.socket.clone(), export);
+        Ok(volume)
+    }
+
+    /// Waits for a volume's head to serve, for up to `wait`.
+    pub fn wait_open(&self, volume: VolumeId, wait: Duration) -> Result<Opening, OpenError> {
+        let Some(entry) = self.inner().heads.get(&volume).cloned() else {
+            return Err(ControlError::NoHead(volume).into());
+        };
+        let spec = shell::control::HeadSpec { volume: entry.volume, shard: entry.shard };
+        self.plane.open_head(&spec, wait)
+    }
+
+    /// Stops an export and no longer wants it; closes the head and gives the lease back if it was
+    /// the volume's last one.
+    pub fn remove(&self, socket: &Path) -> Result<(), ExportError> {
+        let _changing = lock(&self.changing);
+        let running = match self.inner().exports.get(socket) {
+            None => return Err(ExportError::NoExport(socket.to_owned())),
+            Some(Export { state: State::Running { volume }, .. }) => Some(*volume),
+            Some(Export { state: State::Waiting { .. }, .. }) => None,
+        };
+        if running.is_some() {
+            self.plane.stop_export(socket, DRAIN)?;
+        }
+        self.inner().exports.remove(socket);
+        tracing::info!(socket = %socket.display(), "export removed");
+        match running {
+            Some(volume) => self.close_if_unused(volume),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts the wanted exports that do not run.
+    pub fn tend(&self) {
+        let _changing = lock(&self.changing);
+        let waiting: Vec<ExportConfig> = self
+            .inner()
+            .exports
+            .values()
+            .filter(|export| matches!(export.state, State::Waiting { .. }))
+            .map(|export| export.wanted.clone())
+            .collect();
+        for wanted in waiting {
+            let state = match self.start(&wanted) {
+                Ok(volume) => State::Running { volume },
+                Err(error) => State::Waiting { reason: error.to_string() },
+            };
+            self.set_state(&wanted.socket, state);
+        }
+    }
+
+    /// A head of ours was told of a higher epoch, or cannot open: it and its exports end. They
+    /// stay wanted, and are served again when the volume is free.
+    pub fn head_ended(&self, volume: VolumeId, epoch: base::Epoch, why: &str) {
+        let _changing = lock(&self.changing);
+        let Some(entry) = self.inner().heads.get(&volume).cloned() else { return };
+        if entry.volume.epoch != epoch {
+            return;
+        }
+        tracing::error!(volume = entry.volume.name, epoch = epoch.0, why, "the head has ended");
+        for socket in self.sockets_of(volume) {
+            if let Err(error) = self.plane.stop_export(&socket, Duration::ZERO) {
+                tracing::warn!(socket = %socket.display(), %error, "cannot stop the export");
+            }
+            self.set_state(&socket, State::Waiting { reason: why.to_owned() });
+        }
+        // Releases only what is still ours in this epoch.
+        match self.heads.close(&entry, Duration::ZERO) {
+            Ok(()) => {}
+            Err(error) => tracing::warn!(volume = entry.volume.name, %error, "closing the head"),
+        }
+        self.inner().heads.remove(&volume);
+    }
+
+    /// Who took a volume of ours over, as far as the store knows.
+    pub fn deposed_by(&self, volume: VolumeId) -> Result<Option<String>, StoreError> {
+        let entry = self.inner().heads.get(&volume).cloned();
+        entry.map_or(Ok(None), |entry| self.heads.deposed_by(&entry))
+    }
+
+    /// Stops everything at once and gives all leases back. True if all of it went well.
+    pub fn shut_down(&self) -> bool {
+        let _changing = lock(&self.changing);
+        let heads: Vec<VolumeEntry> = self.open_volumes();
+        let close = |entry: &VolumeEntry| -> Result<(), ExportError> {
+            for socket in self.sockets_of(entry.volume.id) {
+                self.plane.stop_export(&socket, DRAIN)?;
+            }
+            Ok(self.heads.close(entry, DRAIN)?)
+        };
+        let all_well = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                heads.iter().map(|entry| (entry, scope.spawn(move || close(entry)))).collect();
+            let mut all_well = true;
+            for (entry, thread) in threads {
+                let volume = &entry.volume.name;
+                match thread.join() {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        tracing::error!(volume, %error, "not closed in good order");
+                        all_well = false;
+                    }
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            all_well
+        });
+        *self.inner() = Inner::default();
+        all_well
+    }
+
+    fn start(&self, wanted: &ExportConfig) -> Result<VolumeId, ExportError> {
+        socket::check_free(&wanted.socket).map_err(ExportError::Socket)?;
+        let found = volumes::find(self.store.as_ref(), &wanted.volume)?;
+        let id = found.volume.id;
+        if !self.inner().heads.contains_key(&id) {
+            // Guests' requests wait for a head that takes long, so do not wait for it here.
+            let head = self.heads.open(id, false, Duration::ZERO)?;
+            self.inner().heads.insert(id, head.entry);
+        }
+        let spec = ExportSpec {
+            volume: id,
+            socket: wanted.socket.clone(),
+            queues: wanted.queues,
+            read_only: wanted.read_only || found.volume.policy.read_only,
+        };
+        match self.plane.start_export(&spec, START_WAIT) {
+            Ok(()) => {
+                let socket = wanted.socket.display();
+                tracing::info!(volume = found.volume.name, %socket, "serving");
+                Ok(id)
+            }
+            Err(error) => {
+                if let Err(error) = self.close_if_unused(id) {
+                    tracing::warn!(volume = found.volume.name, %error, "closing the head");
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    fn close_if_unused(&self, volume: VolumeId) -> Result<(), ExportError> {
+        if !self.sockets_of(volume).is_empty() {
+            return Ok(());
+        }
+        let entry = self.inner().heads.get(&volume).cloned();
+        if let Some(entry) = entry {
+            self.heads.close(&entry, DRAIN)?;
+            self.inner().heads.remove(&volume);
+        }
+        Ok(())
+    }
+
+    fn sockets_of(&self, volume: VolumeId) -> BTreeSet<PathBuf> {
+        let inner = self.inner();
+        let serves = |export: &&Export| matches!(&export.state, State::Running { volume: served } if *served == volume);
+        inner.exports.values().filter(serves).map(|export| export.wanted.socket.clone()).collect()
+    }
+
+    fn set_state(&self, socket: &Path, state: State) {
+        let mut inner = self.inner();
+        let Some(export) = inner.exports.get_mut(socket) else { return };
+        if let State::Waiting { reason } = &state {
+            let known = matches!(&export.state, State::Waiting { reason: old } if old == reason);
+            if !known {
+                let volume = &export.wanted.volume;
+                tracing::warn!(volume, socket = %socket.display(), reason, "not served");
+            }
+        }
+        export.state = state;
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+}
+
+/// A panic of another holder leaves nothing half done here: every change is one assignment.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,226 @@
+//! Leases and heads, joined: acquire by compare-and-swap, open, and give back after closing.
+//!
+//! The order is what matters. A head is opened only in an epoch that the cluster store gave to
+//! this holder; the lease is given back only when the head is known to have ended. A holder that
+//! dies in between finds its own lease when it is back, since its id outlives the process.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::{Epoch, Holder, HolderId, ServerId, VolumeId};
+use cluster::lease::{self, Acquire, AcquireError};
+use cluster::{ClusterStore, ServerEntry, StoreError, VolumeEntry};
+use shell::control::{ControlError, DataPlane, HeadSpec, OpenError, Opening, ServerAddress};
+
+/// Acquisitions in a row that a store which was rolled back behind its members may cost.
+const EPOCH_ATTEMPTS: usize = 4;
+
+/// The holder that a server is.
+pub fn server_holder(server: ServerId, name: &str) -> Holder {
+    Holder { id: HolderId::from_bytes(server.bytes()), name: format!("server {name}") }
+}
+
+/// The holder that `holdfast attach` at this socket of this machine is: the same one whenever it
+/// is started again, another one on every other machine and at every other socket. `socket` is
+/// canonical.
+pub fn attach_holder(socket: &Path) -> Holder {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let machine = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let name = format!("{}\0{host}\0{}", machine.trim(), socket.display());
+    Holder {
+        id: HolderId::from_bytes(cluster::named_id(name.as_bytes())),
+        name: format!("attach on {host} at {}", socket.display()),
+    }
+}
+
+/// Why a volume was not opened. No head of it runs here, and its lease was given back if it had
+/// been taken, but for [`HeadError::NotClosed`].
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// The lease was not to be had.
+    #[error(transparent)]
+    Acquire(#[from] AcquireError),
+    /// Another head came while this one opened.
+    #[error("volume '{volume}' was taken over by {by} while it was being opened")]
+    Superseded {
+        /// The volume's name.
+        volume: String,
+        /// Who holds it now.
+        by: String,
+    },
+    /// The data plane could not open it.
+    #[error("volume '{volume}': {source}")]
+    Open {
+        /// The volume's name.
+        volume: String,
+        /// Why.
+        source: OpenError,
+    },
+    /// The head could not be stopped; the lease stays taken.
+    #[error("the head of volume '{volume}' does not end: {source}")]
+    NotClosed {
+        /// The volume's name.
+        volume: String,
+        /// Why.
+        source: ControlError,
+    },
+    /// The cluster store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A volume that this process is the head of.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// Its records as they were when the lease was taken.
+    pub entry: VolumeEntry,
+    /// How far the opening was.
+    pub opening: Opening,
+}
+
+impl Head {
+    /// The volume's id.
+    pub fn volume(&self) -> VolumeId {
+        self.entry.volume.id
+    }
+
+    /// What the data plane was asked to open.
+    pub fn spec(&self) -> HeadSpec {
+        HeadSpec { volume: self.entry.volume.clone(), shard: self.entry.shard.clone() }
+    }
+}
+
+/// Opens and closes heads for one holder.
+#[derive(Clone)]
+pub struct Heads {
+    store: Arc<dyn ClusterStore>,
+    plane: Arc<dyn DataPlane>,
+    me: Holder,
+}
+
+impl Heads {
+    /// Heads of the holder `me`.
+    pub fn new(store: Arc<dyn ClusterStore>, plane: Arc<dyn DataPlane>, me: Holder) -> Self {
+        Self { store, plane, me }
+    }
+
+    /// Who holds the leases.
+    pub fn holder(&self) -> &Holder {
+        &self.me
+    }
+
+    /// Acquires a volume and opens a head of it, waiting for up to `wait` until it serves. An
+    /// opening that takes longer goes on.
+    pub fn open(&self, id: VolumeId, force: bool, wait: Duration) -> Result<Head, HeadError> {
+        let mut how = Acquire { force, above: Epoch::NONE };
+        let mut attempt = 1;
+        loop {
+            let entry = lease::acquire(self.store.as_ref(), id, &self.me, how)?;
+            tracing::info!(volume = entry.volume.name, epoch = entry.volume.epoch.0, "acquired");
+            let spec = HeadSpec { volume: entry.volume.clone(), shard: entry.shard.clone() };
+            let opened = address_book(self.store.as_ref(), self.plane.as_ref())
+                .map_err(HeadError::Store)
+                .and_then(|()| {
+                    let volume = entry.volume.name.clone();
+                    self.plane
+                        .open_head(&spec, wait)
+                        .map_err(|source| HeadError::Open { volume, source })
+                });
+            let error = match opened {
+                Ok(opening) => return Ok(Head { entry, opening }),
+                Err(error) => error,
+            };
+            self.end(&entry)?;
+            if let HeadError::Open { source: OpenError::Superseded { sealed }, .. } = error {
+                self.still_ours(&entry)?;
+                // The record is ours and the members know a higher epoch: the store was rolled
+                // back. Epochs must not be, so go above what the members have sealed.
+                if attempt == EPOCH_ATTEMPTS {
+                    self.release(&entry)?;
+                    return Err(error);
+                }
+                tracing::warn!(
+                    volume = entry.volume.name,
+                    epoch = entry.volume.epoch.0,
+                    sealed = sealed.0,
+                    "the cluster store is behind the volume's members (restored from a backup?)"
+                );
+                how = Acquire { force: false, above: sealed };
+                attempt += 1;
+            } else {
+                self.release(&entry)?;
+                return Err(error);
+            }
+        }
+    }
+
+    /// Drains and closes a head and gives its lease back. What was not decided within `drain`
+    /// stays undecided: the next head settles it.
+    pub fn close(&self, entry: &VolumeEntry, drain: Duration) -> Result<(), HeadError> {
+        self.end_within(entry, drain)?;
+        self.release(entry)
+    }
+
+    /// Who the store says holds the volume, if it is not us in this entry's epoch.
+    pub fn deposed_by(&self, entry: &VolumeEntry) -> Result<Option<String>, StoreError> {
+        let current = self.store.volume(entry.volume.id)?;
+        Ok(match current {
+            None => Some("nobody: the volume was deleted".to_owned()),
+            Some(current) if current.volume.epoch == entry.volume.epoch => None,
+            Some(current) => Some(
+                current
+                    .volume
+                    .holder
+                    .map_or_else(|| "a holder that released it again".to_owned(), |by| by.name),
+            ),
+        })
+    }
+
+    fn still_ours(&self, entry: &VolumeEntry) -> Result<(), HeadError> {
+        match self.deposed_by(entry)? {
+            None => Ok(()),
+            Some(by) => Err(HeadError::Superseded { volume: entry.volume.name.clone(), by }),
+        }
+    }
+
+    fn end(&self, entry: &VolumeEntry) -> Result<(), HeadError> {
+        self.end_within(entry, Duration::from_secs(1))
+    }
+
+    fn end_within(&self, entry: &VolumeEntry, drain: Duration) -> Result<(), HeadError> {
+        match self.plane.close_head(entry.volume.id, drain) {
+            Ok(()) | Err(ControlError::NoHead(_) | ControlError::Stopped) => Ok(()),
+            Err(source) => Err(HeadError::NotClosed { volume: entry.volume.name.clone(), source }),
+        }
+    }
+
+    fn release(&self, entry: &VolumeEntry) -> Result<(), HeadError> {
+        let (id, epoch) = (entry.volume.id, entry.volume.epoch);
+        if lease::release(self.store.as_ref(), id, self.me.id, epoch)? {
+            tracing::info!(volume = entry.volume.name, epoch = epoch.0, "released");
+        }
+        Ok(())
+    }
+}
+
+/// Tells the data plane where every server is.
+pub fn address_book(store: &dyn ClusterStore, plane: &dyn DataPlane) -> Result<(), StoreError> {
+    let servers = store.servers()?;
+    if let Err(error) = plane.set_servers(&addresses(&servers)) {
+        tracing::warn!(%error, "the data plane did not take the servers' addresses");
+    }
+    Ok(())
+}
+
+/// Where these servers are.
+pub fn addresses(servers: &[ServerEntry]) -> Vec<ServerAddress> {
+    let by_id: BTreeMap<_, _> = servers
+        .iter()
+        .filter(|entry| !entry.server.addresses.is_empty())
+        .map(|entry| (entry.server.id, entry.server.addresses.clone()))
+        .collect();
+    by_id.into_iter().map(|(server, addresses)| ServerAddress { server, addresses }).collect()
+}
