@@ -11,7 +11,7 @@ fn config(seed: u64) -> WorldConfig {
         blocks: 512,
         requests: 1500,
         faults: true,
-        durability: if seed % 2 == 0 { Durability::Durable } else { Durability::Flush },
+        durability: if seed.is_multiple_of(2) { Durability::Durable } else { Durability::Flush },
     }
 }
 
