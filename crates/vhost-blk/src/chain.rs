@@ -14,8 +14,11 @@ use crate::dirty::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::ring::{Descriptor, Ring};
 
-/// Descriptors in a chain, at most, those in an indirect table included.
-pub(crate) const DESCRIPTORS_MAX: usize = 1024;
+/// Descriptors in a chain, at most, those in an indirect table included: what SEG_MAX allows, and
+/// some that carry header and status. It bounds the memory that a hostile guest can make us use.
+fn descriptors_max(config: &DeviceConfig) -> usize {
+    usize::try_from(config.seg_max).unwrap_or(usize::MAX).saturating_add(8)
+}
 
 const HEADER_BYTES: u64 = 16;
 const DESCRIPTOR_BYTES: u32 = 16;
@@ -119,7 +122,13 @@ impl Body {
         self.status_gpa = None;
         self.writable_bytes = 0;
         self.range = None;
-        let mut walk = Walk { memory, segments: &mut self.segments, readable: 0, writable: false };
+        let mut walk = Walk {
+            memory,
+            segments: &mut self.segments,
+            segments_max: descriptors_max(config),
+            readable: 0,
+            writable: false,
+        };
         match walk.chain(ring, head, indirect) {
             Ok(()) => {
                 let readable = walk.readable;
@@ -344,6 +353,7 @@ fn block_range(sector: u64, bytes: u64, config: &DeviceConfig) -> Option<BlockRa
 struct Walk<'a> {
     memory: &'a GuestMemory,
     segments: &'a mut Vec<Segment>,
+    segments_max: usize,
     readable: usize,
     writable: bool,
 }
@@ -404,7 +414,7 @@ impl Walk<'_> {
         if descriptor.bytes == 0 {
             return Err("empty buffer");
         }
-        if self.segments.len() == DESCRIPTORS_MAX {
+        if self.segments.len() >= self.segments_max {
             return Err("too many descriptors");
         }
         if self.writable && !descriptor.is_writable() {

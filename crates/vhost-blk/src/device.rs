@@ -197,10 +197,7 @@ impl Device {
         let mut left = budget;
         let mut idle = 0;
         let mut no_buffer = false;
-        while idle < count {
-            if left == 0 {
-                return true;
-            }
+        while idle < count && left > 0 {
             let index = self.next_queue;
             self.next_queue = if index + 1 == count { 0 } else { index + 1 };
             match self.step(index, &mut left, submit) {
@@ -213,10 +210,12 @@ impl Device {
             }
         }
         self.settle();
-        no_buffer
+        left == 0 || no_buffer
     }
 
-    /// Takes a reply. Replies may come in any order.
+    /// Takes a reply. Replies may come in any order. Call [`Device::poll`] afterwards if the last
+    /// one returned true, or if the front end changed: buffers are free again, and rings may have
+    /// waited for the requests of a lost connection.
     pub fn complete(&mut self, reply: BlockReply) {
         let id = PieceId::decode(reply.id);
         let chain = self
@@ -225,7 +224,6 @@ impl Device {
             .and_then(|queue| queue.chains.get_mut(usize::from(id.head)))
             .filter(|chain| chain.expects(id));
         let Some(chain) = chain else {
-            debug_assert!(false, "reply to {id:?}, which is not under way");
             tracing::error!(?id, "a reply to a request that is not under way was ignored");
             return;
         };
@@ -267,7 +265,8 @@ impl Device {
         self.polling = on;
     }
 
-    /// Sends what [`Event::Superseded`] held back again, and goes on with the rings.
+    /// Sends what [`Event::Superseded`] held back again, and goes on with the rings, at the next
+    /// [`Device::poll`].
     pub fn resume(&mut self) {
         self.held = false;
         for queue in &mut self.queues {
@@ -286,6 +285,12 @@ impl Device {
         self.attached
     }
 
+    /// True if nothing is under way but what was superseded, which stays in the in-flight buffer.
+    fn is_quiet(&self) -> bool {
+        let held = |queue: &Queue| if self.held { queue.resubmit.len() } else { 0 };
+        self.orphans == 0 && self.queues.iter().all(|queue| queue.under_way == held(queue))
+    }
+
     fn event_index(&self) -> bool {
         self.features & F_EVENT_IDX != 0
     }
@@ -296,6 +301,9 @@ impl Device {
             return Err(ControlError::Features { unknown });
         }
         self.features = features;
+        for queue in &mut self.queues {
+            queue.forget_kicks();
+        }
         if features & F_PROTOCOL_FEATURES == 0 {
             // Without the feature there is no message to enable rings: they start enabled.
             for queue in &mut self.queues {
@@ -441,6 +449,11 @@ impl Device {
                 return Step::Idle;
             };
             self.begin(index, head);
+            if self.queues[index].emitting.is_none() {
+                // Answered on the spot. It counts, or a guest could keep us here for ever.
+                *left -= 1;
+                return Step::Progress;
+            }
         }
         self.emit(index, left, submit)
     }
@@ -542,7 +555,7 @@ impl Device {
                 }
             }
         }
-        if self.quiesce.is_some() && self.busy() == 0 {
+        if self.quiesce.is_some() && self.is_quiet() {
             self.flush_notifications();
             if let Some(reply) = self.quiesce.take() {
                 reply.send(Ok(0));

@@ -3,7 +3,7 @@
 use core::fmt;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -54,6 +54,12 @@ pub enum ListenerError {
 
 /// The longest path that fits into a `sockaddr_un` with its terminating zero.
 const PATH_BYTES_MAX: usize = 107;
+
+/// `AF_UNIX` in the type that socket addresses have it in.
+const AF_UNIX_FAMILY: libc::sa_family_t = 1;
+
+/// The control thread's stack: it parses small messages.
+const STACK_BYTES: usize = 256 * 1024;
 
 /// A vhost-user socket and its control thread. Serves one front end at a time; the next one
 /// waits until the connection before it has ended.
@@ -121,6 +127,7 @@ impl Listener {
         let in_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("vhost-control".into())
+            .stack_size(STACK_BYTES)
             .spawn(move || serve(&socket, &woken, &in_thread, &session))
             .map_err(io_error("start a thread for"))?;
         Ok(Self { shared, wake, thread: Some(thread) })
@@ -185,13 +192,38 @@ fn bind(path: &Path) -> Result<UnixListener, ListenerError> {
     if !metadata.file_type().is_socket() {
         return Err(ListenerError::NotASocket { path: path.to_owned() });
     }
-    match UnixStream::connect(path) {
-        Ok(_) => return Err(ListenerError::InUse { path: path.to_owned() }),
+    match connect_without_waiting(path) {
+        Ok(()) => return Err(ListenerError::InUse { path: path.to_owned() }),
+        // Somebody listens, and has more front ends waiting than it takes.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            return Err(ListenerError::InUse { path: path.to_owned() });
+        }
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
         Err(error) => return Err(io_error("find out who listens on")(error)),
     }
     std::fs::remove_file(path).map_err(io_error("remove the stale socket"))?;
     UnixListener::bind(path).map_err(io_error("listen on"))
+}
+
+/// Tries to connect. Unlike `UnixStream::connect`, does not block while the queue is full.
+fn connect_without_waiting(path: &Path) -> io::Result<()> {
+    // SAFETY: the call has no memory effects.
+    let fd = unsafe {
+        libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just opened and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut address = libc::sockaddr_un { sun_family: AF_UNIX_FAMILY, sun_path: [0; 108] };
+    for (to, from) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    let bytes = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).expect("110");
+    // SAFETY: `address` is a valid socket address of `bytes` bytes for the call's duration.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), bytes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The control thread: one connection after the other.

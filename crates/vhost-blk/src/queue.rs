@@ -207,6 +207,13 @@ impl Queue {
         self.state = State::Running;
     }
 
+    /// Tells the guest anew whether to kick, at the next opportunity: how it is told may change.
+    pub(crate) fn forget_kicks(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.forget_kicks();
+        }
+    }
+
     /// Finds the ring in a new memory table, or at new addresses.
     pub(crate) fn refresh(&mut self, memory: &GuestMemory) {
         let active = match self.state {

@@ -213,6 +213,11 @@ impl Ring {
         }
     }
 
+    /// Forgets what the guest was told about kicks.
+    pub(crate) fn forget_kicks(&mut self) {
+        self.kicks_told = None;
+    }
+
     fn tell_kicks(&mut self, event_index: bool, value: u16, log: Option<&DirtyLog>) {
         if self.kicks_told == Some(value) {
             return;

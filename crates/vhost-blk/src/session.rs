@@ -52,8 +52,9 @@ impl Session {
 
     /// Starts serving a new connection.
     pub(crate) fn connected(&mut self) -> Result<()> {
+        self.ask(Request::Connected)?;
         self.regions.clear();
-        self.ask(Request::Connected)
+        Ok(())
     }
 
     /// Lets the requests under way finish; false if they did not in time.
@@ -63,10 +64,12 @@ impl Session {
 
     /// Makes the device forget the connection.
     pub(crate) fn disconnected(&mut self) {
-        self.regions.clear();
         if let Err(error) = self.ask(Request::Disconnected) {
             tracing::debug!(%error, "the device was not told that its front end is gone");
         }
+        // Only now, so that unmapping, which takes a while for a large guest, happens here and
+        // not on the reactor thread.
+        self.regions.clear();
     }
 
     fn ask(&mut self, request: Request) -> Result<()> {
