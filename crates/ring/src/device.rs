@@ -6,8 +6,8 @@ use std::path::Path;
 use base::limits::{HEADER_BYTES, PAGE_BYTES};
 use base::{Buffer, BufferMut};
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags, flock, open, seek, stat,
-    statx,
+    Advice, AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags, fadvise, flock,
+    open, seek, stat, statx,
 };
 use rustix::io::Errno;
 
@@ -112,6 +112,11 @@ fn open_file(path: &Path, options: DeviceOptions) -> Result<(OwnedFd, DeviceInfo
     } else {
         status.stx_size
     };
+    if !is_block_device {
+        // What the page cache holds of it (a file just made, a backup just restored) would send
+        // each write through a kernel worker, to drop its page first. Advice only.
+        let _ = fadvise(&file, 0, None, Advice::DontNeed);
+    }
     let read_only = options.read_only;
     let info = DeviceInfo { size_bytes, block_bytes, memory_alignment, is_block_device, read_only };
     Ok((file, info))

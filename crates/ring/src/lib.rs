@@ -31,6 +31,11 @@
 //!
 //! Linux 6.1 or later on a 64-bit machine.
 
+#![cfg_attr(
+    test,
+    allow(clippy::duplicate_mod, reason = "model.rs puts other primitives under the same source")
+)]
+
 mod clock;
 mod completion;
 mod config;

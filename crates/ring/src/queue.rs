@@ -86,9 +86,11 @@ impl<T> Queue<T> {
             return None;
         }
         let message = slot.value.with_mut(|value| {
-            // SAFETY: `turn` says that the sender has finished writing this message; no other
-            // receiver exists (the caller's promise), so it is read once.
-            unsafe { (*value).assume_init_read() }
+            // SAFETY: `turn` says that the sender has finished writing the slot, and no other
+            // receiver exists (the caller's promise).
+            let value = unsafe { &*value };
+            // SAFETY: written by the sender, and read once: `head` and `turn` move on below.
+            unsafe { value.assume_init_read() }
         });
         self.head.store(position.wrapping_add(1), Ordering::Relaxed);
         slot.turn.store(position.wrapping_add(self.slots.len()), Ordering::Release);

@@ -23,7 +23,7 @@ use crate::memory::Region;
 use crate::operation::{Gather, Operation, Step, on, step_plain};
 use crate::pacing::Pacing;
 use crate::slab::Slab;
-use crate::uring::{UNWATCHED, Uring};
+use crate::uring::{UNWATCHED, Uring, Wait};
 use crate::wake::Wakeup;
 use crate::watch::{Watch, poll_entry};
 
@@ -35,6 +35,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Looks at the ring between two looks at the clock while polling.
 const POLLS_PER_CLOCK: u32 = 16;
+
+/// Buffers of one kind, at most: far above any machine's memory, far below overflow.
+const BUFFERS_MAX: usize = 1 << 32;
 
 /// What a [`Reactor::turn`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +99,9 @@ impl Reactor {
                 ErrorKind::InvalidConfig,
                 format!("{entries} ring entries: not a power of two"),
             ));
+        }
+        if config.small_buffers.max(config.large_buffers) > BUFFERS_MAX {
+            return Err(Error::new(ErrorKind::InvalidConfig, "too many buffers"));
         }
         let uring = Uring::new(config.entries)?;
         let files = FileTable::new(&uring)?;
@@ -166,7 +172,7 @@ impl Reactor {
         let mut turn = Turn { woken: self.wakeup.flag().take(), ..Turn::default() };
         self.start_sends();
         if busy || turn.woken || !self.completions.is_empty() {
-            self.uring.enter(None)?;
+            self.uring.enter(Wait::No)?;
             self.reap();
             self.now = now();
         } else {
@@ -190,15 +196,18 @@ impl Reactor {
             event = self.poll(deadline.map_or(until, |deadline| deadline.min(until)))?;
         }
         if !event && deadline.is_none_or(|deadline| self.now < deadline) {
-            let timeout = deadline.map(|deadline| deadline.since(self.now));
+            let sleep = match deadline {
+                Some(deadline) => Wait::AtMost(deadline.since(self.now)),
+                None => Wait::Forever,
+            };
             let before = self.now;
             if self.wakeup.flag().prepare_sleep() {
-                let entered = self.uring.enter(Some(timeout));
+                let entered = self.uring.enter(sleep);
                 turn.woken |= self.wakeup.flag().take();
                 entered?;
             } else {
                 turn.woken |= self.wakeup.flag().take();
-                self.uring.enter(None)?;
+                self.uring.enter(Wait::No)?;
             }
             event = self.reap() > 0 || turn.woken;
             self.now = now();
@@ -211,11 +220,11 @@ impl Reactor {
     /// Submits, and polls until something completes or another thread wakes the reactor (true),
     /// or `until`. Sets [`Reactor::now`].
     fn poll(&mut self, until: Instant) -> Result<bool, Error> {
-        self.uring.enter(None)?;
+        self.uring.enter(Wait::No)?;
         loop {
             for _ in 0..POLLS_PER_CLOCK {
                 if self.uring.is_ready() {
-                    self.uring.enter(None)?;
+                    self.uring.enter(Wait::No)?;
                     if self.reap() > 0 {
                         self.now = now();
                         return Ok(true);
@@ -378,7 +387,7 @@ impl Reactor {
         unsafe { self.uring.push(any) };
         while self.operations.len() > 0 {
             let left = deadline.since(now());
-            if left.is_zero() || self.uring.enter(Some(Some(left))).is_err() {
+            if left.is_zero() || self.uring.enter(Wait::AtMost(left)).is_err() {
                 return false;
             }
             self.reap();

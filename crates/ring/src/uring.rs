@@ -26,6 +26,14 @@ pub(crate) struct Reaped {
     pub(crate) more: bool,
 }
 
+/// Whether to wait for a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    No,
+    AtMost(Duration),
+    Forever,
+}
+
 pub(crate) struct Uring {
     ring: IoUring,
     /// Entries that found the submission ring full, oldest first.
@@ -85,22 +93,18 @@ impl Uring {
 
     /// True if a completion can be reaped, now or after an [`Uring::enter`] that does not wait.
     pub(crate) fn is_ready(&mut self) -> bool {
-        if !self.ring.completion().is_empty() {
-            return true;
-        }
-        let submission = self.ring.submission();
-        submission.taskrun() || submission.cq_overflow()
+        !self.ring.completion().is_empty() || self.needs_kernel()
     }
 
-    /// Submits everything queued. With `wait`, also waits until there is a completion, or for
-    /// that long (`Some(None)`: for ever), or a signal.
-    pub(crate) fn enter(&mut self, wait: Option<Option<Duration>>) -> Result<(), Error> {
+    /// Submits everything queued, and waits as told until there is a completion or a signal.
+    pub(crate) fn enter(&mut self, wait: Wait) -> Result<(), Error> {
         loop {
             self.refill();
             let rest = !self.backlog.is_empty();
             let result = match wait {
-                Some(timeout) if !rest => self.submit_and_wait(timeout),
-                _ => {
+                Wait::AtMost(timeout) if !rest => self.submit_and_wait(timeout),
+                Wait::Forever if !rest => self.ring.submitter().submit_and_wait(1),
+                Wait::No | Wait::AtMost(_) | Wait::Forever => {
                     if !rest && self.ring.submission().is_empty() && !self.needs_kernel() {
                         return Ok(());
                     }
@@ -124,20 +128,16 @@ impl Uring {
         }
     }
 
+    /// True if completions wait in the kernel for an enter.
     fn needs_kernel(&mut self) -> bool {
         let submission = self.ring.submission();
         submission.taskrun() || submission.cq_overflow()
     }
 
-    fn submit_and_wait(&mut self, timeout: Option<Duration>) -> io::Result<usize> {
-        match timeout {
-            None => self.ring.submitter().submit_and_wait(1),
-            Some(timeout) => {
-                let timespec = types::Timespec::from(timeout);
-                let args = types::SubmitArgs::new().timespec(&timespec);
-                self.ring.submitter().submit_with_args(1, &args)
-            }
-        }
+    fn submit_and_wait(&mut self, timeout: Duration) -> io::Result<usize> {
+        let timespec = types::Timespec::from(timeout);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        self.ring.submitter().submit_with_args(1, &args)
     }
 
     /// The next completion in the ring.

@@ -1,4 +1,5 @@
 //! TCP and Unix sockets.
+#![allow(clippy::unwrap_used, reason = "in a test, panicking is reporting")]
 
 mod support;
 

@@ -1,5 +1,6 @@
 //! What the tests share.
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "in a test, panicking is reporting")]
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
