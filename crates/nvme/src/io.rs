@@ -8,13 +8,15 @@
 //!
 //! Sending: `Send { connection, part }` outputs of one connection are written to its socket in
 //! order; the shell gathers as many as it likes into one call and reports progress with
-//! `Sent { connection, bytes }`, any number of times. A machine that has too many unsent bytes on
-//! a connection stops receiving there: without `Sent` a connection comes to a halt.
+//! `Sent { connection, bytes }`, any number of times. A target with too many unsent bytes on a
+//! connection takes no more commands from it: without `Sent` a connection comes to a halt.
 //!
 //! Closing: the shell answers `Close { connection }` with `Closed { connection }` once it has no
 //! operation under way on the socket. It gives `Closed` unasked after an error. `Closed` is the
 //! last input of a connection, and its id is free again then. A `Received` between `Close` and
-//! `Closed` is fine; the buffer of a cancelled receive may also just be dropped.
+//! `Closed` is fine; the buffer of a cancelled receive may also just be dropped. `Send` and
+//! `Receive` outputs of a connection that the shell has closed unasked may still be in the
+//! machine's queue: the shell drops them.
 //!
 //! Buffers: a machine that finds the pool empty stops receiving on that connection and tries
 //! again at every `handle`, at the latest at `next_deadline`.

@@ -4,7 +4,7 @@
 //! namespace, heads use a server's replicas through vendor-specific commands. `docs/protocol.md`
 //! has every layout, opcode and status code.
 //!
-//! * `codec` turns PDUs, commands, completions and log pages into bytes and back.
+//! * [`codec`] turns PDUs, commands, completions and log pages into bytes and back.
 //! * [`target`] is the server's side, one [`Target`] for all connections of a process.
 //! * [`initiator`] is the other side, one [`Initiator`] for each peer server.
 //! * [`io`] is the contract that both have with the shell that owns the sockets.
@@ -13,9 +13,12 @@
 //! Nothing here does I/O, reads a clock or draws a random number, and nothing that a peer sends
 //! can make it panic.
 
+pub mod codec;
 pub mod initiator;
 pub mod io;
+mod link;
 pub mod nqn;
+mod outbox;
 pub mod state;
 pub mod target;
 

@@ -1,15 +1,28 @@
 //! The target machine: one for each server process, for all connections that it accepted.
 
+mod admin;
+mod block;
+mod connection;
+mod fabrics;
+mod process;
+mod replica;
+mod session;
+
 use core::net::SocketAddr;
 use core::time::Duration;
+use std::collections::BTreeMap;
 
 use base::{
     BlockReply, BlockRequest, BlockSize, Buffer, BufferMut, BufferPool, HolderId, Instant,
     ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, ServerId, VolumeId,
 };
 
+use self::connection::{Connection, Phase};
+use self::session::{Event, Session};
 use crate::io::{ConnectionId, Receive, SessionId, Tag};
+use crate::link::Arm;
 use crate::nqn::Subsystem;
+use crate::outbox::{Outbox, SendOutput};
 use crate::state::StateMessage;
 
 /// What a target is told once.
@@ -23,7 +36,7 @@ pub struct TargetConfig {
     pub connections_max: usize,
     /// Commands outstanding on one I/O connection, at most (queue entries), 2 to 1024.
     pub queue_entries: u16,
-    /// I/O connections of one session with a volume subsystem, at most.
+    /// I/O connections of one session with a volume subsystem, at most; 1 to 64.
     pub io_queues_max: u16,
     /// A connection that has not got as far as Connect by then is closed.
     pub handshake_deadline: Duration,
@@ -208,31 +221,440 @@ pub enum Output {
     },
 }
 
-/// The target machine. See [`crate::io`] for the contract about connections and buffers.
-pub struct Target {
+/// Bytes a connection may have unsent before it stops taking commands.
+const UNSENT_BYTES_MAX: usize = 2 * 1024 * 1024;
+/// How soon to look for buffers again when the pool was empty and nothing else happens.
+const STARVED_RETRY: Duration = Duration::from_millis(2);
+/// How often deadlines of sessions and handshakes are looked at, at the least.
+const CHECK_INTERVAL_MAX: Duration = Duration::from_secs(1);
+
+/// A volume that is offered.
+struct Volume {
+    export: VolumeExport,
+    access: Access,
+    access_count: u64,
+}
+
+/// Everything but the connections: what a connection's processing needs beside itself.
+struct Core {
     config: TargetConfig,
     pool: BufferPool,
+    outbox: Outbox<Output>,
+    sessions: BTreeMap<SessionId, Session>,
+    volumes: BTreeMap<VolumeId, Volume>,
+    last_session: u64,
+    last_generation: u32,
+    discovery_generation: u64,
+    now: Instant,
+    /// Sessions that have ended and whose connections are still to be closed.
+    ended: Vec<SessionId>,
+}
+
+impl SendOutput for Output {
+    fn send(connection: ConnectionId, part: Buffer) -> Self {
+        Self::Send { connection, part }
+    }
+}
+
+/// The target machine. See [`crate::io`] for the contract about connections and buffers.
+pub struct Target {
+    core: Core,
+    connections: Vec<Option<Box<Connection>>>,
+    free: Vec<u16>,
+    by_id: BTreeMap<ConnectionId, u16>,
+    /// Connections that wait for a buffer, a slot, or for their peer to read.
+    stalled: usize,
+    retry_at: Option<Instant>,
+    check_at: Instant,
+    stopped: bool,
 }
 
 impl Target {
     /// A target without volumes. Buffers for receiving and for small responses come from `pool`.
+    ///
+    /// # Panics
+    /// If a limit in `config` is out of range: the caller has checked what an operator wrote.
     pub fn new(config: TargetConfig, pool: BufferPool) -> Self {
-        Self { config, pool }
+        assert!((2..=1024).contains(&config.queue_entries), "2 to 1024 queue entries");
+        assert!((1..=64).contains(&config.io_queues_max), "1 to 64 I/O queues of a session");
+        let connections_max = u16::try_from(config.connections_max).expect("at most 65535");
+        Self {
+            core: Core {
+                config,
+                outbox: Outbox::new(pool.clone()),
+                pool,
+                sessions: BTreeMap::new(),
+                volumes: BTreeMap::new(),
+                last_session: 0,
+                last_generation: 0,
+                discovery_generation: 0,
+                now: Instant::ZERO,
+                ended: Vec::new(),
+            },
+            connections: (0..connections_max).map(|_| None).collect(),
+            free: (0..connections_max).rev().collect(),
+            by_id: BTreeMap::new(),
+            stalled: 0,
+            retry_at: None,
+            check_at: Instant::ZERO,
+            stopped: false,
+        }
     }
 
     /// Takes in what happened. Drain [`Target::poll_output`] afterwards; several inputs may come
     /// first, and their small responses then share a buffer.
-    pub fn handle(&mut self, _now: Instant, _input: Input) {
-        let _ = (&self.config, &self.pool);
+    ///
+    /// # Panics
+    /// If the shell breaks the contract of [`crate::io`], or a reply's body does not belong to
+    /// its command.
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        self.core.now = now;
+        match input {
+            Input::Tick => {}
+            Input::Accepted { connection } => self.accepted(connection),
+            Input::Received { connection, buffer, bytes } => {
+                self.received(connection, buffer, bytes);
+            }
+            Input::Sent { connection, bytes } => {
+                if let Some(&index) = self.by_id.get(&connection)
+                    && let Some(connection) = &mut self.connections[usize::from(index)]
+                {
+                    connection.unsent = connection.unsent.saturating_sub(bytes);
+                }
+            }
+            Input::Closed { connection } => self.closed(connection),
+            Input::AddVolume(export) => self.add_volume(export),
+            Input::RemoveVolume(volume) => self.remove_volume(volume),
+            Input::SetAccess { volume, access } => self.set_access(volume, access),
+            Input::Publish { audience, key, message } => self.publish(audience, key, message),
+            Input::ReplicaReply { session, tag, result } => {
+                self.on_reply(session, tag, |connection, core, slot| {
+                    replica::reply(connection, core, slot, result);
+                });
+            }
+            Input::BlockReply { session, reply } => {
+                self.on_reply(session, Tag(reply.id.0), |connection, core, slot| {
+                    block::reply(connection, core, slot, reply);
+                });
+            }
+            Input::CloseSession(session) => self.close_session(session),
+            Input::Stop => {
+                self.stopped = true;
+                self.close_where(|_| true);
+            }
+        }
+        if self.stalled > 0 || self.retry_at.is_some() {
+            self.retry();
+        }
+        if now >= self.check_at {
+            self.check_deadlines();
+        }
     }
 
     /// The next thing to do, if any.
     pub fn poll_output(&mut self) -> Option<Output> {
-        None
+        self.core.outbox.pop()
     }
 
     /// When to call [`Target::handle`] with [`Input::Tick`] if nothing happens before.
     pub fn next_deadline(&self) -> Option<Instant> {
-        None
+        let check = (!self.by_id.is_empty()).then_some(self.check_at);
+        base::time::earliest(check, self.retry_at)
+    }
+
+    /// Sessions that are open.
+    pub fn sessions(&self) -> usize {
+        self.core.sessions.len()
+    }
+
+    fn accepted(&mut self, id: ConnectionId) {
+        assert!(!self.by_id.contains_key(&id), "the shell gives each connection its own id");
+        let index = if self.stopped { None } else { self.free.pop() };
+        let Some(index) = index else {
+            self.core.outbox.push(Output::Close { connection: id });
+            return;
+        };
+        self.by_id.insert(id, index);
+        let connection = Connection::new(id, index, self.core.now);
+        self.connections[usize::from(index)] = Some(Box::new(connection));
+        self.check_at = self.check_at.min(self.core.now + self.core.config.handshake_deadline);
+        self.process(index);
+    }
+
+    fn received(&mut self, id: ConnectionId, buffer: BufferMut, bytes: usize) {
+        let Some(&index) = self.by_id.get(&id) else { return };
+        let Some(connection) = &mut self.connections[usize::from(index)] else { return };
+        if connection.phase == Phase::Closing {
+            return;
+        }
+        connection.link.received(buffer, bytes);
+        if bytes == 0 {
+            self.close(index);
+            return;
+        }
+        if let Some(session) = connection.phase.session()
+            && let Some(session) = self.core.sessions.get_mut(&session)
+        {
+            session.last_heard = self.core.now;
+        }
+        self.process(index);
+    }
+
+    fn closed(&mut self, id: ConnectionId) {
+        let Some(index) = self.by_id.remove(&id) else { return };
+        let Some(connection) = self.connections[usize::from(index)].take() else { return };
+        self.free.push(index);
+        if connection.stalled {
+            self.stalled -= 1;
+        }
+        if let Some(session) = connection.phase.session() {
+            self.close_session(session);
+        }
+    }
+
+    /// Works on what a connection has received, and arms its next receive.
+    fn process(&mut self, index: u16) {
+        let Some(connection) = &mut self.connections[usize::from(index)] else { return };
+        if connection.phase == Phase::Closing {
+            return;
+        }
+        if core::mem::take(&mut connection.stalled) {
+            self.stalled -= 1;
+        }
+        match process::process(connection, &mut self.core) {
+            Ok(process::Progress::Drained) => {
+                match connection.link.arm(connection.id, &self.core.pool) {
+                    Arm::Nothing => {}
+                    Arm::Receive(receive) => self.core.outbox.push(Output::Receive(receive)),
+                    Arm::Starved => self.stall(index),
+                }
+            }
+            Ok(process::Progress::Stalled) => self.stall(index),
+            Err(process::End::Violation(violation)) => {
+                connection.terminate(&mut self.core.outbox, &violation);
+                self.close(index);
+            }
+            Err(process::End::Close) => self.close(index),
+        }
+        while let Some(ended) = self.core.ended.pop() {
+            self.close_where(|phase| phase.session() == Some(ended));
+        }
+    }
+
+    fn stall(&mut self, index: u16) {
+        if let Some(connection) = &mut self.connections[usize::from(index)]
+            && !connection.stalled
+        {
+            connection.stalled = true;
+            self.stalled += 1;
+        }
+        self.retry_at = Some(self.core.now + STARVED_RETRY);
+    }
+
+    fn retry(&mut self) {
+        self.retry_at = None;
+        if self.stalled == 0 {
+            return;
+        }
+        for index in 0..u16::try_from(self.connections.len()).unwrap_or(u16::MAX) {
+            if self.connections[usize::from(index)].as_ref().is_some_and(|one| one.stalled) {
+                self.process(index);
+            }
+        }
+    }
+
+    /// Closes a connection, and the session that it is part of.
+    fn close(&mut self, index: u16) {
+        let Some(connection) = &mut self.connections[usize::from(index)] else { return };
+        let session = connection.phase.session();
+        if connection.phase != Phase::Closing {
+            if connection.stalled {
+                self.stalled -= 1;
+            }
+            connection.close();
+            self.core.outbox.push(Output::Close { connection: connection.id });
+        }
+        if let Some(session) = session {
+            self.close_session(session);
+        }
+    }
+
+    fn close_session(&mut self, id: SessionId) {
+        if self.core.end_session(id) {
+            self.core.ended.pop();
+            self.close_where(|phase| phase.session() == Some(id));
+        }
+    }
+
+    fn close_where(&mut self, closes: impl Fn(Phase) -> bool) {
+        for index in 0..u16::try_from(self.connections.len()).unwrap_or(u16::MAX) {
+            if let Some(connection) = &self.connections[usize::from(index)]
+                && connection.phase != Phase::Closing
+                && closes(connection.phase)
+            {
+                self.close(index);
+            }
+        }
+    }
+
+    fn check_deadlines(&mut self) {
+        let now = self.core.now;
+        let mut next = now + CHECK_INTERVAL_MAX;
+        let mut silent = Vec::new();
+        for session in self.core.sessions.values() {
+            if let Some(deadline) = session.deadline() {
+                if deadline <= now {
+                    silent.push(session.id);
+                } else {
+                    next = next.min(deadline);
+                }
+            }
+        }
+        for session in silent {
+            self.close_session(session);
+        }
+        for index in 0..u16::try_from(self.connections.len()).unwrap_or(u16::MAX) {
+            let Some(connection) = &self.connections[usize::from(index)] else { continue };
+            if !matches!(connection.phase, Phase::Initialize | Phase::Connect) {
+                continue;
+            }
+            let deadline = connection.accepted + self.core.config.handshake_deadline;
+            if deadline <= now {
+                self.close(index);
+            } else {
+                next = next.min(deadline);
+            }
+        }
+        self.check_at = next;
+    }
+
+    /// Finds the command that a reply belongs to; replies of closed sessions are dropped.
+    fn on_reply(
+        &mut self,
+        session: SessionId,
+        tag: Tag,
+        reply: impl FnOnce(&mut Connection, &mut Core, u16),
+    ) {
+        let (generation, index, slot) = split_tag(tag);
+        let Some(Some(connection)) = self.connections.get_mut(usize::from(index)) else { return };
+        if connection.phase.session() != Some(session) {
+            return;
+        }
+        let Some(found) = connection.commands.slot(slot) else { return };
+        if found.generation != generation {
+            return;
+        }
+        reply(connection, &mut self.core, slot);
+    }
+
+    fn add_volume(&mut self, export: VolumeExport) {
+        let known = self.core.volumes.get_mut(&export.volume);
+        if let Some(volume) = known {
+            if volume.export != export {
+                volume.export = export;
+                self.raise(Subsystem::Volume(export.volume), |session| {
+                    session.namespace_changed = true;
+                    session.raise(Event::Namespace);
+                });
+            }
+            return;
+        }
+        let volume = Volume { export, access: Access::Optimized, access_count: 1 };
+        self.core.volumes.insert(export.volume, volume);
+        self.discovery_changed();
+    }
+
+    fn remove_volume(&mut self, volume: VolumeId) {
+        if self.core.volumes.remove(&volume).is_none() {
+            return;
+        }
+        let sessions: Vec<_> = self
+            .core
+            .sessions
+            .values()
+            .filter(|session| session.subsystem == Subsystem::Volume(volume))
+            .map(|session| session.id)
+            .collect();
+        for session in sessions {
+            self.close_session(session);
+        }
+        self.discovery_changed();
+    }
+
+    fn discovery_changed(&mut self) {
+        self.core.discovery_generation += 1;
+        self.raise(Subsystem::Discovery, |session| session.raise(Event::Discovery));
+    }
+
+    fn set_access(&mut self, id: VolumeId, access: Access) {
+        let Some(volume) = self.core.volumes.get_mut(&id) else { return };
+        if volume.access != access {
+            volume.access = access;
+            volume.access_count += 1;
+            self.raise(Subsystem::Volume(id), |session| session.raise(Event::Access));
+        }
+    }
+
+    fn publish(&mut self, audience: Audience, key: Option<ReplicaKey>, message: StateMessage) {
+        let subsystem = Subsystem::Replica(self.core.config.server);
+        match audience {
+            Audience::Heads => self.raise(subsystem, |session| session.add_state(key, message)),
+            Audience::Session(id) => {
+                if let Some(session) = self.core.sessions.get_mut(&id) {
+                    session.add_state(key, message);
+                }
+                self.tell_events(id);
+            }
+        }
+    }
+
+    /// Changes every session of `subsystem`, and tells the events that this raised.
+    fn raise(&mut self, subsystem: Subsystem, mut change: impl FnMut(&mut Session)) {
+        let mut changed = Vec::new();
+        for session in self.core.sessions.values_mut() {
+            if session.subsystem == subsystem {
+                change(session);
+                changed.push(session.id);
+            }
+        }
+        for session in changed {
+            self.tell_events(session);
+        }
+    }
+
+    fn tell_events(&mut self, id: SessionId) {
+        let Some(session) = self.core.sessions.get(&id) else { return };
+        let admin = usize::from(session.admin);
+        if let Some(Some(connection)) = self.connections.get_mut(admin) {
+            admin::tell_events(connection, &mut self.core, id);
+        }
+    }
+}
+
+/// A tag: generation, connection, slot.
+fn make_tag(generation: u32, connection: u16, slot: u16) -> Tag {
+    Tag((u64::from(generation) << 32) | (u64::from(connection) << 16) | u64::from(slot))
+}
+
+fn split_tag(tag: Tag) -> (u32, u16, u16) {
+    let bytes = tag.0.to_le_bytes();
+    let generation = crate::codec::u32_at(&bytes, 4);
+    (generation, crate::codec::u16_at(&bytes, 2), crate::codec::u16_at(&bytes, 0))
+}
+
+impl Core {
+    fn next_generation(&mut self) -> u32 {
+        self.last_generation = self.last_generation.wrapping_add(1);
+        self.last_generation
+    }
+
+    /// Ends a session, but for closing its connections; false if it was not there.
+    fn end_session(&mut self, id: SessionId) -> bool {
+        if self.sessions.remove(&id).is_none() {
+            return false;
+        }
+        self.outbox.push(Output::SessionClosed { session: id });
+        self.ended.push(id);
+        true
     }
 }

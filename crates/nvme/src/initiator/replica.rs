@@ -1,0 +1,209 @@
+//! Replica commands.
+
+use std::collections::BTreeMap;
+
+use base::checksum::crc32c;
+use base::{CommandBody, Epoch, Record, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq};
+
+use super::queue::{Answer, Entry, Replica, Work};
+use super::{DownReason, End, Initiator, Output, Side};
+use crate::codec::command::{Command, Completion};
+use crate::codec::replica::{self, HANDLES_MAX, POSITION_BYTES, STATE_BYTES};
+use crate::codec::status::StatusCode;
+use crate::io::Tag;
+use crate::nqn::Subsystem;
+use crate::outbox::Data;
+
+/// Which handle means which replica in this session.
+#[derive(Default)]
+pub(super) struct Handles {
+    by_key: BTreeMap<ReplicaKey, (u32, Epoch)>,
+    free: Vec<u32>,
+    last: u32,
+}
+
+impl Handles {
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// The handle of a replica that is to be sealed; `None` if there are too many.
+    fn bind(&mut self, key: ReplicaKey, epoch: Epoch) -> Option<u32> {
+        if let Some((handle, bound)) = self.by_key.get_mut(&key) {
+            *bound = epoch.max(*bound);
+            return Some(*handle);
+        }
+        let handle = match self.free.pop() {
+            Some(handle) => handle,
+            None if self.last < HANDLES_MAX => {
+                self.last += 1;
+                self.last
+            }
+            None => return None,
+        };
+        self.by_key.insert(key, (handle, epoch));
+        Some(handle)
+    }
+
+    fn find(&self, key: ReplicaKey) -> Option<u32> {
+        self.by_key.get(&key).map(|&(handle, _)| handle)
+    }
+
+    /// The head of `epoch` needs the handle no longer. What is under way with it was resolved
+    /// when it arrived, so the handle may mean something else from the next Seal on.
+    fn unbind(&mut self, key: ReplicaKey, epoch: Epoch) {
+        if let Some(&(handle, bound)) = self.by_key.get(&key)
+            && bound <= epoch
+        {
+            self.by_key.remove(&key);
+            self.free.push(handle);
+        }
+    }
+}
+
+impl Initiator {
+    /// Sends a command; there is a session and a free queue entry.
+    pub(super) fn send_replica(&mut self, tag: Tag, command: ReplicaCommand) {
+        let handle = if !matches!(self.config.subsystem, Subsystem::Replica(_)) {
+            Err(ReplicaError::NoReplica)
+        } else if matches!(command.body, CommandBody::Seal) {
+            self.handles.bind(command.key, command.epoch).ok_or(ReplicaError::Invalid)
+        } else {
+            self.handles.find(command.key).ok_or(ReplicaError::NotSealed)
+        };
+        let handle = match handle {
+            Ok(handle) => handle,
+            Err(error) => {
+                self.outbox.push(Output::Reply { tag, result: Err(error) });
+                return;
+            }
+        };
+        let encoded = replica::encode(&command, handle);
+        let ReplicaCommand { key, epoch, body, .. } = command;
+        let release = matches!(body, CommandBody::Release);
+        let (answer, buffer, record) = match body {
+            CommandBody::Seal => (Answer::Sealed, None, None),
+            CommandBody::Append { record, .. } => (Answer::Appended, None, Some(record)),
+            CommandBody::Read { blocks, buffer, .. } => {
+                (Answer::Data { blocks }, Some(buffer), None)
+            }
+            CommandBody::Flush => (Answer::Flushed, None, None),
+            CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
+            CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
+            CommandBody::Trim | CommandBody::Release => (Answer::Done, None, None),
+        };
+        let capacity = buffer.as_ref().map_or(0, base::BufferMut::capacity);
+        let bytes_max = match answer {
+            Answer::Data { blocks } => replica::read_bytes_max(blocks, capacity),
+            Answer::Sealed
+            | Answer::Appended
+            | Answer::Flushed
+            | Answer::Record
+            | Answer::Truncated
+            | Answer::Done => capacity,
+        };
+        let work = Work::Replica(Replica { tag, key, epoch, answer });
+        let id = self.queue.insert(Entry { buffer, bytes_max, ..Entry::new(work) });
+        let encoded = Command { id, ..encoded };
+        let Some(wire) = &self.wires[Side::Io.index()] else { return };
+        match &record {
+            Some(record) => {
+                let parts = [record.header_bytes(), record.payload()];
+                wire.send(&mut self.outbox, &encoded, Data::Parts(&parts));
+            }
+            None => wire.send(&mut self.outbox, &encoded, Data::None),
+        }
+        if release {
+            self.handles.unbind(key, epoch);
+        }
+    }
+
+    /// A replica command has ended.
+    pub(super) fn on_replica_end(
+        &mut self,
+        entry: Entry,
+        completion: Completion,
+    ) -> Result<(), End> {
+        let Work::Replica(command) = &entry.work else { return Ok(()) };
+        let (tag, key, epoch) = (command.tag, command.key, command.epoch);
+        let result = if completion.status.is_success() {
+            let answer = command.answer;
+            body(entry, answer, completion)
+        } else if completion.status.code() == StatusCode::TRANSIENT_TRANSPORT.code() {
+            Err(DownReason::Protocol("a data digest is wrong at the peer"))
+        } else {
+            let detail = &entry.small[..entry.small_bytes];
+            let position =
+                (detail.len() == POSITION_BYTES).then(|| replica::decode_position(detail));
+            match replica::decode_error(completion.status, completion.result, position) {
+                Some(error) => Ok(Err(error)),
+                None => Err(DownReason::Protocol("an error without its position")),
+            }
+        };
+        let result = match result {
+            Ok(result) => result,
+            Err(reason) => {
+                // Going down answers everything in the queue; this one is no longer there.
+                let result = Err(ReplicaError::Disconnected);
+                self.outbox.push(Output::Reply { tag, result });
+                return Err(reason.into());
+            }
+        };
+        if let Err(ReplicaError::Superseded { .. } | ReplicaError::NoReplica) = result {
+            self.handles.unbind(key, epoch);
+        }
+        self.outbox.push(Output::Reply { tag, result });
+        Ok(())
+    }
+}
+
+/// The answer of a successful command; an error if it is not the one that belongs to it.
+fn body(
+    entry: Entry,
+    answer: Answer,
+    completion: Completion,
+) -> Result<Result<ReplyBody, ReplicaError>, DownReason> {
+    let incomplete = DownReason::Protocol("an answer is incomplete");
+    let small = &entry.small[..entry.small_bytes];
+    let result = completion.result;
+    let body = match answer {
+        Answer::Sealed if small.len() >= STATE_BYTES => {
+            ReplyBody::Sealed(replica::decode_state(small))
+        }
+        Answer::Truncated if small.len() == POSITION_BYTES => {
+            ReplyBody::Truncated { last: replica::decode_position(small) }
+        }
+        Answer::Sealed | Answer::Truncated => return Err(incomplete),
+        Answer::Appended => ReplyBody::Appended { durable: Seq(result) },
+        Answer::Flushed => ReplyBody::Flushed { durable: Seq(result) },
+        Answer::Done => ReplyBody::Done,
+        Answer::Data { blocks } => {
+            let bytes = entry.received;
+            if !replica::is_read_length(blocks, bytes) {
+                return Err(incomplete);
+            }
+            let data = entry.buffer.ok_or(incomplete)?.freeze().payload(bytes);
+            if replica::read_result(crc32c(data.bytes())) != result {
+                return Err(DownReason::Protocol("read data was corrupted on the way"));
+            }
+            ReplyBody::Data(data)
+        }
+        Answer::Record => {
+            if entry.received == 0 {
+                return Err(incomplete);
+            }
+            let buffer = entry.buffer.ok_or(incomplete)?;
+            match Record::decode(buffer) {
+                Ok(record)
+                    if record.header_bytes().len() == entry.header_bytes
+                        && record.payload().len() == entry.received - entry.header_bytes =>
+                {
+                    ReplyBody::Record(record)
+                }
+                Ok(_) => return Err(incomplete),
+                Err(_) => return Ok(Err(ReplicaError::Damaged)),
+            }
+        }
+    };
+    Ok(Ok(body))
+}

@@ -1,0 +1,222 @@
+//! The replica subsystem's I/O commands.
+
+use base::checksum::crc32c;
+use base::{BufferMut, CommandBody, Epoch, Record, ReplicaCommand, ReplicaError, Seq};
+use base::{ReplicaKey, ReplyBody};
+
+use super::connection::{Answer, Append, Connection, Expect, Work};
+use super::process::Verdict;
+use super::{Core, Output, make_tag};
+use crate::codec::command::Command;
+use crate::codec::pdu::FLAG_LAST;
+use crate::codec::replica::{self, Request};
+use crate::codec::status::StatusCode;
+use crate::io::SessionId;
+use crate::link::Sink;
+use crate::outbox::Data;
+
+/// A command capsule. Nothing is changed if it has to wait.
+pub(super) fn on_command(
+    connection: &mut Connection,
+    core: &mut Core,
+    session: SessionId,
+    command: &Command,
+    data_bytes: usize,
+) -> Verdict {
+    let request = match replica::decode(command) {
+        Ok(request) => request,
+        Err(status) => {
+            connection.advance_head();
+            connection.complete(&mut core.outbox, command.id, status, 0);
+            return Verdict::DONE;
+        }
+    };
+    if connection.commands.is_full() {
+        return Verdict::Wait;
+    }
+    let buffer_bytes = match request {
+        Request::Append { payload_bytes, .. } => Some(payload_bytes),
+        Request::Read { bytes, .. } => Some(bytes),
+        Request::Scan { .. } => Some(base::limits::PAYLOAD_BYTES_MAX),
+        Request::Seal { .. }
+        | Request::Flush
+        | Request::Truncate { .. }
+        | Request::Trim
+        | Request::Release => None,
+    };
+    let mut buffer = None;
+    if let Some(bytes) = buffer_bytes {
+        buffer = core.pool.take(bytes);
+        if buffer.is_none() {
+            return Verdict::Wait;
+        }
+    }
+    connection.advance_head();
+    if let Request::Append { lba, seq, header_bytes, payload_bytes, media } = request
+        && let Some(buffer) = buffer
+    {
+        let key = core.sessions.get(&session).and_then(|session| session.key(command.nsid));
+        let (epoch, commit) = (Epoch(command.cdw2), Seq(command.metadata));
+        let generation = core.next_generation();
+        let slot = connection.commands.insert(command.id, generation, Work::Receiving);
+        let append = Append { key, epoch, commit, lba, seq, media };
+        debug_assert_eq!(header_bytes + payload_bytes, data_bytes);
+        let sink = Sink::Buffer { buffer, header: 0..header_bytes, payload: 0..payload_bytes };
+        return Verdict::Take(sink, Expect::Append { slot, append });
+    }
+    run(connection, core, session, command, request, buffer);
+    Verdict::DONE
+}
+
+/// A command without data to receive.
+fn run(
+    connection: &mut Connection,
+    core: &mut Core,
+    id: SessionId,
+    command: &Command,
+    request: Request,
+    buffer: Option<BufferMut>,
+) {
+    let Some(session) = core.sessions.get_mut(&id) else { return };
+    if let Request::Seal { key } = request
+        && !session.bind(command.nsid, key)
+    {
+        refuse(connection, core, command.id, ReplicaError::Invalid);
+        return;
+    }
+    let Some(key) = session.key(command.nsid) else {
+        refuse(connection, core, command.id, ReplicaError::NotSealed);
+        return;
+    };
+    let (body, answer) = match (request, buffer) {
+        (Request::Seal { .. }, _) => (CommandBody::Seal, Answer::Sealed),
+        (Request::Read { lba, blocks, covers, bytes }, Some(buffer)) => {
+            (CommandBody::Read { lba, blocks, covers, buffer }, Answer::Data { blocks, bytes })
+        }
+        (Request::Scan { seq }, Some(buffer)) => {
+            (CommandBody::Scan { seq, buffer }, Answer::Record)
+        }
+        (Request::Flush, _) => (CommandBody::Flush, Answer::Flushed),
+        (Request::Truncate { keep }, _) => (CommandBody::Truncate { keep }, Answer::Truncated),
+        (Request::Trim, _) => (CommandBody::Trim, Answer::Done),
+        (Request::Release, _) => (CommandBody::Release, Answer::Done),
+        (Request::Append { .. } | Request::Read { .. } | Request::Scan { .. }, _) => {
+            unreachable!("appends go another way, and reads and scans have a buffer")
+        }
+    };
+    let generation = core.next_generation();
+    let slot = connection.commands.insert(command.id, generation, Work::Replica(answer));
+    let tag = make_tag(generation, connection.index, slot);
+    let (epoch, commit) = (Epoch(command.cdw2), Seq(command.metadata));
+    let command = ReplicaCommand { key, epoch, commit, body };
+    core.outbox.push(Output::Replica { session: id, tag, command });
+}
+
+/// An Append's record has come.
+pub(super) fn on_record(
+    connection: &mut Connection,
+    core: &mut Core,
+    slot: u16,
+    append: Append,
+    buffer: BufferMut,
+    intact: bool,
+) {
+    let Some(session) = connection.phase.session() else { return };
+    let checked = check_record(&append, buffer);
+    let outcome = match checked {
+        _ if !intact => Err(None),
+        Ok((key, record)) => Ok((key, record)),
+        Err(error) => Err(Some(error)),
+    };
+    match outcome {
+        Ok((key, record)) => {
+            let Some(entry) = connection.commands.slot(slot) else { return };
+            entry.work = Some(Work::Replica(Answer::Appended));
+            let tag = make_tag(entry.generation, connection.index, slot);
+            let body = CommandBody::Append { record, media: append.media };
+            let Append { epoch, commit, .. } = append;
+            let command = ReplicaCommand { key, epoch, commit, body };
+            core.outbox.push(Output::Replica { session, tag, command });
+        }
+        Err(error) => {
+            let id = connection.commands.remove(slot);
+            match error {
+                Some(error) => refuse(connection, core, id, error),
+                None => {
+                    let status = StatusCode::TRANSIENT_TRANSPORT;
+                    connection.complete(&mut core.outbox, id, status, 0);
+                }
+            }
+        }
+    }
+}
+
+/// The record, if it is intact and is what the command says.
+fn check_record(append: &Append, buffer: BufferMut) -> Result<(ReplicaKey, Record), ReplicaError> {
+    let key = append.key.ok_or(ReplicaError::NotSealed)?;
+    let record = Record::decode(buffer).map_err(|_| ReplicaError::Invalid)?;
+    let header = record.header();
+    let same = header.key == key
+        && header.lba == append.lba
+        && header.position.seq == append.seq
+        && header.position.epoch <= append.epoch;
+    if same { Ok((key, record)) } else { Err(ReplicaError::Invalid) }
+}
+
+/// Completes `id` with an error.
+fn refuse(connection: &mut Connection, core: &mut Core, id: u16, error: ReplicaError) {
+    let (status, result, position) = replica::encode_error(error);
+    if let Some(position) = position {
+        let bytes = replica::encode_position(position);
+        let outbox = &mut core.outbox;
+        connection.send_data(outbox, id, 0, FLAG_LAST, Data::Inline(&bytes), bytes.len());
+    }
+    connection.complete(&mut core.outbox, id, status, result);
+}
+
+/// The replica's answer.
+pub(super) fn reply(
+    connection: &mut Connection,
+    core: &mut Core,
+    slot: u16,
+    result: Result<ReplyBody, ReplicaError>,
+) {
+    let Some(entry) = connection.commands.slot(slot) else { return };
+    let Some(Work::Replica(answer)) = entry.work else { return };
+    let id = connection.commands.remove(slot);
+    let body = match result {
+        Ok(body) => body,
+        Err(error) => return refuse(connection, core, id, error),
+    };
+    let outbox = &mut core.outbox;
+    let success = StatusCode::SUCCESS;
+    match (body, answer) {
+        (ReplyBody::Sealed(state), Answer::Sealed) => {
+            connection.complete_with_bytes(outbox, id, &replica::encode_state(&state));
+        }
+        (ReplyBody::Appended { durable }, Answer::Appended)
+        | (ReplyBody::Flushed { durable }, Answer::Flushed) => {
+            connection.complete(outbox, id, success, durable.0);
+        }
+        (ReplyBody::Data(data), Answer::Data { blocks, bytes }) => {
+            if data.len() <= bytes && replica::is_read_length(blocks, data.len()) {
+                let crc = crc32c(data.bytes());
+                let parts = Data::Parts(&[&data]);
+                connection.send_data(outbox, id, 0, FLAG_LAST, parts, data.len());
+                connection.complete(outbox, id, success, replica::read_result(crc));
+            } else {
+                // The head has room for smaller blocks than this volume's.
+                refuse(connection, core, id, ReplicaError::Invalid);
+            }
+        }
+        (ReplyBody::Record(record), Answer::Record) => {
+            let parts = [record.header_bytes(), record.payload()];
+            connection.complete_with_parts(outbox, id, &parts);
+        }
+        (ReplyBody::Truncated { last }, Answer::Truncated) => {
+            connection.complete_with_bytes(outbox, id, &replica::encode_position(last));
+        }
+        (ReplyBody::Done, Answer::Done) => connection.complete(outbox, id, success, 0),
+        (body, answer) => panic!("{body:?} is not an answer to a command that wants {answer:?}"),
+    }
+}
