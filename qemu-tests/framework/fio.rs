@@ -10,6 +10,18 @@ use crate::guest::{Guest, Job};
 /// How much longer than its running time a job may take: to start under emulation, to verify.
 const GRACE: Duration = Duration::from_secs(90);
 
+/// What a job that writes also checks, in the end, for every block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verify {
+    /// Nothing.
+    Nothing,
+    /// The CRC32C in each block: damage, and blocks never written this way.
+    Crc32c,
+    /// That each block has the bytes made from the seed and its own offset: stale and misplaced
+    /// blocks too, which a checksum of their own does not give away.
+    Pattern,
+}
+
 /// A job for fio.
 #[derive(Debug, Clone)]
 pub struct Fio {
@@ -25,8 +37,12 @@ pub struct Fio {
     pub size_mib: u32,
     /// How long to go on, over and over. Without, each block is visited once.
     pub runtime: Option<Duration>,
-    /// Write checksums, and read everything back in the end.
-    pub verify: bool,
+    /// The most requests a second.
+    pub rate: Option<u32>,
+    /// What is checked in the end.
+    pub verify: Verify,
+    /// Of the order, and of the data if it is a pattern.
+    pub seed: u32,
 }
 
 impl Fio {
@@ -39,7 +55,9 @@ impl Fio {
             depth: 16,
             size_mib: 64,
             runtime: None,
-            verify: false,
+            rate: None,
+            verify: Verify::Nothing,
+            seed: 1,
         }
     }
 
@@ -49,10 +67,22 @@ impl Fio {
         Self { runtime: Some(runtime), ..self }
     }
 
-    /// Writes a CRC32C into each block and checks them all in the end.
+    /// Reads everything back in the end and checks it.
     #[must_use]
-    pub fn verify(self) -> Self {
-        Self { verify: true, ..self }
+    pub fn verify(self, verify: Verify) -> Self {
+        Self { verify, ..self }
+    }
+
+    /// Writes other data, in another order.
+    #[must_use]
+    pub fn seed(self, seed: u32) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// Makes at most this many requests a second, so that there is time for something to happen.
+    #[must_use]
+    pub fn rate(self, rate: u32) -> Self {
+        Self { rate: Some(rate), ..self }
     }
 
     /// Uses this many MiB.
@@ -86,7 +116,7 @@ impl Fio {
 
     /// Reads back and checks what a `verify` job with the same target and size wrote.
     pub fn check_only(&self, guest: &mut Guest) -> Result<Measured> {
-        ensure!(self.verify, "there is nothing to check without verify");
+        ensure!(self.verify != Verify::Nothing, "there is nothing to check without verify");
         let job = guest.spawn(&format!("{} --verify_only", self.command()))?;
         self.finish(guest, job)
     }
@@ -95,18 +125,30 @@ impl Fio {
         let mut command = format!(
             "fio --name=job --thread --ioengine=libaio --direct=1 --group_reporting \
              --output-format=json --filename={} --rw={} --bs={} --iodepth={} --size={}M \
-             --randseed=1",
-            self.target, self.pattern, self.block_bytes, self.depth, self.size_mib
+             --randseed={}",
+            self.target, self.pattern, self.block_bytes, self.depth, self.size_mib, self.seed
         );
+        if let Some(rate) = self.rate {
+            command += " --rate_iops=";
+            command += &rate.to_string();
+        }
+        // A job that is cut off by time would not verify what it wrote.
+        let verifies = self.verify != Verify::Nothing;
+        assert!(self.runtime.is_none() || !verifies, "runtime and verify exclude each other");
         if let Some(runtime) = self.runtime {
             command += " --time_based --runtime=";
             command += &runtime.as_secs().to_string();
         }
-        if self.verify {
-            // Every block is read back in the end, with the seed and number it was written with.
-            command.push_str(" --verify=crc32c --do_verify=1 --verify_fatal=1 --verify_dump=0");
+        match self.verify {
+            Verify::Nothing => return command,
+            Verify::Crc32c => command += " --verify=crc32c",
+            // %o: the block's offset.
+            Verify::Pattern => {
+                let pattern = format!(" --verify=pattern --verify_pattern=0x{:08x}%o", self.seed);
+                command += &pattern;
+            }
         }
-        command
+        command + " --do_verify=1 --verify_fatal=1 --verify_dump=0"
     }
 }
 

@@ -4,11 +4,12 @@ use std::env;
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-use crate::binaries::{cache_directory, work_directory};
+use crate::binaries::{cache_directory, system_binary, work_directory};
 use crate::process::tail;
 use crate::wait::{Deadline, wait_until};
 
@@ -75,6 +76,17 @@ impl Lab {
     pub fn file(&self, name: &str, bytes: u64) -> Result<PathBuf> {
         let path = self.directory().join(name);
         File::create_new(&path)?.set_len(bytes)?;
+        Ok(path)
+    }
+
+    /// The same, with the space taken from the file system: for measurements.
+    pub fn preallocated_file(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.file(name, bytes)?;
+        let taken = Command::new(system_binary("fallocate")?)
+            .args(["--length", &bytes.to_string()])
+            .arg(&path)
+            .status()?;
+        ensure!(taken.success(), "there are no {bytes} bytes for {}", path.display());
         Ok(path)
     }
 

@@ -16,6 +16,7 @@
 mod accelerator;
 mod agent;
 mod binaries;
+mod cluster;
 mod console;
 mod cpio;
 pub mod fio;
@@ -31,6 +32,7 @@ mod wait;
 pub use accelerator::Accelerator;
 pub use agent::Output;
 pub use binaries::{cache_directory, holdfast_binary, system_binary};
+pub use cluster::{Attached, Cluster, PoolSizes, Server};
 pub use console::Shell;
 pub use guest::{Disk, Guest, GuestOptions};
 pub use lab::{Lab, test};

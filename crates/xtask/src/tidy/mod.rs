@@ -16,8 +16,8 @@ mod source;
 use exceptions::Exceptions;
 use source::Source;
 
-/// Crates that may contain `unsafe`: each owns a kernel or guest interface.
-const UNSAFE_CRATES: &[&str] = &["crates/ring", "crates/vhost-blk"];
+/// Crates that may contain `unsafe`: each owns a kernel or guest interface, or is a binding.
+const UNSAFE_CRATES: &[&str] = &["crates/ring", "crates/vhost-blk", "crates/blkio-client"];
 
 /// Macros that must not be left behind.
 const LEFTOVERS: &[&str] = &["todo", "unimplemented", "dbg"];

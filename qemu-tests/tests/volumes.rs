@@ -1,0 +1,193 @@
+//! Guests on replicated volumes, served by real daemons, some of which die.
+
+use anyhow::{Result, ensure};
+use framework::fio::{Fio, Verify};
+use framework::{Cluster, Disk, Guest, GuestOptions, Lab, test};
+
+/// Makes a partition and a file system on the disk, and a file with random bytes and its sum.
+fn fill(guest: &mut Guest, device: &str) -> Result<()> {
+    guest.sh(&format!("echo 'label: gpt\n,' | sfdisk --quiet {device}"))?;
+    guest.sh(&format!("mkfs.ext4 -q {device}1 && mount {device}1 /mnt"))?;
+    guest.sh("dd if=/dev/urandom of=/mnt/data bs=64k count=96 2>/dev/null")?;
+    guest.sh("cd /mnt && md5sum data >sum && cd / && umount /mnt")?;
+    Ok(())
+}
+
+/// Checks the file system and the file that [`fill`] made.
+fn check(guest: &mut Guest, device: &str) -> Result<()> {
+    guest.sh("echo 3 >/proc/sys/vm/drop_caches")?;
+    guest.sh(&format!("e2fsck -fn {device}1 && mount {device}1 /mnt"))?;
+    guest.sh("cd /mnt && md5sum -c sum && cd / && umount /mnt")?;
+    Ok(())
+}
+
+#[test]
+fn a_file_system_on_a_hyperconverged_volume_survives_remount_and_replug() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 192, 3)?;
+        let disk = Disk::new("disk", &cluster.export(0, "disk")?);
+        let options = GuestOptions { disks: vec![disk.clone()], ..GuestOptions::new("guest") };
+        let mut guest = Guest::boot(lab, &options)?;
+        fill(&mut guest, "/dev/vda")?;
+        check(&mut guest, "/dev/vda")?;
+
+        guest.unplug("disk")?;
+        ensure!(guest.disks()?.is_empty(), "the disk is gone");
+        let device = guest.plug(&disk)?;
+        check(&mut guest, &device)?;
+        Fio::new(&device, "randwrite").size_mib(8).verify(Verify::Pattern).run(&mut guest)?;
+        guest.check_no_complaints()?;
+        guest.power_off()
+    });
+}
+
+#[test]
+fn a_file_system_on_an_attached_volume_survives_remount() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 192, 3)?;
+        let mut attached = cluster.attach("disk")?;
+        let options = GuestOptions::new("guest").disk("disk", &attached.socket);
+        let mut guest = Guest::boot(lab, &options)?;
+        fill(&mut guest, "/dev/vda")?;
+        check(&mut guest, "/dev/vda")?;
+        Fio::new("/dev/vda", "randwrite").size_mib(8).verify(Verify::Pattern).run(&mut guest)?;
+        guest.check_no_complaints()?;
+        guest.power_off()?;
+        attached.process.check_alive()
+    });
+}
+
+#[test]
+fn a_guest_does_not_notice_that_one_of_three_servers_is_killed() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 128, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let mut guest = Guest::boot(lab, &GuestOptions::new("guest").disk("disk", &socket))?;
+
+        let pass = Fio::new("/dev/vda", "randwrite").size_mib(24);
+        pass.clone().verify(Verify::Pattern).run(&mut guest)?;
+        // A block that is lost now has no checksum, but the pattern of the pass before.
+        let second = pass.clone().verify(Verify::Crc32c).rate(2000);
+        let job = second.start(&mut guest)?;
+        wait_for_writes(&mut guest, WRITES + 500)?;
+        cluster.servers()[1].kill()?;
+        let measured = second.finish(&mut guest, job)?;
+        eprintln!("longest pause {:.0} ms", measured.longest_pause_us() / 1000.0);
+        guest.check_no_complaints()?;
+
+        // Two of three go on, and the third comes back under load.
+        let third = pass.verify(Verify::Pattern).seed(3).rate(2000);
+        let job = third.start(&mut guest)?;
+        cluster.servers()[1].start()?;
+        third.finish(&mut guest, job)?;
+        guest.check_no_complaints()?;
+        cluster.servers()[0].check_alive()?;
+        cluster.servers()[2].check_alive()?;
+        guest.power_off()
+    });
+}
+
+/// The writes of one pass over 24 MiB.
+const WRITES: u64 = 24 * 256;
+
+/// Waits until the guest has written `count` requests to its first disk since it booted.
+fn wait_for_writes(guest: &mut Guest, count: u64) -> Result<()> {
+    let reach = format!(
+        "n=0; until [ $(awk '{{print $5}}' /sys/block/vda/stat) -ge {count} ]; do \
+         n=$((n+1)); [ $n -lt 1000 ] || exit 1; usleep 20000; done"
+    );
+    guest.sh(&reach).map(|_silent| ())
+}
+
+#[test]
+fn data_survives_a_cold_restart_of_everything() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 192, 3)?;
+        let fio = Fio::new("/dev/vda2", "randwrite").size_mib(16).verify(Verify::Pattern);
+        {
+            let socket = cluster.export(0, "disk")?;
+            let mut guest = Guest::boot(lab, &GuestOptions::new("before").disk("disk", &socket))?;
+            guest.sh("printf 'label: gpt\n,96M\n,\n' | sfdisk --quiet /dev/vda")?;
+            guest.sh("mkfs.ext4 -q /dev/vda1 && mount /dev/vda1 /mnt")?;
+            guest.sh("dd if=/dev/urandom of=/mnt/data bs=64k count=96 2>/dev/null")?;
+            guest.sh("cd /mnt && md5sum data >sum && cd / && umount /mnt")?;
+            fio.run(&mut guest)?;
+            guest.sh("sync; blockdev --flushbufs /dev/vda")?;
+            // A power cut of the host: the guest and all daemons at once.
+            guest.kill()?;
+        }
+        cluster.kill_all()?;
+        cluster.start_all()?;
+
+        // From another server than before.
+        let socket = cluster.export(1, "disk")?;
+        let mut guest = Guest::boot(lab, &GuestOptions::new("after").disk("disk", &socket))?;
+        check(&mut guest, "/dev/vda")?;
+        fio.check_only(&mut guest)?;
+        guest.check_no_complaints()?;
+        guest.power_off()?;
+        // And in good order, by SIGTERM.
+        cluster.unexport(1, &socket)?;
+        cluster.servers().iter().try_for_each(framework::Server::stop)
+    });
+}
+
+#[test]
+fn two_guests_work_two_volumes_of_one_daemon() {
+    test(2, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        let mut guests = Vec::new();
+        for name in ["one", "two"] {
+            cluster.create_volume(name, 96, 3)?;
+            let socket = cluster.export(0, name)?;
+            guests.push(Guest::boot(lab, &GuestOptions::new(name).disk("disk", &socket))?);
+        }
+        let fio = Fio::new("/dev/vda", "randwrite").size_mib(16).verify(Verify::Pattern);
+        let mut jobs = Vec::new();
+        for guest in &mut guests {
+            let name = guest.name().to_owned();
+            guest.sh(&format!("echo {name} | dd of=/dev/vda bs=512 seek=65536 2>/dev/null"))?;
+            jobs.push(fio.start(guest)?);
+        }
+        for (guest, job) in guests.iter_mut().zip(jobs) {
+            fio.finish(guest, job)?;
+        }
+        // Neither wrote into the other's volume.
+        for guest in &mut guests {
+            guest.sh("echo 3 >/proc/sys/vm/drop_caches")?;
+            let found =
+                guest.sh("dd if=/dev/vda bs=512 skip=65536 count=1 2>/dev/null | head -n1")?;
+            ensure!(found.trim() == guest.name(), "{} found {found}", guest.name());
+            guest.check_no_complaints()?;
+        }
+        guests.into_iter().try_for_each(Guest::power_off)
+    });
+}
+
+#[test]
+fn a_guest_sees_a_pause_and_no_error_when_its_daemon_is_killed_and_restarted() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 128, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let mut guest = Guest::boot(lab, &GuestOptions::new("guest").disk("disk", &socket))?;
+
+        let pass = Fio::new("/dev/vda", "randwrite").size_mib(24);
+        pass.clone().verify(Verify::Crc32c).run(&mut guest)?;
+        let second = pass.verify(Verify::Pattern).rate(2000);
+        let job = second.start(&mut guest)?;
+        wait_for_writes(&mut guest, WRITES + 500)?;
+        cluster.servers()[0].kill()?;
+        cluster.servers()[0].start()?;
+        let socket_again = cluster.export(0, "disk")?;
+        ensure!(socket_again == socket, "the front end comes back to the same socket");
+        let measured = second.finish(&mut guest, job)?;
+        eprintln!("longest pause {:.0} ms", measured.longest_pause_us() / 1000.0);
+        guest.check_no_complaints()?;
+        guest.power_off()
+    });
+}
