@@ -432,3 +432,12 @@ impl Walk<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+impl Body {
+    /// The guest address of every data byte.
+    pub(crate) fn data_addresses(&self) -> Vec<u64> {
+        let segments = &self.segments[self.data.clone()];
+        segments.iter().flat_map(|piece| piece.gpa..piece.gpa + u64::from(piece.bytes)).collect()
+    }
+}

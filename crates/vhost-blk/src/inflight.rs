@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use vm_memory::{AtomicInteger, VolatileMemory};
 
+use crate::crash_point;
 use crate::memory::{Mapping, MemoryError, memory_file};
 
 const VERSION: u16 = 1;
@@ -144,14 +145,18 @@ impl InflightQueue {
     /// `head` was taken, as number `counter`. Before anything is submitted for it.
     pub(crate) fn set(&self, head: u16, counter: u64) {
         let entry = self.entry(head);
+        crash_point();
         self.buffer.store::<AtomicU64>(entry + 8, counter);
         fence(Ordering::Release);
+        crash_point();
         self.buffer.store::<AtomicU8>(entry, 1);
         fence(Ordering::Release);
+        crash_point();
     }
 
     /// The used index is about to be published with `head` as its newest entry.
     pub(crate) fn before_publication(&self, head: u16) {
+        crash_point();
         self.buffer.store::<AtomicU16>(self.start + 12, head);
         fence(Ordering::Release);
     }
@@ -159,9 +164,12 @@ impl InflightQueue {
     /// `used_index` was published with `head` as its newest entry.
     pub(crate) fn after_publication(&self, head: u16, used_index: u16) {
         fence(Ordering::Release);
+        crash_point();
         self.buffer.store::<AtomicU8>(self.entry(head), 0);
         fence(Ordering::Release);
+        crash_point();
         self.buffer.store::<AtomicU16>(self.start + 14, used_index);
+        crash_point();
     }
 
     /// What a back end before us left behind, for a ring that starts with `used_index` and
@@ -173,6 +181,7 @@ impl InflightQueue {
             if last < self.buffer.size {
                 self.buffer.store::<AtomicU8>(self.entry(last), 0);
             }
+            crash_point();
             fence(Ordering::Release);
             self.buffer.store::<AtomicU16>(self.start + 14, used_index);
         }

@@ -38,3 +38,16 @@ pub use control::{Control, ControlSink, SinkClosed};
 pub use device::{Device, Event};
 pub use eventfd::read_eventfd;
 pub use listener::{Listener, ListenerError};
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+use testing::crash_point;
+
+/// Where tests let the process "die": before and after each store whose order matters.
+#[cfg(not(test))]
+#[inline(always)]
+fn crash_point() {}

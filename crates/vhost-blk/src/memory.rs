@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
+use crate::crash_point;
 use crate::dirty::DirtyLog;
 
 /// Memory regions of one guest, at most.
@@ -227,7 +228,9 @@ impl GuestMemory {
         let mut left = from;
         while !left.is_empty() {
             let Some(part) = self.part(at, left.len()) else { return false };
+            crash_point();
             part.copy_from(left);
+            crash_point();
             if let Some(log) = log {
                 log.mark(at, part.len() as u64);
             }
@@ -235,6 +238,12 @@ impl GuestMemory {
             at = at.wrapping_add(part.len() as u64);
         }
         true
+    }
+
+    /// The guest writes a byte of its memory.
+    #[cfg(test)]
+    pub(crate) fn poke(&self, gpa: u64, byte: u8) {
+        self.part(gpa, 1).expect("guest memory").copy_from(&[byte]);
     }
 
     /// The region that holds `[user, user + bytes)` of the front end's address space, and the

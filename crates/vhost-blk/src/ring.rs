@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vm_memory::{AtomicInteger, VolatileMemory};
 
+use crate::crash_point;
 use crate::dirty::DirtyLog;
 use crate::memory::{GuestMemory, Mapping};
 
@@ -172,14 +173,18 @@ impl Ring {
     /// Writes used entry `index`. Not visible to the guest before [`Ring::publish_used`].
     pub(crate) fn write_used(&self, index: u16, head: u16, bytes: u32, log: Option<&DirtyLog>) {
         let offset = 4 + 8 * self.slot(index);
+        crash_point();
         self.used.store::<AtomicU32>(offset, u32::from(head).to_le(), Ordering::Relaxed);
         self.used.store::<AtomicU32>(offset + 4, bytes.to_le(), Ordering::Relaxed);
+        crash_point();
         self.mark(log, offset, 8);
     }
 
     /// Makes all entries before `index` visible to the guest.
     pub(crate) fn publish_used(&self, index: u16, log: Option<&DirtyLog>) {
+        crash_point();
         self.used.store::<AtomicU16>(2, index.to_le(), Ordering::Release);
+        crash_point();
         // The index itself can only be marked after it was written.
         self.mark(log, 2, 2);
     }
@@ -225,6 +230,7 @@ impl Ring {
         self.kicks_told = Some(value);
         let offset = if event_index { 4 + 8 * usize::from(self.size) } else { 0 };
         self.used.store::<AtomicU16>(offset, value.to_le(), Ordering::Relaxed);
+        crash_point();
         self.mark(log, offset, 2);
     }
 

@@ -1,0 +1,7 @@
+//! Tests of the device against a guest in the same thread.
+
+mod chains;
+mod crash;
+mod life;
+mod migration;
+mod notify;
