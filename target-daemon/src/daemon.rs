@@ -350,6 +350,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts) -> bool {
                 tracing::info!(%volume, epoch = epoch.0, "open");
             }
             Some(Event::Superseded { volume, epoch, sealed }) => {
+                parts.exports.note_sealed(volume, sealed);
                 let why = match parts.exports.deposed_by(volume) {
                     Ok(Some(by)) => format!("taken over by {by}"),
                     Ok(None) | Err(_) => format!("a member has sealed {sealed}"),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use base::{VolumeId, limits};
+use base::{Epoch, VolumeId, limits};
 use cluster::volumes::{self, FindError};
 use cluster::{ClusterStore, StoreError, VolumeEntry};
 use shell::control::{ControlError, DataPlane, ExportSpec, OpenError, Opening};
@@ -207,7 +207,7 @@ impl Exports {
 
     /// A head of ours was told of a higher epoch, or cannot open: it and its exports end. They
     /// stay wanted, and are served again when the volume is free.
-    pub fn head_ended(&self, volume: VolumeId, epoch: base::Epoch, why: &str) {
+    pub fn head_ended(&self, volume: VolumeId, epoch: Epoch, why: &str) {
         let _changing = lock(&self.changing);
         let Some(entry) = self.inner().heads.get(&volume).cloned() else { return };
         if entry.volume.epoch != epoch {
@@ -226,6 +226,11 @@ impl Exports {
             Err(error) => tracing::warn!(volume = entry.volume.name, %error, "closing the head"),
         }
         self.inner().heads.remove(&volume);
+    }
+
+    /// Notes that a member of the volume has sealed this epoch.
+    pub fn note_sealed(&self, volume: VolumeId, sealed: Epoch) {
+        self.heads.note_sealed(volume, sealed);
     }
 
     /// Who took a volume of ours over, as far as the store knows.

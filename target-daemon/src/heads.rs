@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use base::{Epoch, Holder, HolderId, ServerId, VolumeId};
@@ -99,12 +99,27 @@ pub struct Heads {
     store: Arc<dyn ClusterStore>,
     plane: Arc<dyn DataPlane>,
     me: Holder,
+    /// The highest epoch that a volume's members are known to have sealed, where that deposed a
+    /// head of ours. The next one goes above it, even if the store was rolled back.
+    sealed: Arc<Mutex<BTreeMap<VolumeId, Epoch>>>,
 }
 
 impl Heads {
     /// Heads of the holder `me`.
     pub fn new(store: Arc<dyn ClusterStore>, plane: Arc<dyn DataPlane>, me: Holder) -> Self {
-        Self { store, plane, me }
+        Self { store, plane, me, sealed: Arc::default() }
+    }
+
+    /// Notes that a member of the volume has sealed this epoch.
+    pub fn note_sealed(&self, id: VolumeId, sealed: Epoch) {
+        let mut known = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        let highest = known.entry(id).or_default();
+        *highest = sealed.max(*highest);
+    }
+
+    fn known_sealed(&self, id: VolumeId) -> Epoch {
+        let known = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&id).copied().unwrap_or(Epoch::NONE)
     }
 
     /// Who holds the leases.
@@ -115,9 +130,10 @@ impl Heads {
     /// Acquires a volume and opens a head of it, waiting for up to `wait` until it serves. An
     /// opening that takes longer goes on.
     pub fn open(&self, id: VolumeId, force: bool, wait: Duration) -> Result<Head, HeadError> {
-        let mut how = Acquire { force, above: Epoch::NONE };
         let mut attempt = 1;
         loop {
+            // Once it is ours, no force is needed.
+            let how = Acquire { force: force && attempt == 1, above: self.known_sealed(id) };
             let entry = lease::acquire(self.store.as_ref(), id, &self.me, how)?;
             tracing::info!(volume = entry.volume.name, epoch = entry.volume.epoch.0, "acquired");
             let spec = HeadSpec { volume: entry.volume.clone(), shard: entry.shard.clone() };
@@ -135,6 +151,7 @@ impl Heads {
             };
             self.end(&entry)?;
             if let HeadError::Open { source: OpenError::Superseded { sealed }, .. } = error {
+                self.note_sealed(id, sealed);
                 self.still_ours(&entry)?;
                 // The record is ours and the members know a higher epoch: the store was rolled
                 // back. Epochs must not be, so go above what the members have sealed.
@@ -148,7 +165,6 @@ impl Heads {
                     sealed = sealed.0,
                     "the cluster store is behind the volume's members (restored from a backup?)"
                 );
-                how = Acquire { force: false, above: sealed };
                 attempt += 1;
             } else {
                 self.release(&entry)?;

@@ -1,1 +1,0 @@
-//! holdfast: the command line, and the diskless head.
