@@ -64,27 +64,23 @@ pub(crate) struct Pdu {
 }
 
 /// The connection cannot go on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Violation {
     pub(crate) error: FatalError,
     /// FEI: the offset of the field, or the digest.
     pub(crate) information: u32,
     /// The start of the PDU, for the Terminate Connection Request.
-    pub(crate) header: [u8; HEADER_BYTES_MAX],
-    pub(crate) header_bytes: usize,
+    pub(crate) header: Vec<u8>,
 }
 
 impl Violation {
     pub(crate) fn of(pdu: &Pdu, error: FatalError, information: u32) -> Self {
-        let header_bytes = pdu.kind.header_bytes();
-        Self { error, information, header: pdu.header, header_bytes }
+        Self::raw(&pdu.header[..pdu.kind.header_bytes()], error, information)
     }
 
     fn raw(bytes: &[u8], error: FatalError, information: u32) -> Self {
-        let header_bytes = bytes.len().min(HEADER_BYTES_MAX);
-        let mut header = [0; HEADER_BYTES_MAX];
-        header[..header_bytes].copy_from_slice(&bytes[..header_bytes]);
-        Self { error, information, header, header_bytes }
+        let header = bytes[..bytes.len().min(HEADER_BYTES_MAX)].to_vec();
+        Self { error, information, header }
     }
 }
 

@@ -229,8 +229,8 @@ fn decode_append(command: &Command, length: usize) -> Result<Request, StatusCode
     let payload_bytes = usize::try_from(command.cdw10[4]).unwrap_or(usize::MAX);
     let header_bytes = length.checked_sub(payload_bytes).ok_or(StatusCode::SGL_LENGTH_INVALID)?;
     if payload_bytes > base::limits::PAYLOAD_BYTES_MAX
-        || header_bytes < base::record::FIXED_BYTES
-        || header_bytes > base::limits::RECORD_HEADER_BYTES_MAX
+        || !(base::record::FIXED_BYTES..=base::limits::RECORD_HEADER_BYTES_MAX)
+            .contains(&header_bytes)
     {
         return Err(StatusCode::SGL_LENGTH_INVALID);
     }

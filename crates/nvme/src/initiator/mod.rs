@@ -337,12 +337,12 @@ impl Initiator {
     pub fn handle(&mut self, now: Instant, input: Input) {
         self.now = now;
         match input {
-            Input::Tick => {}
+            // A target that does not read what it is sent is noticed by its silence.
+            Input::Tick | Input::Sent { .. } => {}
             Input::Connected { connection, result } => self.connected(connection, result),
             Input::Received { connection, buffer, bytes } => {
                 self.received(connection, buffer, bytes);
             }
-            Input::Sent { .. } => {}
             Input::Closed { connection } => {
                 if let Some(side) = self.side(connection) {
                     // The shell has closed it already.

@@ -83,7 +83,7 @@ impl Wire {
 
     pub(super) fn terminate(&self, outbox: &mut Outbox<Output>, violation: &Violation) {
         let body = encode_terminate(violation.error, violation.information);
-        let data = Data::Inline(&violation.header[..violation.header_bytes]);
+        let data = Data::Inline(&violation.header);
         outbox.pdu(self.id, self.framing, PduType::H2cTermReq, 0, &body, data);
     }
 }

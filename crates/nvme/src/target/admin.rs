@@ -42,7 +42,6 @@ mod feature {
 
 /// How an admin command ends.
 enum Ending {
-    Status(StatusCode),
     Result(u64),
     Data(Vec<u8>),
     /// Later.
@@ -58,15 +57,14 @@ pub(super) fn run(connection: &mut Connection, core: &mut Core, id: SessionId, c
     let ending = match command.opcode {
         admin::IDENTIFY => identify(core, id, command),
         admin::GET_LOG_PAGE => log_page(core, id, command),
-        admin::KEEP_ALIVE => Ok(Ending::Status(StatusCode::SUCCESS)),
-        admin::ABORT => Ok(abort(connection, core, id, command)),
+        admin::KEEP_ALIVE => Ok(Ending::Result(0)),
+        admin::ABORT => abort(connection, core, id, command),
         admin::GET_FEATURES => features(core, id, command, false),
         admin::SET_FEATURES => features(core, id, command, true),
         admin::ASYNC_EVENT => park(core, id, command),
         _ => Err(StatusCode::INVALID_OPCODE),
     };
     match ending {
-        Ok(Ending::Status(status)) => connection.complete(&mut core.outbox, command.id, status, 0),
         Ok(Ending::Result(result)) => {
             connection.complete(&mut core.outbox, command.id, StatusCode::SUCCESS, result);
         }
@@ -106,18 +104,21 @@ fn park(core: &mut Core, id: SessionId, command: &Command) -> Result<Ending, Sta
 
 /// DW0 bit 0 says that the command was not aborted. Commands of I/O queues never are: they may
 /// have taken effect already, and end soon anyway.
-fn abort(connection: &mut Connection, core: &mut Core, id: SessionId, command: &Command) -> Ending {
+fn abort(
+    connection: &mut Connection,
+    core: &mut Core,
+    id: SessionId,
+    command: &Command,
+) -> Result<Ending, StatusCode> {
     let [low, high, queue_low, queue_high] = command.cdw10[0].to_le_bytes();
     let queue = u16::from_le_bytes([low, high]);
     let aborted = u16::from_le_bytes([queue_low, queue_high]);
-    let Some(session) = core.sessions.get_mut(&id) else {
-        return Ending::Status(StatusCode::INTERNAL);
-    };
+    let session = core.sessions.get_mut(&id).ok_or(StatusCode::INTERNAL)?;
     if queue == 0 && session.unpark(aborted) {
         connection.complete(&mut core.outbox, aborted, StatusCode::ABORT_REQUESTED, 0);
-        return Ending::Result(0);
+        return Ok(Ending::Result(0));
     }
-    Ending::Result(1)
+    Ok(Ending::Result(1))
 }
 
 fn volume_of<'a>(core: &'a Core, session: &Session) -> Option<&'a Volume> {

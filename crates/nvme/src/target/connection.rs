@@ -327,7 +327,7 @@ impl Connection {
     /// Tells the peer why the connection is about to be closed.
     pub(super) fn terminate(&mut self, outbox: &mut Outbox<Output>, violation: &Violation) {
         let body = encode_terminate(violation.error, violation.information);
-        let data = Data::Inline(&violation.header[..violation.header_bytes]);
+        let data = Data::Inline(&violation.header);
         self.pdu(outbox, PduType::C2hTermReq, 0, &body, data);
     }
 }

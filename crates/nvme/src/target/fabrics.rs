@@ -19,7 +19,7 @@ use crate::nqn::Subsystem;
 /// Entries of an admin queue, at most.
 const ADMIN_ENTRIES_MAX: u16 = 128;
 /// A discovery controller without a keep-alive time gets this one (base 2.0, 3.1.2.3.3).
-const DISCOVERY_KEEP_ALIVE: Duration = Duration::from_secs(120);
+const DISCOVERY_KEEP_ALIVE: Duration = Duration::from_mins(2);
 
 /// A refusal: status and DW0.
 type Refusal = (StatusCode, u64);

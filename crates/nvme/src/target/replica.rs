@@ -122,13 +122,12 @@ pub(super) fn on_record(
     intact: bool,
 ) {
     let Some(session) = connection.phase.session() else { return };
-    let checked = check_record(&append, buffer);
-    let outcome = match checked {
-        _ if !intact => Err(None),
-        Ok((key, record)) => Ok((key, record)),
-        Err(error) => Err(Some(error)),
-    };
-    match outcome {
+    if !intact {
+        let id = connection.commands.remove(slot);
+        connection.complete(&mut core.outbox, id, StatusCode::TRANSIENT_TRANSPORT, 0);
+        return;
+    }
+    match check_record(&append, buffer) {
         Ok((key, record)) => {
             let Some(entry) = connection.commands.slot(slot) else { return };
             entry.work = Some(Work::Replica(Answer::Appended));
@@ -140,13 +139,7 @@ pub(super) fn on_record(
         }
         Err(error) => {
             let id = connection.commands.remove(slot);
-            match error {
-                Some(error) => refuse(connection, core, id, error),
-                None => {
-                    let status = StatusCode::TRANSIENT_TRANSPORT;
-                    connection.complete(&mut core.outbox, id, status, 0);
-                }
-            }
+            refuse(connection, core, id, error);
         }
     }
 }

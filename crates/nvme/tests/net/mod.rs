@@ -46,14 +46,18 @@ pub(crate) struct Pipe {
     pub(crate) total: u64,
     /// Flip a bit of this byte of `total`.
     pub(crate) corrupt: Option<u64>,
+    /// Change one byte in so many.
+    pub(crate) noise: Option<u64>,
 }
 
 impl Pipe {
-    fn push(&mut self, part: &[u8]) {
+    fn push(&mut self, part: &[u8], random: &mut Random) {
         for &byte in part {
-            let hit = self.corrupt == Some(self.total);
+            let hit = self.corrupt == Some(self.total)
+                || self.noise.is_some_and(|one_in| random.chance(one_in));
             self.total += 1;
-            self.bytes.push_back(if hit { byte ^ 0x10 } else { byte });
+            let bit = 1 << random.below(8);
+            self.bytes.push_back(if hit { byte ^ bit } else { byte });
         }
     }
 
@@ -105,6 +109,10 @@ pub(crate) struct Net {
     pub(crate) refuse: bool,
     /// Nothing is delivered.
     pub(crate) frozen: bool,
+    /// Noise on new connections.
+    pub(crate) noise: Option<u64>,
+    /// Corrupt a byte of each of the next connections: (towards the target, which byte).
+    pub(crate) corrupt: Vec<(bool, u64)>,
     /// Largest piece that is delivered at once.
     pub(crate) piece_bytes_max: u64,
 }
@@ -144,16 +152,18 @@ impl Net {
             initiator_pool,
             refuse: false,
             frozen: false,
+            noise: None,
+            corrupt: Vec::new(),
             piece_bytes_max: 200_000,
         }
     }
 
-    pub(crate) fn to_target(&mut self, input: target::Input) {
+    pub(crate) fn at_target(&mut self, input: target::Input) {
         self.target.handle(self.now, input);
         self.drain();
     }
 
-    pub(crate) fn to_initiator(&mut self, input: initiator::Input) {
+    pub(crate) fn at_initiator(&mut self, input: initiator::Input) {
         self.initiator.handle(self.now, input);
         self.drain();
     }
@@ -178,7 +188,7 @@ impl Net {
             target::Output::Send { connection, part } => {
                 let Some(link) = self.links.get_mut(&connection.0) else { return };
                 assert!(link.target_open, "nothing is sent after closing");
-                link.to_initiator.push(part.bytes());
+                link.to_initiator.push(part.bytes(), &mut self.random);
                 self.target.handle(self.now, target::Input::Sent { connection, bytes: part.len() });
             }
             target::Output::Close { connection } => {
@@ -203,7 +213,14 @@ impl Net {
                     self.initiator.handle(self.now, input);
                     return;
                 }
-                let link = Link { initiator_open: true, target_open: true, ..Link::default() };
+                let mut link = Link { initiator_open: true, target_open: true, ..Link::default() };
+                link.to_target.noise = self.noise;
+                link.to_initiator.noise = self.noise;
+                if let Some((towards_target, byte)) = self.corrupt.pop() {
+                    let pipe =
+                        if towards_target { &mut link.to_target } else { &mut link.to_initiator };
+                    pipe.corrupt = Some(byte);
+                }
                 self.links.insert(connection.0, link);
                 self.target.handle(self.now, target::Input::Accepted { connection });
                 let input = initiator::Input::Connected { connection, result: Ok(()) };
@@ -221,7 +238,7 @@ impl Net {
             initiator::Output::Send { connection, part } => {
                 let Some(link) = self.links.get_mut(&connection.0) else { return };
                 assert!(link.initiator_open, "nothing is sent after closing");
-                link.to_target.push(part.bytes());
+                link.to_target.push(part.bytes(), &mut self.random);
             }
             initiator::Output::Close { connection } => {
                 let link = self.links.get_mut(&connection.0).unwrap();
@@ -273,7 +290,7 @@ impl Net {
             let limit = usize::try_from(limit).unwrap();
             let Some(link) = self.links.get_mut(&id) else { continue };
             let connection = ConnectionId(id);
-            if at % 2 == 0 {
+            if at.is_multiple_of(2) {
                 if let Some((receive, bytes)) = link.to_target.deliver(limit) {
                     let buffer = receive.buffer;
                     let input = target::Input::Received { connection, buffer, bytes };
@@ -337,8 +354,8 @@ impl Net {
 
     /// Ends everything and checks that all buffers have come back.
     pub(crate) fn finish(mut self) {
-        self.to_initiator(initiator::Input::Stop);
-        self.to_target(target::Input::Stop);
+        self.at_initiator(initiator::Input::Stop);
+        self.at_target(target::Input::Stop);
         self.settle();
         assert_eq!(self.initiator.outstanding(), 0);
         self.from_target.clear();
