@@ -425,7 +425,7 @@ impl Reactor {
             self.close(handle);
         } else if closing {
             self.finish_connection(handle);
-        } else {
+        } else if !ending {
             self.start_send(handle);
         }
     }

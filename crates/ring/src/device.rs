@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use base::limits::{HEADER_BYTES, PAGE_BYTES};
 use base::{Buffer, BufferMut};
@@ -12,12 +13,17 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::WRITE_PARTS_MAX;
+use crate::clock::now;
 use crate::completion::Completion;
 use crate::config::{DeviceInfo, DeviceOptions};
 use crate::error::{Error, ErrorKind, IoError};
 use crate::handle::{DeviceHandle, Token};
 use crate::operation::{Gather, Operation, Read, Target, Write};
 use crate::reactor::Reactor;
+
+/// How long to wait for the lock of a process that is going away.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 pub(crate) struct Device {
     pub(crate) file: OwnedFd,
@@ -60,6 +66,19 @@ impl Device {
     }
 }
 
+/// Takes the lock. A process that was killed keeps it until the kernel has taken its ring apart,
+/// some milliseconds later; the ring's file table is what holds it. That is as it should be: as
+/// long as a write of the dead process may still reach the device, nobody else has it.
+fn lock(file: &OwnedFd) -> rustix::io::Result<()> {
+    let deadline = now() + LOCK_PATIENCE;
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if now() < deadline => std::thread::sleep(LOCK_RETRY),
+            result => return result,
+        }
+    }
+}
+
 /// Opens, locks and measures what `path` names.
 fn open_file(path: &Path, options: DeviceOptions) -> Result<(OwnedFd, DeviceInfo), Error> {
     let context = || path.display().to_string();
@@ -88,7 +107,7 @@ fn open_file(path: &Path, options: DeviceOptions) -> Result<(OwnedFd, DeviceInfo
         other => failed(other),
     })?;
     if options.exclusive {
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(failed)?;
+        lock(&file).map_err(failed)?;
     }
     let wanted = StatxFlags::TYPE | StatxFlags::SIZE | StatxFlags::DIOALIGN;
     let status = statx(&file, "", AtFlags::EMPTY_PATH, wanted).map_err(failed)?;
@@ -124,7 +143,7 @@ fn open_file(path: &Path, options: DeviceOptions) -> Result<(OwnedFd, DeviceInfo
 
 impl Reactor {
     /// Opens a regular file or a block device for direct I/O. Blocks for as long as the file
-    /// system does.
+    /// system does, and up to half a second for an exclusive lock that is taken.
     pub fn open_device(
         &mut self,
         path: &Path,
@@ -162,6 +181,13 @@ impl Reactor {
             let _ = flock(&entry.file, FlockOperation::Unlock);
             drop(entry.file);
             self.completions.push_back(Completion::DeviceClosed { device });
+        }
+    }
+
+    /// Releases every lock; no operation is under way.
+    pub(crate) fn unlock_devices(&mut self) {
+        for device in self.devices.values() {
+            let _ = flock(&device.file, FlockOperation::Unlock);
         }
     }
 

@@ -105,3 +105,25 @@ fn register(uring: &Uring, start: *mut u8, bytes: usize) -> Result<(), Error> {
         Error::os(kind, format!("registering {bytes} bytes of buffers"), error)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_found_by_address() {
+        let gib = REGISTERED_BYTES_MAX;
+        let region = Region { start: 0x10_0000, registered_bytes: 2 * gib + 8192 };
+        let at = |offset: usize| ptr::without_provenance::<u8>(0x10_0000 + offset);
+        assert_eq!(region.registered(at(0), 4096), Some(0));
+        assert_eq!(region.registered(at(gib - 4096), 4096), Some(0));
+        assert_eq!(region.registered(at(gib), 4096), Some(1));
+        assert_eq!(region.registered(at(gib - 4096), 8192), None, "across two registrations");
+        assert_eq!(region.registered(at(2 * gib), 8192), Some(2));
+        assert_eq!(region.registered(at(2 * gib), 8193), None, "over the end");
+        assert_eq!(region.registered(ptr::without_provenance(0xF_FFFF), 1), None, "before it");
+        assert_eq!(region.registered(at(0), usize::MAX), None);
+        let unregistered = Region { start: 0x10_0000, registered_bytes: 0 };
+        assert_eq!(unregistered.registered(at(0), 1), None);
+    }
+}

@@ -1,9 +1,11 @@
 //! How long to poll before sleeping.
 //!
-//! Polling pays when completions follow each other within the polling time: sleeping and being
-//! woken costs several microseconds on both sides. It wastes a core when they do not. So the
-//! time is earned: a wait that ended within the limit doubles it, one that took longer halves
-//! it, down to nothing. An idle reactor has stopped polling after a few long waits.
+//! Polling pays when completions follow each other closely: sleeping and being woken costs some
+//! microseconds. It wastes a core when they do not, and where cores are few or shared it takes
+//! time from the very kernel or peer that is waited for. So the time is earned: a wait of at
+//! most half the limit doubles it, one beyond the limit halves it, down to nothing; waits in
+//! between, which polling would now catch and now miss, leave it. An idle reactor has stopped
+//! polling after a few long waits.
 
 use std::time::Duration;
 
@@ -28,9 +30,9 @@ impl Pacing {
     /// A wait ended, by polling or by sleeping, after `waited`; because of an `event`, or only
     /// because its time was over.
     pub(crate) fn waited(&mut self, waited: Duration, event: bool) {
-        if event && waited <= self.limit {
+        if event && waited <= self.limit / 2 {
             self.poll = (self.poll * 2).max(POLL_MIN).min(self.limit);
-        } else {
+        } else if !event || waited > self.limit {
             let half = self.poll / 2;
             self.poll = if half < POLL_MIN { Duration::ZERO } else { half };
         }
@@ -50,6 +52,8 @@ mod tests {
         for _ in 0..10 {
             pacing.waited(Duration::from_micros(20), true);
         }
+        assert_eq!(pacing.poll(), LIMIT);
+        pacing.waited(Duration::from_micros(40), true);
         assert_eq!(pacing.poll(), LIMIT);
         pacing.waited(Duration::from_millis(1), true);
         assert_eq!(pacing.poll(), LIMIT / 2);

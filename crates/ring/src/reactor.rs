@@ -400,6 +400,11 @@ impl Reactor {
 impl Drop for Reactor {
     fn drop(&mut self) {
         if self.end() {
+            // Now, not when the kernel gets round to taking the ring apart. What fails here
+            // (nothing was registered) is left to that.
+            self.unlock_devices();
+            let _ = self.uring.submitter().unregister_files();
+            let _ = self.uring.submitter().unregister_buffers();
             return;
         }
         // The kernel may still write to what these own: it must never be used again.

@@ -261,3 +261,61 @@ fn impossible_configurations_are_refused() {
     assert_eq!(huge(usize::MAX), ErrorKind::InvalidConfig);
     assert_eq!(huge(1 << 31), ErrorKind::OutOfMemory); // 256 TiB: more than addresses
 }
+
+/// A loop device, detached when dropped.
+struct Loop(std::path::PathBuf);
+
+impl Loop {
+    /// `None` where loop devices cannot be made.
+    fn attach(file: &std::path::Path) -> Option<Self> {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--sector-size", "4096"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let name = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self(name.trim().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices_work_like_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk");
+    std::fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+    let Some(disk) = Loop::attach(&file) else {
+        println!("SKIPPED: no loop device (needs root and losetup)");
+        return;
+    };
+    let mut fixture = Fixture::new();
+    let device = fixture.reactor.open_device(&disk.0, EXCLUSIVE).unwrap();
+    let info = fixture.reactor.device_info(device).unwrap();
+    assert_eq!((info.size_bytes, info.block_bytes, info.is_block_device), (1 << 20, 4096, true));
+    let mut other = Fixture::new();
+    assert_eq!(other.reactor.open_device(&disk.0, EXCLUSIVE).unwrap_err().kind(), ErrorKind::InUse);
+    let part = fixture.payload(16384, |at| pattern(5, at));
+    fixture.reactor.write(device, 4096, [part], Token(0));
+    assert_eq!(fixture.wait(written).1.1, Ok(()));
+    fixture.reactor.sync(device, Token(0));
+    assert!(matches!(fixture.next(), Completion::Synced { result: Ok(()), .. }));
+    fixture.reactor.discard(device, 8192, 4096, Token(0));
+    let completion = fixture.next();
+    assert!(matches!(completion, Completion::Discarded { result: Ok(()), .. }), "{completion:?}");
+    let buffer = fixture.reactor.buffers().take(16384).unwrap();
+    fixture.reactor.read(device, 4096, buffer, 0, 16384, Token(0));
+    let Completion::Read { buffer, result, .. } = fixture.next() else { panic!("a read") };
+    assert_eq!(result, Ok(()));
+    for (at, byte) in buffer.payload()[..16384].iter().enumerate() {
+        let expected = if (4096..8192).contains(&at) { 0 } else { pattern(5, at) };
+        assert_eq!(*byte, expected, "at {at}");
+    }
+    drop(fixture); // gives up the device
+    other.reactor.open_device(&disk.0, EXCLUSIVE).unwrap();
+    drop(other);
+}
