@@ -10,11 +10,27 @@
 //! the way home, `recovery` for what a reopening believes.
 
 mod api;
+mod append;
+mod batch;
+mod bytes;
+mod cache;
+mod extents;
+mod facts;
+mod flush;
 mod home;
+mod index;
+mod journal;
 mod label;
 mod layout;
 mod metadata;
+mod read;
+mod recovery;
+mod replay;
+mod replica;
+mod scan;
+mod segments;
 mod store;
+mod wave;
 
 pub use api::{
     Command, DeviceFailure, DiskError, DiskId, DiskKind, DiskOperation, DiskResult, FlushPolicy,

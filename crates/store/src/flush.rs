@@ -1,0 +1,427 @@
+//! The way home: which segments are flushed when, and what happens to them afterwards.
+//!
+//! A job takes the oldest segments of one replica, all of them committed and on media. Its waves
+//! (see `wave`) move what is still current in them home. When nothing in the index points to
+//! them any more they settle: a truncation could still want them back, because a newer version of
+//! a block, which kept an older one from being flushed, may be above the commit seq. Once
+//! everything that was written by then is committed, they are clean; they stay for scans until
+//! their space is wanted, and are then trimmed, oldest first.
+
+use base::{Instant, Position, Seq};
+use core::time::Duration;
+
+use crate::append::ZEROES_MAX;
+use crate::home::ChunkMeta;
+use crate::journal::After;
+use crate::metadata::Entry;
+use crate::replica::{Exclusive, Replica};
+use crate::segments::{Segment, SegmentState};
+use crate::store::Store;
+use crate::wave::Wave;
+
+pub(crate) use crate::wave::MoverId;
+
+/// How long to wait before trying again when home was full.
+const HOME_FULL_RETRY: Duration = Duration::from_millis(100);
+/// Index slots looked at in one turn.
+const SWEEP_SLOTS: usize = 64 * 1024;
+
+/// Segments of one replica on their way home.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Job {
+    pub(crate) slot: u16,
+    pub(crate) last_ordinal: u64,
+    pub(crate) through: Position,
+    started: bool,
+    cursor: usize,
+    extent_cursor: u64,
+}
+
+/// The state of flushing.
+#[derive(Default)]
+pub(crate) struct Flush {
+    pub(crate) job: Option<Job>,
+    pub(crate) wave: Wave,
+    /// The last chunk that was wanted could not be had.
+    pub(crate) home_full: bool,
+    /// That was in this job.
+    pub(crate) blocked: bool,
+    pub(crate) spare_meta: Vec<ChunkMeta>,
+    retry_at: Option<Instant>,
+    check_at: Option<Instant>,
+    /// Replicas with settling segments.
+    settling: Vec<u16>,
+    pub(crate) jobs_done: u64,
+}
+
+impl Flush {
+    pub(crate) fn is_busy_with(&self, slot: u16) -> bool {
+        self.job.is_some_and(|job| job.slot == slot)
+    }
+}
+
+enum Why {
+    Fill,
+    Age(Instant),
+    Idle,
+}
+
+impl Store {
+    pub(crate) fn flush_deadline(&self) -> Option<Instant> {
+        let check = if self.segments.dirty > 0 { self.flush.check_at } else { None };
+        base::time::earliest(check, self.flush.retry_at)
+    }
+
+    /// Room is short: flushing may use more of the disks.
+    pub(crate) fn is_pressed(&self) -> bool {
+        let all = self.segments.all.len();
+        self.stalled.is_some()
+            || (self.segments.free.len() + self.segments.clean) * 8 < all
+            || self.segments.blocks * 4 > self.index.entries_max() as u64 * 3
+    }
+
+    pub(crate) fn pump_flush(&mut self) {
+        self.pump_settling();
+        if self.flush.retry_at.is_some_and(|at| at > self.now) {
+            return;
+        }
+        self.flush.retry_at = None;
+        if self.flush.job.is_none() && !self.start_job() {
+            return;
+        }
+        self.pump_wave();
+    }
+
+    fn why_flush(&mut self) -> Option<Why> {
+        if self.segments.dirty == 0 && self.segments.zeroes == 0 {
+            return None;
+        }
+        let policy = self.config.flush;
+        let all = self.segments.all.len();
+        let fill = self.segments.dirty * 100 > all * usize::from(policy.log_fill_percent);
+        let index = self.segments.blocks * 100
+            > self.index.entries_max() as u64 * u64::from(policy.index_fill_percent);
+        if self.stalled.is_some() || fill || index || self.segments.zeroes > ZEROES_MAX / 2 {
+            return Some(Why::Fill);
+        }
+        let due = self.flush.check_at.is_none_or(|at| at <= self.now);
+        if !due {
+            return None;
+        }
+        let pause = policy.idle.min(policy.age) / 4;
+        self.flush.check_at = Some(self.now + pause.max(Duration::from_millis(50)));
+        if self.last_append + policy.idle <= self.now {
+            return Some(Why::Idle);
+        }
+        let is_dirty =
+            |segment: &&Segment| matches!(segment.state, SegmentState::Open | SegmentState::Full);
+        let oldest =
+            self.segments.all.iter().filter(is_dirty).map(|segment| segment.opened_at).min()?;
+        (oldest + policy.age <= self.now).then_some(Why::Age(oldest))
+    }
+
+    fn start_job(&mut self) -> bool {
+        let Some(why) = self.why_flush() else { return false };
+        let found = match why {
+            Why::Fill => self.candidate(false, None).or_else(|| self.candidate(true, None)),
+            Why::Age(oldest) => self.candidate(true, Some(oldest)),
+            Why::Idle => self.candidate(true, None),
+        };
+        let Some((slot, last)) = found else { return false };
+        if !matches!(why, Why::Fill) {
+            // There may be more of the kind.
+            self.flush.check_at = Some(self.now);
+        }
+        self.close_if_open(slot, last);
+        let state = self.segments.all[last as usize];
+        let through = Position::new(state.last_epoch, state.last_seq);
+        self.flush.blocked = false;
+        let started = self.replica_ref(slot).commit_durable >= through.seq;
+        self.flush.job = Some(Job {
+            slot,
+            last_ordinal: state.ordinal,
+            through,
+            started,
+            cursor: 0,
+            extent_cursor: 0,
+        });
+        if !started {
+            // From here on the home may hold it: no truncation may take it back.
+            let entry = Entry::Commit { replica: slot, seq: through.seq };
+            self.journal.push(entry, After::JobStart);
+        }
+        true
+    }
+
+    fn close_if_open(&mut self, slot: u16, segment: u32) {
+        if self.segments.all[segment as usize].state == SegmentState::Open {
+            self.close_open_segment(slot);
+        }
+    }
+
+    /// The replica whose log has waited longest, and the last of its segments to take.
+    fn candidate(&mut self, close: bool, before: Option<Instant>) -> Option<(u16, u32)> {
+        let most = (self.segments.all.len() / 8).max(1);
+        let mut best: Option<(Instant, u16, u32)> = None;
+        for number in 0..self.replicas.len() {
+            let Some(replica) = &self.replicas[number] else { continue };
+            let slot = replica.slot;
+            let (found, unsynced) = self.flushable(replica, close, most);
+            if let Some(seq) = unsynced {
+                self.want_durable(slot, seq);
+            }
+            if let Some((since, last)) = found
+                && before.is_none_or(|before| since <= before)
+                && best.is_none_or(|(best, ..)| since < best)
+            {
+                best = Some((since, slot, last));
+            }
+        }
+        best.map(|(_, slot, last)| (slot, last))
+    }
+
+    /// The segments of a replica that may go home: since when the first waits, and the last. And
+    /// the seq to be synced if that is what keeps more from going.
+    fn flushable(
+        &self,
+        replica: &Replica,
+        close: bool,
+        most: usize,
+    ) -> (Option<(Instant, u32)>, Option<Seq>) {
+        if replica.damaged || replica.exclusive != Exclusive::None {
+            return (None, None);
+        }
+        let mut found: Option<(Instant, u32)> = None;
+        let mut count = 0;
+        for segment in &replica.segments {
+            let state = &self.segments.all[*segment as usize];
+            let ready = match state.state {
+                SegmentState::Clean | SegmentState::Settling | SegmentState::Trimming => continue,
+                SegmentState::Full => true,
+                SegmentState::Open => {
+                    close && replica.batches.is_empty() && state.last_seq >= state.first_seq
+                }
+                SegmentState::Free => unreachable!("a replica's segment is not free"),
+            };
+            if !ready || state.last_seq > replica.commit || count == most {
+                break;
+            }
+            if state.last_seq > replica.durable {
+                return (found, Some(state.last_seq));
+            }
+            count += 1;
+            let since = found.map_or(state.opened_at, |(since, _)| since);
+            found = Some((since, *segment));
+        }
+        (found, None)
+    }
+
+    /// The journal has the commit seq that the job relies on.
+    pub(crate) fn job_started(&mut self) {
+        if let Some(job) = &mut self.flush.job {
+            job.started = true;
+        }
+    }
+
+    /// Gathers chunks for the next wave; false if the job has nothing left to do or must wait.
+    pub(crate) fn gather(&mut self) -> bool {
+        let Some(mut job) = self.flush.job else { return false };
+        if !job.started {
+            return false;
+        }
+        if self.replica_ref(job.slot).exclusive != Exclusive::None {
+            self.flush.job = None;
+            return false;
+        }
+        if core::mem::take(&mut self.flush.blocked) {
+            self.flush.job = None;
+            self.flush.retry_at = Some(self.now + HOME_FULL_RETRY);
+            return false;
+        }
+        let mut looked = 0;
+        let block_size = self.replica_ref(job.slot).block_size;
+        let chunk_blocks = self.chunk_blocks(block_size) as u64;
+        while job.cursor < self.index.slots() && !self.flush.wave.is_full() {
+            if let Some((slot, block, entry)) = self.index.slot(job.cursor)
+                && slot == job.slot
+                && self.segments.all[self.segments.of(entry.sector)].ordinal <= job.last_ordinal
+            {
+                let chunk = u32::try_from(block / chunk_blocks).expect("a chunk number");
+                self.add_target(&job, chunk);
+            }
+            job.cursor += 1;
+            looked += 1;
+            if looked == SWEEP_SLOTS {
+                break;
+            }
+        }
+        let swept = job.cursor == self.index.slots();
+        if swept {
+            self.gather_extents(&mut job, chunk_blocks);
+        }
+        self.flush.job = Some(job);
+        if !self.flush.wave.is_empty() {
+            return true;
+        }
+        if swept {
+            self.finish_pass(job);
+        } else {
+            self.go_on_soon();
+        }
+        false
+    }
+
+    fn gather_extents(&mut self, job: &mut Job, chunk_blocks: u64) {
+        while !self.flush.wave.is_full() {
+            let replica = self.replica_mut(job.slot);
+            let through = job.through.seq.0;
+            let next = replica.extents.next_through(job.extent_cursor, through);
+            let Some((start, end)) = next else { return };
+            let mapped = replica
+                .chunks
+                .next(start / chunk_blocks)
+                .filter(|(chunk, _)| u64::from(*chunk) * chunk_blocks < end);
+            match mapped {
+                // No home, nothing to forget there.
+                None => {
+                    replica.extents.cut(start, end, through);
+                    job.extent_cursor = end;
+                }
+                Some((chunk, _)) => {
+                    let first = u64::from(chunk) * chunk_blocks;
+                    if first > start {
+                        replica.extents.cut(start, first, through);
+                    }
+                    job.extent_cursor = first + chunk_blocks;
+                    self.add_target(job, chunk);
+                }
+            }
+        }
+    }
+
+    /// The whole index has been swept and nothing was found: is everything home?
+    fn finish_pass(&mut self, job: Job) {
+        let of_job = |segment: &&u32| {
+            let state = &self.segments.all[**segment as usize];
+            state.ordinal <= job.last_ordinal
+                && matches!(state.state, SegmentState::Full | SegmentState::Open)
+        };
+        let replica = self.replica_ref(job.slot);
+        let segments: Vec<u32> = replica.segments.iter().filter(of_job).copied().collect();
+        let live = segments.iter().any(|segment| self.segments.all[*segment as usize].live > 0);
+        let zeroes = replica.extents.next_through(0, job.through.seq.0).is_some();
+        if live || zeroes {
+            // Removals shift entries back, past the cursor: sweep again.
+            let again = Job { cursor: 0, extent_cursor: 0, ..job };
+            self.flush.job = Some(again);
+            return self.go_on_soon();
+        }
+        let barrier = replica.written.seq;
+        for segment in segments {
+            self.segments.all[segment as usize].barrier = barrier;
+            self.segments.set_state(segment, SegmentState::Settling);
+        }
+        if !self.flush.settling.contains(&job.slot) {
+            self.flush.settling.push(job.slot);
+        }
+        self.flush.job = None;
+        self.flush.jobs_done += 1;
+        self.go_on_soon();
+    }
+
+    /// Declares settled segments clean as far as the commit seq allows.
+    fn pump_settling(&mut self) {
+        let mut settling = core::mem::take(&mut self.flush.settling);
+        settling.retain(|slot| self.settle_segments(*slot));
+        self.flush.settling = settling;
+    }
+
+    /// True if some segments of the replica still settle.
+    fn settle_segments(&mut self, slot: u16) -> bool {
+        let Some(replica) = &self.replicas[usize::from(slot)] else { return false };
+        if replica.exclusive != Exclusive::None {
+            return true;
+        }
+        let mut last = None;
+        let mut left = false;
+        for segment in &replica.segments {
+            let state = &self.segments.all[*segment as usize];
+            match state.state {
+                SegmentState::Clean | SegmentState::Trimming => {}
+                SegmentState::Settling if state.barrier <= replica.commit => {
+                    if state.barrier <= replica.durable {
+                        last = Some(*state);
+                    } else {
+                        let barrier = state.barrier;
+                        self.want_durable(slot, barrier);
+                        left = true;
+                        break;
+                    }
+                }
+                SegmentState::Settling => {
+                    left = true;
+                    break;
+                }
+                SegmentState::Open | SegmentState::Full | SegmentState::Free => break,
+            }
+        }
+        let Some(last) = last else { return left };
+        let queued = self
+            .journal
+            .pending()
+            .any(|(entry, _)| matches!(entry, Entry::Flushed { replica, .. } if *replica == slot));
+        if queued {
+            return true;
+        }
+        let position = Position::new(last.last_epoch, last.last_seq);
+        let commit = Entry::Commit { replica: slot, seq: last.barrier };
+        self.journal.push(commit, After::Nothing);
+        let entry = Entry::Flushed { replica: slot, ordinal: last.ordinal + 1, position };
+        self.journal.push(entry, After::Nothing);
+        true
+    }
+
+    /// Frees clean segments when free ones are getting few.
+    pub(crate) fn pump_trim(&mut self) {
+        let wanted = self.segments.all.len() / 16 + 3;
+        while self.segments.free.len() + self.trims_pending() < wanted && self.segments.clean > 0 {
+            let Some((slot, segment)) = self.oldest_clean() else { return };
+            self.segments.set_state(segment, SegmentState::Trimming);
+            let replica = self.replica_ref(slot);
+            let state = &self.segments.all[segment as usize];
+            let next = replica
+                .segments
+                .iter()
+                .map(|segment| self.segments.all[*segment as usize].ordinal)
+                .find(|ordinal| *ordinal > state.ordinal)
+                .unwrap_or(replica.next_ordinal);
+            let position = Position::new(state.last_epoch, state.last_seq);
+            let entry = Entry::Trim { replica: slot, ordinal: next, position };
+            self.journal.push(entry, After::Nothing);
+        }
+    }
+
+    fn trims_pending(&self) -> usize {
+        self.journal.pending().filter(|(entry, _)| matches!(entry, Entry::Trim { .. })).count()
+    }
+
+    fn oldest_clean(&self) -> Option<(u16, u32)> {
+        self.replicas
+            .iter()
+            .flatten()
+            .filter(|replica| replica.exclusive == Exclusive::None)
+            .filter_map(|replica| {
+                let first = replica.segments.iter().find(|segment| {
+                    self.segments.all[**segment as usize].state != SegmentState::Trimming
+                })?;
+                let state = &self.segments.all[*first as usize];
+                (state.state == SegmentState::Clean).then_some((
+                    state.opened_at,
+                    replica.slot,
+                    *first,
+                ))
+            })
+            .min()
+            .map(|(_, slot, segment)| (slot, segment))
+    }
+}

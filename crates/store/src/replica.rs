@@ -1,0 +1,196 @@
+//! What a store keeps in memory of one replica.
+
+use std::collections::VecDeque;
+
+use base::{BlockSize, Epoch, Position, Record, ReplicaKey, ReplicaState, Seq};
+
+use crate::extents::Extents;
+use crate::home::ChunkMap;
+use crate::layout::DeviceIndex;
+use crate::metadata::Restart;
+
+/// A record that has come and is not being written yet.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) record: Record,
+}
+
+/// A batch being written.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) number: u64,
+    pub(crate) segment: u32,
+    /// First page of the payloads in the segment.
+    pub(crate) payload_page: u32,
+    pub(crate) records: Vec<Record>,
+    pub(crate) last: Position,
+    pub(crate) done: bool,
+}
+
+/// An append that has not been answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Answer {
+    pub(crate) seq: Seq,
+    pub(crate) tag: u64,
+    pub(crate) media: bool,
+}
+
+/// Records through `seq` are on media when `device` has done sync number `stamp`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Undurable {
+    pub(crate) seq: Seq,
+    pub(crate) device: DeviceIndex,
+    pub(crate) stamp: u64,
+}
+
+/// What keeps a replica from taking appends and from being flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exclusive {
+    /// Nothing.
+    None,
+    /// To be deleted, for this command, when nothing is under way.
+    Delete(u64),
+    /// To be truncated after this seq, for this command, when nothing is under way.
+    Truncate(u64, Seq),
+    /// The same, index being rebuilt.
+    Rebuilding(u64, Seq),
+    /// The delete or restart is in the journal's hands.
+    Journal,
+}
+
+/// One replica.
+pub(crate) struct Replica {
+    pub(crate) slot: u16,
+    pub(crate) key: ReplicaKey,
+    pub(crate) incarnation: u32,
+    pub(crate) block_size: BlockSize,
+    pub(crate) blocks: u64,
+
+    // What metadata says; changed only when the journal has it.
+    pub(crate) sealed: Epoch,
+    pub(crate) first_ordinal: u64,
+    pub(crate) trimmed: Position,
+    pub(crate) flushed_ordinal: u64,
+    pub(crate) flushed: Position,
+    pub(crate) commit_durable: Seq,
+    pub(crate) restarts: Vec<Restart>,
+    pub(crate) chunks: ChunkMap,
+
+    // The log.
+    pub(crate) segments: VecDeque<u32>,
+    pub(crate) next_ordinal: u64,
+    pub(crate) next_batch: u64,
+    pub(crate) previous_crc: u32,
+    /// The last record that has come.
+    pub(crate) queued: Position,
+    /// The last record that is or was being written.
+    pub(crate) issued: Position,
+    /// The last record such that it and all before are written.
+    pub(crate) written: Position,
+    pub(crate) durable: Seq,
+    pub(crate) commit: Seq,
+    pub(crate) pending: VecDeque<Pending>,
+    pub(crate) batches: VecDeque<Batch>,
+    pub(crate) answers: VecDeque<Answer>,
+    pub(crate) undurable: VecDeque<Undurable>,
+    pub(crate) flushes: VecDeque<(Seq, u64)>,
+    pub(crate) seals: VecDeque<(Epoch, u64)>,
+    /// Reads that wait for a record that has come and is not written.
+    pub(crate) parked: VecDeque<u32>,
+    pub(crate) extents: Extents,
+    /// The log has lost durable records: what is not in the index is not known.
+    pub(crate) damaged: bool,
+    pub(crate) exclusive: Exclusive,
+    /// In the store's list of replicas with something to append.
+    pub(crate) ready: bool,
+    /// Where the next scan probably finds its record.
+    pub(crate) scan_hint: ScanHint,
+}
+
+/// The batch that follows a scanned record's, or is it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ScanHint {
+    pub(crate) ordinal: u64,
+    pub(crate) page: u32,
+    pub(crate) first_seq: Seq,
+}
+
+impl Replica {
+    pub(crate) fn new(
+        slot: u16,
+        key: ReplicaKey,
+        incarnation: u32,
+        block_size: BlockSize,
+        blocks: u64,
+        chunk_blocks: u64,
+    ) -> Self {
+        Self {
+            slot,
+            key,
+            incarnation,
+            block_size,
+            blocks,
+            sealed: Epoch::NONE,
+            first_ordinal: 1,
+            trimmed: Position::ZERO,
+            flushed_ordinal: 1,
+            flushed: Position::ZERO,
+            commit_durable: Seq::ZERO,
+            restarts: Vec::new(),
+            chunks: ChunkMap::new(blocks.div_ceil(chunk_blocks)),
+            segments: VecDeque::new(),
+            next_ordinal: 1,
+            next_batch: 1,
+            previous_crc: 0,
+            queued: Position::ZERO,
+            issued: Position::ZERO,
+            written: Position::ZERO,
+            durable: Seq::ZERO,
+            commit: Seq::ZERO,
+            pending: VecDeque::new(),
+            batches: VecDeque::new(),
+            answers: VecDeque::new(),
+            undurable: VecDeque::new(),
+            flushes: VecDeque::new(),
+            seals: VecDeque::new(),
+            parked: VecDeque::new(),
+            extents: Extents::default(),
+            damaged: false,
+            exclusive: Exclusive::None,
+            ready: false,
+            scan_hint: ScanHint::default(),
+        }
+    }
+
+    pub(crate) fn state(&self) -> ReplicaState {
+        ReplicaState {
+            sealed: self.sealed,
+            last: self.written,
+            durable: self.durable,
+            commit: self.commit,
+            trimmed: self.trimmed.seq,
+        }
+    }
+
+    /// The index does not have everything that is in the log.
+    pub(crate) fn is_rebuilding(&self) -> bool {
+        match self.exclusive {
+            Exclusive::Rebuilding(..) | Exclusive::Journal => true,
+            Exclusive::None | Exclusive::Delete(_) | Exclusive::Truncate(..) => false,
+        }
+    }
+
+    /// News of the commit seq. Beyond what has come it says nothing about this log: only an
+    /// append that fits proves that the log is the head's.
+    pub(crate) fn note_commit(&mut self, commit: Seq) {
+        self.commit = self.commit.max(commit.min(self.queued.seq));
+    }
+
+    /// Takes note of a restart: those it makes void are forgotten.
+    pub(crate) fn note_restart(&mut self, restart: Restart) {
+        self.restarts.retain(|old| old.ordinal <= restart.previous);
+        // A restart in the same segment is narrowed by the newer one.
+        self.restarts.retain(|old| old.previous < restart.previous);
+        self.restarts.push(restart);
+    }
+}

@@ -1,0 +1,395 @@
+//! Simulated devices and a driver that completes disk operations in any order.
+
+use std::collections::BTreeMap;
+
+use base::{
+    BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, ServerId,
+};
+use core::time::Duration;
+use store::{
+    Command, DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult, FlushPolicy,
+    FormatConfig, Input, OpenError, Output, Store, StoreConfig, format,
+};
+
+pub const SECTOR: usize = 512;
+
+/// xorshift64*: small, and the same everywhere.
+#[derive(Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        let mut random = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0xdead_beef_cafe_f00d);
+        for _ in 0..8 {
+            random.next();
+        }
+        random
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// A device: what is on media, and for each sector what was written and not synced.
+#[derive(Clone)]
+pub struct Disk {
+    pub media: Vec<u8>,
+    volatile: BTreeMap<usize, Vec<(u64, [u8; SECTOR])>>,
+    writes: u64,
+    /// Sectors that cannot be read.
+    pub latent: std::collections::BTreeSet<usize>,
+    pub fail_writes: bool,
+    pub fail_syncs: bool,
+}
+
+impl Disk {
+    pub fn new(bytes: u64) -> Self {
+        Self {
+            media: vec![0; usize::try_from(bytes).unwrap()],
+            volatile: BTreeMap::new(),
+            writes: 0,
+            latent: std::collections::BTreeSet::new(),
+            fail_writes: false,
+            fail_syncs: false,
+        }
+    }
+
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        self.writes += 1;
+        let first = usize::try_from(offset).unwrap() / SECTOR;
+        for (number, sector) in bytes.chunks_exact(SECTOR).enumerate() {
+            assert!((first + number + 1) * SECTOR <= self.media.len(), "write past the end");
+            self.latent.remove(&(first + number));
+            let versions = self.volatile.entry(first + number).or_default();
+            versions.push((self.writes, sector.try_into().unwrap()));
+        }
+    }
+
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), DiskError> {
+        let first = usize::try_from(offset).unwrap() / SECTOR;
+        for (number, sector) in into.chunks_exact_mut(SECTOR).enumerate() {
+            let at = first + number;
+            if self.latent.contains(&at) {
+                return Err(DiskError::Io);
+            }
+            match self.volatile.get(&at).and_then(|versions| versions.last()) {
+                Some((_, bytes)) => sector.copy_from_slice(bytes),
+                None => sector.copy_from_slice(&self.media[at * SECTOR..(at + 1) * SECTOR]),
+            }
+        }
+        Ok(())
+    }
+
+    /// The number that a sync issued now must carry.
+    pub fn mark(&self) -> u64 {
+        self.writes
+    }
+
+    pub fn sync(&mut self, mark: u64) {
+        let media = &mut self.media;
+        self.volatile.retain(|at, versions| {
+            if let Some(last) = versions.iter().rposition(|(number, _)| *number <= mark) {
+                media[at * SECTOR..(at + 1) * SECTOR].copy_from_slice(&versions[last].1);
+                versions.drain(..=last);
+            }
+            !versions.is_empty()
+        });
+    }
+
+    /// Power is lost: of each unsynced sector any version may have made it.
+    pub fn crash(&mut self, random: &mut Random) {
+        let keep = random.below(101);
+        for (at, versions) in core::mem::take(&mut self.volatile) {
+            if random.chance(keep) {
+                let pick = usize::try_from(random.below(versions.len() as u64)).unwrap();
+                let sector = &mut self.media[at * SECTOR..(at + 1) * SECTOR];
+                sector.copy_from_slice(&versions[pick].1);
+            }
+        }
+    }
+}
+
+/// Shape of a pool under test.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub devices: Vec<DeviceInfo>,
+    pub log_bytes: u64,
+    pub segment_bytes: u64,
+    pub chunk_bytes: u64,
+    pub flush: FlushPolicy,
+    pub buffers: (usize, usize),
+}
+
+impl Shape {
+    pub fn any(random: &mut Random) -> Self {
+        let fast = |bytes| DeviceInfo { bytes, role: DeviceRole::Fast };
+        let mass = |bytes| DeviceInfo { bytes, role: DeviceRole::Mass };
+        let (devices, log_bytes) = match random.below(3) {
+            0 => (vec![fast(32 << 20)], 6 << 20),
+            1 => (vec![fast(10 << 20), mass(24 << 20)], 0),
+            _ => (
+                vec![fast(8 << 20), fast(9 << 20), mass(12 << 20), mass(12 << 20)],
+                0,
+            ),
+        };
+        Self {
+            devices,
+            log_bytes,
+            segment_bytes: 512 << 10,
+            chunk_bytes: 64 << (10 + random.below(2)),
+            flush: FlushPolicy {
+                log_fill_percent: u8::try_from(random.below(60)).unwrap(),
+                index_fill_percent: 50,
+                age: Duration::from_millis(1 + random.below(2000)),
+                idle: Duration::from_millis(1 + random.below(500)),
+                operations: u16::try_from(1 + random.below(8)).unwrap(),
+                operations_pressed: 16,
+            },
+            buffers: (64 + usize::try_from(random.below(100)).unwrap(), 16),
+        }
+    }
+}
+
+pub fn pool_id() -> PoolId {
+    PoolId::from_bytes([1; 16])
+}
+
+pub fn config(shape: &Shape) -> StoreConfig {
+    StoreConfig {
+        pool: Some(pool_id()),
+        cluster: ClusterId::from_bytes([2; 16]),
+        server: ServerId::from_bytes([3; 16]),
+        buffers: BufferPool::heap(shape.buffers.0, shape.buffers.1),
+        flush: shape.flush,
+    }
+}
+
+pub fn format_config(shape: &Shape) -> FormatConfig {
+    FormatConfig {
+        pool: pool_id(),
+        cluster: ClusterId::from_bytes([2; 16]),
+        server: ServerId::from_bytes([3; 16]),
+        devices: shape.devices.clone(),
+        log_bytes: shape.log_bytes,
+        segment_bytes: shape.segment_bytes,
+        chunk_bytes: shape.chunk_bytes,
+        replicas_max: 16,
+    }
+}
+
+struct InFlight {
+    operation: DiskOperation,
+    mark: u64,
+}
+
+/// A store on simulated devices.
+pub struct World {
+    pub disks: Vec<Disk>,
+    pub shape: Shape,
+    pub store: Store,
+    pub now: Instant,
+    pub random: Random,
+    in_flight: Vec<InFlight>,
+    pub answers: Vec<(u64, Result<ReplyBody, ReplicaError>)>,
+    pub opened: Option<Result<(), OpenError>>,
+    pub failed: bool,
+    pub damaged: usize,
+    pub operations: u64,
+}
+
+impl World {
+    pub fn new(shape: Shape, random: Random) -> Self {
+        let mut disks: Vec<Disk> =
+            shape.devices.iter().map(|device| Disk::new(device.bytes)).collect();
+        for write in format(&format_config(&shape)).expect("the pool can be made") {
+            disks[usize::from(write.device.0)].write(write.offset, &write.bytes);
+        }
+        for disk in &mut disks {
+            disk.sync(u64::MAX);
+        }
+        let store = Store::open(config(&shape), &shape.devices);
+        let mut world = Self {
+            disks,
+            store,
+            now: Instant::ZERO,
+            random,
+            in_flight: Vec::new(),
+            answers: Vec::new(),
+            opened: None,
+            failed: false,
+            damaged: 0,
+            operations: 0,
+            shape,
+        };
+        world.finish_opening().expect("a fresh pool opens");
+        world
+    }
+
+    pub fn command(&mut self, tag: u64, command: Command) {
+        self.store.handle(self.now, Input::Command { tag, command });
+    }
+
+    /// Takes all outputs.
+    pub fn drain(&mut self) {
+        while let Some(output) = self.store.poll_output() {
+            match output {
+                Output::Opened(result) => {
+                    assert!(self.opened.is_none(), "a store opens once");
+                    self.opened = Some(result);
+                }
+                Output::Disk(operation) => {
+                    let mark = self.disks[usize::from(operation.device.0)].mark();
+                    self.in_flight.push(InFlight { operation, mark });
+                }
+                Output::Done { tag, result } => self.answers.push((tag, result)),
+                Output::Failed(_) => {
+                    assert!(!self.failed, "a failure is told once");
+                    self.failed = true;
+                }
+                Output::Notice(notice) => {
+                    if matches!(notice, store::Notice::Damaged(_)) {
+                        self.damaged += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Completes one operation, if any is under way.
+    pub fn step(&mut self) -> bool {
+        self.drain();
+        if self.in_flight.is_empty() {
+            return false;
+        }
+        self.operations += 1;
+        let pick = usize::try_from(self.random.below(self.in_flight.len() as u64)).unwrap();
+        let InFlight { operation, mark } = self.in_flight.swap_remove(pick);
+        let disk = &mut self.disks[usize::from(operation.device.0)];
+        let result = match operation.kind {
+            DiskKind::Read { offset, mut buffer, start, length } => {
+                assert!(offset % 4096 == 0 && start % 4096 == 0 && length % 4096 == 0);
+                let into = &mut buffer.payload_mut()[start..start + length];
+                DiskResult::Read(disk.read(offset, into).map(|()| buffer))
+            }
+            DiskKind::Write { offset, parts } => {
+                assert!(offset % 4096 == 0);
+                let mut at = offset;
+                for part in parts.iter() {
+                    assert!(part.bytes().as_ptr().align_offset(4096) == 0, "aligned memory");
+                    if !disk.fail_writes {
+                        disk.write(at, part.bytes());
+                    }
+                    at += part.len() as u64;
+                }
+                DiskResult::Written(if disk.fail_writes { Err(DiskError::Io) } else { Ok(()) })
+            }
+            DiskKind::Sync => {
+                if disk.fail_syncs {
+                    DiskResult::Synced(Err(DiskError::Io))
+                } else {
+                    disk.sync(mark);
+                    DiskResult::Synced(Ok(()))
+                }
+            }
+            DiskKind::Discard { offset, length } => {
+                let zeroes = vec![0; usize::try_from(length).unwrap()];
+                disk.write(offset, &zeroes);
+                DiskResult::Discarded(Ok(()))
+            }
+        };
+        self.now = self.now + Duration::from_micros(self.random.below(100));
+        let id = operation.id;
+        self.store.handle(self.now, Input::DiskDone { id, result });
+        self.drain();
+        true
+    }
+
+    /// Lets time pass until the store's next deadline; false if it has none.
+    pub fn tick(&mut self) -> bool {
+        let Some(deadline) = self.store.next_deadline() else { return false };
+        self.now = self.now.max(deadline);
+        self.store.handle(self.now, Input::Tick);
+        self.drain();
+        true
+    }
+
+    /// Runs until nothing is under way, letting time pass for at most `idle`.
+    pub fn run(&mut self, idle: Duration) {
+        let end = self.now + idle;
+        for round in 0.. {
+            assert!(round < 2_000_000, "the store comes to rest");
+            if self.step() {
+                continue;
+            }
+            match self.store.next_deadline() {
+                Some(deadline) if deadline <= end => {
+                    self.tick();
+                }
+                Some(_) | None => return,
+            }
+        }
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Reopens after the process was killed, or power was lost.
+    pub fn reopen(&mut self, power_lost: bool) -> Result<(), OpenError> {
+        // What was under way may have happened, in part or in whole.
+        for InFlight { operation, .. } in core::mem::take(&mut self.in_flight) {
+            let disk = &mut self.disks[usize::from(operation.device.0)];
+            if let DiskKind::Write { offset, parts } = operation.kind
+                && self.random.chance(50)
+                && !disk.fail_writes
+            {
+                let mut at = offset;
+                for part in parts.iter() {
+                    if !power_lost || self.random.chance(80) {
+                        disk.write(at, part.bytes());
+                    }
+                    at += part.len() as u64;
+                }
+            }
+        }
+        if power_lost {
+            for disk in &mut self.disks {
+                disk.crash(&mut self.random);
+            }
+        }
+        self.answers.clear();
+        self.opened = None;
+        self.failed = false;
+        self.store = Store::open(config(&self.shape), &self.shape.devices);
+        self.finish_opening()
+    }
+
+    fn finish_opening(&mut self) -> Result<(), OpenError> {
+        for _ in 0..1_000_000 {
+            self.drain();
+            if let Some(result) = &self.opened {
+                let result = result.clone();
+                if result.is_ok() {
+                    self.store.check_invariants();
+                }
+                return result;
+            }
+            if !self.step() && !self.tick() {
+                break;
+            }
+        }
+        panic!("opening does not end");
+    }
+}
