@@ -474,3 +474,54 @@ impl Reactor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// After a short send the rest is sent, from where it ended, inline bytes too.
+    #[test]
+    fn a_short_send_goes_on_in_the_right_part() {
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut connection = Connection::new(socket.into(), Target::Descriptor(-1));
+        let bytes: Vec<u8> = (0..200).collect();
+        let room = std::array::from_fn(|index| bytes[index % 200]);
+        connection.queue.push_back(Part::Buffer(Buffer::copied_from(&bytes[..100])));
+        connection.queue.push_back(Part::Inline { length: 50, bytes: room });
+        connection.queue.push_back(Part::Buffer(Buffer::copied_from(&bytes[100..])));
+        connection.gather();
+        let rest = |connection: &Connection| {
+            let sending = &connection.sending;
+            let mut rest = Vec::new();
+            for iovec in &sending.iovecs[sending.first..] {
+                // SAFETY: the parts that the vectors point to are still there.
+                let part = unsafe {
+                    std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len)
+                };
+                rest.extend_from_slice(part);
+            }
+            rest
+        };
+        let expected = [&bytes[..100], &bytes[..50], &bytes[100..]].concat();
+        assert_eq!(rest(&connection), expected);
+        let mut done = 0;
+        for bytes in [1, 98, 1, 20, 40, 89] {
+            assert_eq!(connection.send_step(bytes), Step::Again);
+            done += bytes.unsigned_abs() as usize;
+            assert_eq!(rest(&connection), expected[done..]);
+        }
+        assert_eq!(connection.send_step(-libc::EINTR), Step::Again);
+        assert_eq!(connection.send_step(1), Step::Done(Ok(())));
+    }
+
+    #[test]
+    fn a_send_that_makes_no_progress_fails() {
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut connection = Connection::new(socket.into(), Target::Descriptor(-1));
+        connection.queue.push_back(Part::Buffer(Buffer::copied_from(b"some")));
+        connection.gather();
+        assert_eq!(connection.send_step(0), Step::Done(Err(IoError::Os(libc::EPIPE))));
+        let reset = Step::Done(Err(IoError::Os(libc::ECONNRESET)));
+        assert_eq!(connection.send_step(-libc::ECONNRESET), reset);
+    }
+}

@@ -79,6 +79,13 @@ fn map(bytes: usize, huge_pages: bool) -> Result<&'static mut [u8], Error> {
         // SAFETY: the range is within the new mapping; this advice does not change contents.
         let _ = unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxHugepage) };
     }
+    // A child must not make the kernel copy pages that a device is writing to, and a core dump
+    // is no place for guests' data.
+    for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+        // SAFETY: as above; nothing but this process uses the memory.
+        unsafe { rustix::mm::madvise(start.cast(), bytes, advice) }
+            .map_err(|error| Error::os(ErrorKind::Os, context(), error.into()))?;
+    }
     // Faults in every page now: a machine without the memory fails here, not in the I/O path.
     // SAFETY: as above.
     unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxPopulateWrite) }

@@ -363,4 +363,31 @@ mod tests {
         first = advance(&mut iovecs, first, 10);
         assert_eq!(first, 3);
     }
+
+    /// After a short write the rest is written, from where it ended.
+    #[test]
+    fn a_short_write_goes_on_in_the_right_part() {
+        let pool = base::BufferPool::heap(3, 0);
+        let parts: Vec<_> =
+            (0..3).map(|_| pool.take(4096).unwrap().freeze().payload(4096)).collect();
+        let mut gather = Box::<Gather>::default();
+        gather.set(parts.iter().cloned());
+        let mut write = Write {
+            device: Key { index: 0, generation: 0 },
+            target: Target::Descriptor(-1),
+            token: Token(0),
+            offset: 0,
+            gather,
+            length: 12288,
+            done: 0,
+            block_bytes: 512,
+            retries: 0,
+        };
+        assert_eq!(write.step(4608), Step::Again);
+        assert_eq!(write.done, 4608);
+        let rest = &write.gather.iovecs[write.gather.first..];
+        assert_eq!(rest[0].iov_base.cast_const().cast(), &raw const parts[1].bytes()[512]);
+        assert_eq!(rest.iter().map(|iovec| iovec.iov_len).sum::<usize>(), 12288 - 4608);
+        assert_eq!(write.step(12288 - 4608), Step::Done(Ok(())));
+    }
 }

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::path::Path;
+
 use base::Buffer;
 use ring::{Completion, Config, DeviceOptions, ErrorKind, IoError, Reactor, Token};
 use support::{Fixture, config, pattern};
@@ -183,16 +185,18 @@ fn a_device_has_one_owner() {
 fn wrong_paths_are_told_apart() {
     let mut fixture = Fixture::new();
     let directory = tempfile::tempdir().unwrap();
-    let kind = |fixture: &mut Fixture, path: &std::path::Path| {
-        fixture.reactor.open_device(path, EXCLUSIVE).unwrap_err().kind()
-    };
-    assert_eq!(kind(&mut fixture, &directory.path().join("none")), ErrorKind::NotFound);
-    assert_eq!(kind(&mut fixture, directory.path()), ErrorKind::NotADevice);
-    assert_eq!(kind(&mut fixture, std::path::Path::new("/dev/null")), ErrorKind::NotADevice);
-    assert_eq!(
-        kind(&mut fixture, std::path::Path::new("/proc/version")),
-        ErrorKind::DirectIoUnsupported
-    );
+    let options = DeviceOptions { read_only: true, exclusive: true };
+    let none = directory.path().join("none");
+    for (path, expected) in [
+        (none.as_path(), ErrorKind::NotFound),
+        (directory.path(), ErrorKind::NotADevice),
+        (Path::new("/dev/null"), ErrorKind::NotADevice),
+        (Path::new("/proc/version"), ErrorKind::DirectIoUnsupported),
+    ] {
+        let error = fixture.reactor.open_device(path, options).unwrap_err();
+        assert_eq!(error.kind(), expected, "{error}");
+        assert!(error.to_string().contains(&*path.to_string_lossy()), "{error}");
+    }
 }
 
 /// More operations than the submission ring, the completion ring and the slab were made for.

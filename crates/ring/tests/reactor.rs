@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use ring::{
     Completion, Config, ConnectionHandle, ErrorKind, Reactor, SocketOptions, Token, TrySendError,
 };
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use support::{Fixture, PATIENCE, config};
 
 fn signal(eventfd: &OwnedFd) {
@@ -35,6 +35,12 @@ fn eventfds_are_told_and_taken_blocking_or_not() {
         for _ in 0..10 {
             signal(&eventfd);
             assert_eq!(fixture.wait(event).1, Token(1));
+            let mut polled = [PollFd::new(&eventfd, PollFlags::IN)];
+            assert_eq!(
+                poll(&mut polled, Some(&Timespec::default())),
+                Ok(0),
+                "the counter is taken"
+            );
         }
         // Signalled by another thread while the reactor sleeps, thousands of times: the last
         // one is always told.
