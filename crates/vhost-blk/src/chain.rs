@@ -153,8 +153,7 @@ impl Body {
         let from_guest = total(&self.segments[..readable]);
         let to_guest = total(&self.segments[readable..]);
         // The used ring's length field has 32 bits, and no request needs more.
-        let (Ok(writable_bytes), true) =
-            (u32::try_from(to_guest), from_guest <= u64::from(u32::MAX))
+        let (Ok(writable_bytes), Ok(_)) = (u32::try_from(to_guest), u32::try_from(from_guest))
         else {
             return Verdict::Reject(Status::IoError);
         };

@@ -227,7 +227,7 @@ impl Device {
             tracing::error!(?id, "a reply to a request that is not under way was ignored");
             return;
         };
-        chain.reply(id, &reply, &self.config, self.log_in_use.as_deref());
+        chain.reply(id, reply, &self.config, self.log_in_use.as_deref());
         let orphan = chain.memory.is_none();
         let done = chain.is_done();
         if orphan {

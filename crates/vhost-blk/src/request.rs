@@ -211,13 +211,14 @@ impl Chain {
     pub(crate) fn reply(
         &mut self,
         id: PieceId,
-        reply: &BlockReply,
+        reply: BlockReply,
         config: &DeviceConfig,
         log: Option<&DirtyLog>,
     ) {
         self.pending -= 1;
-        if reply.status != Status::Ok {
-            self.fail(reply.status);
+        let BlockReply { id: _, status, data } = reply;
+        if status != Status::Ok {
+            self.fail(status);
             return;
         }
         let (Some(Kind::Read), Some(memory)) = (self.kind, self.memory.as_deref()) else { return };
@@ -225,7 +226,7 @@ impl Chain {
         let range = self.body.range.expect("a read has a range");
         let total = range.blocks * u64::from(config.block_size.bytes());
         let expected = total.saturating_sub(offset).min(PAYLOAD_BYTES_MAX as u64);
-        let copied = match &reply.data {
+        let copied = match data {
             Some(data) if data.len() as u64 == expected => {
                 self.body.write_data(memory, offset, data.bytes(), log)
             }

@@ -34,10 +34,10 @@ pub(crate) struct Descriptor {
 
 impl Descriptor {
     pub(crate) fn decode(raw: [u8; DESCRIPTOR_BYTES]) -> Self {
-        let [a, b, c, d, e, f, g, h, l0, l1, l2, l3, f0, f1, n0, n1] = raw;
+        let [g0, g1, g2, g3, g4, g5, g6, g7, b0, b1, b2, b3, f0, f1, n0, n1] = raw;
         Self {
-            gpa: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            bytes: u32::from_le_bytes([l0, l1, l2, l3]),
+            gpa: u64::from_le_bytes([g0, g1, g2, g3, g4, g5, g6, g7]),
+            bytes: u32::from_le_bytes([b0, b1, b2, b3]),
             flags: u16::from_le_bytes([f0, f1]),
             next: u16::from_le_bytes([n0, n1]),
         }

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use base::{BlockReply, BlockRequest, BlockSize, BufferPool, Operation, Status};
@@ -153,8 +153,8 @@ pub(crate) fn eventfd() -> OwnedFd {
 pub(crate) fn eventfd_count(fd: &OwnedFd) -> u64 {
     use std::io::Read;
     let mut bytes = [0_u8; 8];
-    match File::from(fd.try_clone().unwrap()).read(&mut bytes) {
-        Ok(_) => u64::from_ne_bytes(bytes),
+    match File::from(fd.try_clone().unwrap()).read_exact(&mut bytes) {
+        Ok(()) => u64::from_ne_bytes(bytes),
         Err(_) => 0,
     }
 }
@@ -219,11 +219,9 @@ impl Guest {
     }
 
     pub(crate) fn write(&self, gpa: u64, bytes: &[u8]) {
-        let mut gpa = gpa;
         // Straight to the regions: the device's copy has test hooks.
-        for byte in bytes {
+        for (gpa, byte) in (gpa..).zip(bytes) {
             self.memory.poke(gpa, *byte);
-            gpa += 1;
         }
     }
 
@@ -553,8 +551,7 @@ pub(crate) fn log_features() -> u64 {
     FEATURES | F_LOG_ALL
 }
 
-/// Reads the eventfd to tell whether the guest was interrupted.
+/// Reads the call eventfd to tell whether the guest was interrupted.
 pub(crate) fn interrupted(rig: &Rig, queue: u16) -> bool {
-    let _ = rig.calls[usize::from(queue)].as_fd();
     eventfd_count(&rig.calls[usize::from(queue)]) > 0
 }

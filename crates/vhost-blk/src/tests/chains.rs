@@ -46,7 +46,7 @@ fn flatten(guest: &Guest, head: u16, indirect: bool) -> Option<Vec<Descriptor>> 
                 || !indirect
                 || descriptor.flags & F_NEXT != 0
                 || bytes == 0
-                || bytes % 16 != 0
+                || !bytes.is_multiple_of(16)
             {
                 return None;
             }
@@ -106,7 +106,7 @@ fn reference(guest: &Guest, head: u16, indirect: bool, config: &DeviceConfig) ->
     let transfer = |kind, data: &[u64]| {
         let count = data.len() as u64 / 512;
         let fits = sector.checked_add(count).is_some_and(|end| end <= config.blocks);
-        if data.is_empty() || data.len() % 512 != 0 || !fits {
+        if data.is_empty() || !data.len().is_multiple_of(512) || !fits {
             return reject(Status::InvalidRange, Some(status_gpa));
         }
         Expected {
@@ -126,7 +126,7 @@ fn reference(guest: &Guest, head: u16, indirect: bool, config: &DeviceConfig) ->
         8 => Expected { verdict: Verdict::Id, ..reject(Status::Ok, Some(status_gpa)) },
         11 | 13 if into.is_empty() => {
             let data = get(out);
-            if data.is_empty() || data.len() % 16 != 0 || data.len() / 16 > 16 {
+            if data.is_empty() || !data.len().is_multiple_of(16) || data.len() / 16 > 16 {
                 return reject(Status::IoError, Some(status_gpa));
             }
             let mut ranges = Vec::new();
@@ -211,7 +211,7 @@ fn build(random: &mut Random, guest: &Guest) -> u16 {
     if random.one_in(2) {
         spoil(random, &mut pieces);
     }
-    lay_out(random, guest, pieces)
+    lay_out(random, guest, &pieces)
 }
 
 /// Breaks something in a list of buffers.
@@ -239,7 +239,7 @@ fn spoil(random: &mut Random, pieces: &mut Vec<Descriptor>) {
 }
 
 /// Puts the buffers into descriptors, some in an indirect table; links them, not always well.
-fn lay_out(random: &mut Random, guest: &Guest, pieces: Vec<Descriptor>) -> u16 {
+fn lay_out(random: &mut Random, guest: &Guest, pieces: &[Descriptor]) -> u16 {
     let size = guest.size;
     let start = u16::try_from(random.below(size.into())).unwrap();
     let stride = 1 + 2 * u16::try_from(random.below(4)).unwrap();
@@ -272,7 +272,7 @@ fn lay_out(random: &mut Random, guest: &Guest, pieces: Vec<Descriptor>) -> u16 {
             let next = wild(random, u16::try_from(n + 1).unwrap());
             guest.write_descriptor(table + 16 * n as u64, Descriptor { flags, next, ..*piece });
         }
-        let bytes = 16 * u32::try_from(in_table).unwrap() + if random.one_in(30) { 1 } else { 0 };
+        let bytes = 16 * u32::try_from(in_table).unwrap() + u32::from(random.one_in(30));
         let flags = wild_flags(random, F_INDIRECT);
         let entry = Descriptor { gpa: table, bytes, flags, next: slot(direct + 1) };
         guest.write_descriptor(ring + 16 * u64::from(slot(direct)), entry);

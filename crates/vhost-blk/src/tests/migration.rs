@@ -110,7 +110,9 @@ fn a_destination_that_copies_dirty_pages_gets_them_all() {
                 rig.must(Request::Log(Arc::clone(&new.log)));
                 let old = core::mem::replace(&mut migration.borrow_mut().log, new);
                 let pages = old.take();
-                pages.into_iter().for_each(|page| migration.borrow_mut().copy_page(page));
+                for page in pages {
+                    migration.borrow_mut().copy_page(page);
+                }
             } else if round % 200 == 150 && round < 400 {
                 // Cancelled: the next attempt starts with a copy of everything.
                 rig.must(Request::Features(FEATURES));

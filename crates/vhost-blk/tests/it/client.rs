@@ -1,13 +1,11 @@
 //! The whole crate against a client that was written elsewhere: libblkio's vhost-user driver.
 
-mod support;
-
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
+use crate::support::{Backend, wait_for};
 use base::BlockSize;
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
-use support::{Backend, wait_for};
 use vhost_blk::DeviceConfig;
 
 const REGION_BYTES: usize = 8 << 20;

@@ -1,0 +1,8 @@
+//! The crate from outside: real sockets, a real client, a back end that answers from memory.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod client;
+mod front_end;
+mod socket;
+mod support;
