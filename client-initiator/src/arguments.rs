@@ -46,7 +46,7 @@ impl StoreArgument {
 #[derive(Args)]
 pub(crate) struct ApiArgument {
     /// The daemon's API socket, `api` in its configuration.
-    #[arg(long = "api", env = "HOLDFAST_API", value_name = "SOCKET")]
+    #[arg(id = "api", long = "api", env = "HOLDFAST_API", value_name = "SOCKET")]
     pub(crate) socket: PathBuf,
 }
 

@@ -185,14 +185,17 @@ impl Devices {
         let mut seen = BTreeSet::new();
         let mut failures: Vec<Failure> = Vec::new();
         for wanted in wanted {
+            // A file that the first mention made is there at the second.
+            let identity = fs::metadata(wanted.path).map(|file| (file.dev(), file.ino()));
+            if identity.is_ok_and(|identity| seen.contains(&identity)) {
+                let text = format!("{}: it is given twice", wanted.path.display());
+                failures.push(Failure::new(Exit::Usage, text));
+                continue;
+            }
             match open_device(wanted, force) {
                 Ok(device) => {
-                    let same =
-                        device.file.metadata().map(|file| (file.dev(), file.ino(), file.rdev()));
-                    if same.is_ok_and(|same| !seen.insert(same)) {
-                        let text = format!("{}: it is given twice", device.path.display());
-                        failures.push(Failure::new(Exit::Usage, text));
-                    }
+                    let identity = device.file.metadata().map(|file| (file.dev(), file.ino()));
+                    seen.extend(identity.ok());
                     devices.list.push(device);
                 }
                 Err(failure) => failures.push(failure),

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use base::{Durability, Policy, Role, VolumeId};
-use cluster::volumes::{self, NewVolume};
+use cluster::volumes::{self, CreateError, NewVolume};
 use cluster::{ClusterStore, Create, ServerEntry, VolumeEntry, lease, servers, unix_ms};
 use serde::Serialize;
 use target_daemon::size::format_size;
@@ -13,6 +13,8 @@ use crate::exit::{Exit, Failure};
 use crate::output::{Output, table};
 use crate::server;
 
+/// How long `volume create` waits for servers that are registered but do not run.
+const SERVERS_WAIT: Duration = Duration::from_secs(5);
 /// How long one look at the store waits for news.
 const TURN: Duration = Duration::from_millis(500);
 
@@ -110,7 +112,7 @@ pub(crate) fn create(
             read_only: arguments.read_only,
         },
     };
-    let created = volumes::create(store.as_ref(), &new)?;
+    let created = create_when_possible(store.as_ref(), &new, arguments.wait, output)?;
     let entry = match arguments.wait {
         0 => created,
         seconds => {
@@ -124,6 +126,31 @@ pub(crate) fn create(
         format!("created volume {} ({size}) on {}: {}", view.name, names.join(", "), view.state)
     });
     Ok(())
+}
+
+/// Creates the volume; waits a moment for servers that are registered but do not run: they may
+/// have been started just now.
+fn create_when_possible(
+    store: &dyn ClusterStore,
+    new: &NewVolume,
+    wait_seconds: u64,
+    output: &Output,
+) -> Result<VolumeEntry, Failure> {
+    let start = Instant::now();
+    let wait = SERVERS_WAIT.min(Duration::from_secs(wait_seconds));
+    loop {
+        let revision = store.revision()?;
+        match volumes::create(store, new) {
+            Err(CreateError::Placement(error)) if error.may_pass() && start.elapsed() < wait => {
+                output.progress("waiting for servers that are not running");
+                store.wait_for_change(revision, TURN)?;
+            }
+            created => {
+                output.progress("");
+                return Ok(created?);
+            }
+        }
+    }
 }
 
 fn wait_for_replicas(

@@ -201,8 +201,10 @@ impl Daemon {
         };
         let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), holder);
         let exports = Exports::new(Arc::clone(&store), Arc::clone(&plane), heads, &config.exports);
-        let registration =
+        let mut registration =
             Registration::new(Arc::clone(&store), Arc::clone(&plane), identity.clone());
+        // Whoever sees this server answer may count on it from then on.
+        registration.turn(Duration::ZERO);
         let parts = Parts {
             name: config.name.clone(),
             cluster: found.cluster,

@@ -52,6 +52,15 @@ pub struct PlacementError {
     pub suitable: Vec<String>,
     /// Names of those that do not, and why.
     pub unsuitable: Vec<(String, String)>,
+    /// How many of those only have to be started: they are registered and do not run.
+    pub absent: usize,
+}
+
+impl PlacementError {
+    /// True if starting servers that are registered would do.
+    pub fn may_pass(&self) -> bool {
+        self.suitable.len() + self.absent >= self.needed
+    }
 }
 
 impl fmt::Display for PlacementError {
@@ -91,8 +100,9 @@ pub fn place(
         }
     }
     if suitable.len() < replicas {
+        let absent = servers.iter().filter(|entry| !entry.is_alive(now_ms)).count();
         let suitable = suitable.iter().map(|(_, entry)| entry.server.name.clone()).collect();
-        return Err(PlacementError { needed: replicas, suitable, unsuitable });
+        return Err(PlacementError { needed: replicas, suitable, unsuitable, absent });
     }
     suitable.sort_by_key(|(room, entry)| (u64::MAX - room, entry.server.id));
     let member = |entry: &ServerEntry| Member {
@@ -168,6 +178,7 @@ mod tests {
             place(50 * CHUNK_BYTES_MAX - 5, 3, &servers, &Usage::default(), 90_001).unwrap_err();
         assert_eq!(error.needed, 3);
         assert_eq!(error.suitable, ["s1"]);
+        assert!(error.absent == 2 && error.may_pass());
         let text = error.to_string();
         for part in [
             "3 replicas",

@@ -1,0 +1,294 @@
+//! What `holdfast` prints and how it exits, on real stores and real files.
+
+#![allow(clippy::unwrap_used, reason = "a test and its helpers")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use base::{Holder, HolderId, PoolId, Role, ServerId};
+use cluster::lease::{self, Acquire};
+use cluster::{ClusterStore, Create, Heartbeat, servers, volumes};
+use serde_json::Value;
+
+struct Bench {
+    directory: tempfile::TempDir,
+    store: Arc<dyn ClusterStore>,
+}
+
+struct Ran {
+    status: i32,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn json(&self) -> Value {
+        assert_eq!(self.status, 0, "{}", self.err);
+        serde_json::from_str(&self.out).unwrap()
+    }
+
+    /// It failed with this status, saying all of these.
+    fn refused(&self, status: i32, parts: &[&str]) {
+        assert_eq!(self.status, status, "{}{}", self.out, self.err);
+        for part in parts {
+            assert!(self.err.contains(part), "{part} in {}", self.err);
+        }
+    }
+}
+
+fn holdfast(arguments: &[&str]) -> Ran {
+    let output = Command::new(env!("CARGO_BIN_EXE_holdfast"))
+        .args(arguments)
+        .env_remove("HOLDFAST_STORE")
+        .env_remove("HOLDFAST_API")
+        .output()
+        .unwrap();
+    Ran {
+        status: output.status.code().unwrap(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let address = format!("sqlite:{}", directory.path().join("c.db").display());
+        let store = cluster::open(&address.parse().unwrap(), Create::IfMissing).unwrap();
+        Self { directory, store }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).display().to_string()
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ran {
+        let store = self.store.address();
+        let mut all = vec!["--json", "--store", &store];
+        all.extend(arguments);
+        holdfast(&all)
+    }
+
+    /// Registers servers `s1`… and has them say that they run.
+    fn servers(&self, count: u8) {
+        for number in 1..=count {
+            let name = format!("s{number}");
+            let pool = PoolId::from_bytes([number; 16]);
+            let id = servers::id_for(self.store.as_ref(), &name, false).unwrap();
+            servers::register(self.store.as_ref(), id, &name, pool).unwrap();
+            self.beat(id, pool);
+        }
+    }
+
+    fn beat(&self, server: ServerId, pool: PoolId) {
+        let beat = Heartbeat {
+            server,
+            pool,
+            addresses: Vec::new(),
+            labels: BTreeMap::new(),
+            capacity_bytes: 1 << 40,
+            free_bytes: 1 << 40,
+            version: "0.1.0".to_owned(),
+            stopping: false,
+            problems: Vec::new(),
+        };
+        self.store.heartbeat(&beat).unwrap();
+    }
+
+    /// Does what the servers of all volumes are to do.
+    fn provision(&self) {
+        for entry in self.store.volumes().unwrap() {
+            for member in &entry.shard.members {
+                let id = entry.volume.id;
+                volumes::provisioned(self.store.as_ref(), id, member.server, member.pool).unwrap();
+                volumes::removed(self.store.as_ref(), id, member.server, member.pool).unwrap();
+            }
+        }
+    }
+
+    fn format(&self, name: &str, more: &[&str]) -> Ran {
+        let (fast, mass) = (self.path(&format!("{name}.fast")), self.path(&format!("{name}.mass")));
+        let mut all = vec!["pool", "format", "--name", name, "--fast", &fast, "--mass", &mass];
+        all.extend(more);
+        self.run(&all)
+    }
+}
+
+#[test]
+fn a_volume_from_creation_to_deletion() {
+    let bench = Bench::new();
+    bench.servers(3);
+    let made = bench.run(&["volume", "create", "disk1", "--size", "4G", "--wait", "0"]).json();
+    assert_eq!(
+        (&made["state"], &made["size_bytes"]),
+        (&"provisioning".into(), &(4_u64 << 30).into())
+    );
+    assert_eq!(made["members"].as_array().unwrap().len(), 3);
+    bench
+        .run(&["volume", "create", "disk1", "--size", "4G"])
+        .refused(4, &["named 'disk1' already"]);
+    bench.provision();
+    let shown = bench.run(&["volume", "show", "disk1"]).json();
+    assert_eq!((&shown["state"], &shown["holder"]), (&"ready".into(), &Value::Null));
+    assert_eq!(shown["members"][0]["role"], "in_sync");
+    assert_eq!(bench.run(&["volume", "show", shown["id"].as_str().unwrap()]).json(), shown);
+    let listed = bench.run(&["volume", "list"]).json();
+    assert_eq!(listed[0]["name"], "disk1");
+    let listed = bench.run(&["server", "list"]).json();
+    assert_eq!((&listed[2]["name"], &listed[2]["state"]), (&"s3".into(), &"up".into()));
+    assert_eq!(listed[0]["promised_bytes"], 4_u64 << 30);
+
+    let id = shown["id"].as_str().unwrap().parse().unwrap();
+    let other = Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned() };
+    lease::acquire(bench.store.as_ref(), id, &other, Acquire::default()).unwrap();
+    bench.run(&["volume", "delete", "disk1"]).refused(4, &["in use by server s9", "--force"]);
+    let socket = bench.path("v.sock");
+    let attach = ["attach", "disk1", "--socket", &socket];
+    bench.run(&attach).refused(4, &["attached elsewhere", "server s9", "--force"]);
+    assert!(!PathBuf::from(&socket).exists());
+    bench.run(&["volume", "release", "disk1"]).refused(4, &["held by server s9"]);
+    let released = bench.run(&["volume", "release", "disk1", "--force"]).json();
+    assert_eq!(released["state"], "released");
+    assert_eq!(bench.run(&["volume", "delete", "disk1"]).json()["state"], "deleting");
+    bench.run(&["volume", "show", "disk1"]).refused(3, &["no volume 'disk1'"]);
+    bench.run(&attach).refused(3, &["no volume 'disk1'"]);
+    bench.provision();
+    assert_eq!(bench.run(&["volume", "list"]).json(), Value::Array(Vec::new()));
+}
+
+#[test]
+fn creations_that_cannot_be() {
+    let bench = Bench::new();
+    bench.servers(2);
+    let create = |more: &[&str]| {
+        let mut all = vec!["volume", "create", "v"];
+        all.extend(more);
+        bench.run(&all)
+    };
+    create(&["--size", "1000001"]).refused(2, &["not a multiple of the block size 4096"]);
+    create(&["--size", "0"]).refused(2, &["out of range"]);
+    create(&["--size", "1G", "--replicas", "4"]).refused(2, &["4 replicas are not supported"]);
+    create(&["--size", "1G", "--block-size", "1024"]).refused(2, &["block size 1024"]);
+    create(&["--size", "1Q"]).refused(2, &["is not a size"]);
+    create(&["--size", "1G"]).refused(5, &["too few servers: 3 replicas", "2 ready (s1, s2)"]);
+    create(&["--size", "2T", "--replicas", "1"]).refused(5, &["bytes of room"]);
+    assert!(bench.store.volumes().unwrap().is_empty());
+    // Servers that run and do not answer are named.
+    create(&["--size", "1G", "--replicas", "2", "--wait", "1"])
+        .refused(5, &["was created", "s1 (up)", "s2 (up)", "volume delete v"]);
+    let members = bench.store.volumes().unwrap().remove(0).shard.members;
+    assert!(members.iter().all(|member| member.role == Role::Provisioning));
+    let socket = bench.path("v.sock");
+    bench.run(&["attach", "v", "--socket", &socket]).refused(5, &["2 of 2 replicas"]);
+}
+
+#[test]
+fn stores_that_are_not_usable() {
+    holdfast(&["volume", "list"]).refused(2, &["--store", "HOLDFAST_STORE"]);
+    holdfast(&["--store", "/c.db", "volume", "list"]).refused(2, &["sqlite:/path/to/file"]);
+    let bench = Bench::new();
+    let none = format!("sqlite:{}", bench.path("none.db"));
+    holdfast(&["--store", &none, "volume", "list"]).refused(6, &["no such store"]);
+    std::fs::write(bench.path("text"), "not a database, but long enough to be looked at").unwrap();
+    let text = format!("sqlite:{}", bench.path("text"));
+    holdfast(&["--store", &text, "volume", "list"]).refused(6, &["not a Holdfast cluster store"]);
+    let newer = bench.path("newer.db");
+    let address = format!("sqlite:{newer}").parse().unwrap();
+    drop(cluster::open(&address, Create::IfMissing).unwrap());
+    let mut bytes = std::fs::read(&newer).unwrap();
+    // The schema version is at byte 60 of SQLite's header.
+    bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    std::fs::write(&newer, bytes).unwrap();
+    let newer = format!("sqlite:{newer}");
+    holdfast(&["--store", &newer, "volume", "list"]).refused(6, &["newer version of Holdfast"]);
+}
+
+#[test]
+fn pools_are_formatted_once_and_never_over_something_else() {
+    let bench = Bench::new();
+    bench.format("a", &[]).refused(2, &["a.fast", "a.mass", "--size"]);
+    bench.format("a b", &["--size", "1G"]).refused(2, &["cannot be a name"]);
+    let sizes = ["--fast-size", "64M", "--mass-size", "256M"];
+    let made = bench.format("a", &sizes).json();
+    assert_eq!((&made["name"], &made["devices"][1]["bytes"]), (&"a".into(), &(256 << 20).into()));
+    let label = target_daemon::pool::read_label(&PathBuf::from(bench.path("a.mass"))).unwrap();
+    assert_eq!(label.pool.to_string(), made["pool"].as_str().unwrap());
+    assert_eq!(label.server.to_string(), made["server"].as_str().unwrap());
+    assert_eq!(label.cluster, bench.store.cluster_id().unwrap());
+
+    bench.format("a", &sizes).refused(4, &["server 'a' has a pool already"]);
+    let (fast, mass) = (bench.path("a.fast"), bench.path("a.mass"));
+    let other = ["pool", "format", "--name", "b", "--fast", &fast, "--mass", &mass];
+    bench.run(&other).refused(4, &["holds a Holdfast pool", "--force"]);
+    let lock = std::fs::File::open(&fast).unwrap();
+    target_daemon::pool::lock(fast.as_ref(), &lock).unwrap();
+    bench.format("a", &["--force"]).refused(4, &["a.fast is in use by another process"]);
+    drop(lock);
+    let again = bench.format("a", &["--force"]).json();
+    assert_eq!(again["server"], made["server"], "the server keeps its id");
+    assert_ne!(again["pool"], made["pool"]);
+
+    let mut disk = vec![0; 64 << 20];
+    disk[1080..1082].copy_from_slice(b"\x53\xef");
+    std::fs::write(bench.path("c.fast"), &disk).unwrap();
+    bench
+        .format("c", &["--mass-size", "256M"])
+        .refused(4, &["c.fast holds an ext2, ext3 or ext4 file system"]);
+    assert!(std::fs::read(bench.path("c.fast")).unwrap() == disk, "left alone");
+    assert!(!PathBuf::from(bench.path("c.mass")).exists(), "what was made is removed again");
+    bench.format("c", &["--mass-size", "256M", "--force"]).json();
+
+    bench.format("d", &["--size", "64K"]).refused(2, &["d.fast", "too small"]);
+    assert!(!PathBuf::from(bench.path("d.fast")).exists());
+    let missing = ["pool", "format", "--name", "d", "--fast", "/dev/no-such-disk"];
+    bench.run(&missing).refused(2, &["no device /dev/no-such-disk"]);
+    let twice = ["pool", "format", "--name", "d", "--force", "--fast", &fast, "--mass", &fast];
+    bench.run(&twice).refused(2, &["a.fast: it is given twice"]);
+    assert_eq!(bench.store.servers().unwrap().len(), 2);
+}
+
+#[test]
+fn sockets_that_cannot_be() {
+    let bench = Bench::new();
+    bench.servers(1);
+    bench.run(&["volume", "create", "v", "--size", "1G", "--replicas", "1", "--wait", "0"]).json();
+    bench.provision();
+    let attach = |socket: &str| bench.run(&["attach", "v", "--socket", socket]);
+    attach("/no/such/directory/v.sock").refused(1, &["make it first"]);
+    attach(&format!("/{}", "x".repeat(200))).refused(2, &["at most 107"]);
+    let file = bench.path("file");
+    std::fs::write(&file, b"precious").unwrap();
+    attach(&file).refused(4, &["is no socket"]);
+    assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+    let busy = bench.path("busy");
+    let _listener = std::os::unix::net::UnixListener::bind(&busy).unwrap();
+    attach(&busy).refused(4, &["another process listens"]);
+    let volume = bench.store.volume_named("v").unwrap().unwrap().volume;
+    assert_eq!((volume.holder, volume.epoch.0), (None, 0), "refused before the lease is touched");
+}
+
+#[test]
+fn daemons_that_are_not_there() {
+    let bench = Bench::new();
+    let api = bench.path("api");
+    holdfast(&["status"]).refused(2, &["--api"]);
+    holdfast(&["status", "--api", &api]).refused(6, &["no daemon answers", &api]);
+    let socket = bench.path("v");
+    holdfast(&["export", "add", "v", "--socket", &socket, "--api", &api])
+        .refused(6, &["is it running"]);
+}
+
+#[test]
+fn completions_and_help() {
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = holdfast(&["completions", shell]);
+        assert!(ran.status == 0 && ran.out.contains("attach"), "{shell}");
+    }
+    let help = holdfast(&["--help"]);
+    assert!(help.status == 0 && help.out.contains("Exit status"), "{}", help.out);
+    let error = holdfast(&["--json", "volume", "list"]).err;
+    let error: Value = serde_json::from_str(&error).unwrap();
+    assert_eq!(error["error"]["code"], "usage");
+}
