@@ -32,6 +32,11 @@ pub struct Tunables {
     pub seal_grace: Duration,
     /// Commit news goes out by itself when nothing carried it for so long.
     pub trim_delay: Duration,
+    /// Acknowledged records are put on media at a write quorum, even if no guest asks, after so long:
+    /// members learn of a record as settled, and may take it home, only then.
+    pub settle_delay: Duration,
+    /// Or once they pin or pinned so many buffer bytes.
+    pub settle_bytes: usize,
     /// First wait before a member that refused or failed is tried again; doubles.
     pub retry_min: Duration,
     /// The longest such wait.
@@ -46,8 +51,8 @@ pub struct Tunables {
     pub member_records_max: usize,
     /// Buffer bytes of appends sent to a member and not answered, at most.
     pub member_bytes_max: usize,
-    /// Acknowledged records kept in memory for members that have not been sent them, at most; a member
-    /// further behind reads the log of another.
+    /// Acknowledged records kept in memory until they are settled and every connected member has been
+    /// sent them, at most; a member further behind reads the log of another.
     pub backlog_records_max: usize,
     /// Buffer bytes of such records, at most.
     pub backlog_bytes_max: usize,
@@ -60,6 +65,8 @@ impl Default for Tunables {
         Self {
             seal_grace: Duration::from_millis(20),
             trim_delay: Duration::from_millis(5),
+            settle_delay: Duration::from_millis(100),
+            settle_bytes: 4 << 20,
             retry_min: Duration::from_millis(10),
             retry_max: Duration::from_secs(1),
             stall_notice: Duration::from_millis(100),

@@ -1,5 +1,6 @@
 //! Flush: answered when every write acknowledged before it is on media at a write quorum. Flushes that
-//! arrive while one is under way share the next.
+//! arrive while one is under way share the next. And settling: what is acknowledged goes to media
+//! after a while even if no guest asks.
 
 use base::{CommandBody, Instant, ReplicaError, ReplyBody, RequestId, Seq};
 
@@ -33,7 +34,7 @@ impl Head {
             self.flushes.pop_front();
             self.answer(flush.id, Grounds::Flushed { target: flush.target });
         }
-        let wanted = self.flushes.front().map(|flush| flush.target);
+        let wanted = self.flushes.front().map(|flush| flush.target).max(self.plan_settling());
         let media = self.log.first_media();
         for index in 0..self.members.len() {
             let member = &self.members[index];
@@ -61,7 +62,35 @@ impl Head {
         }
         positions.sort_unstable();
         let quorum = positions[positions.len() - self.write_quorum];
-        self.log.durable = self.log.durable.max(quorum.min(self.log.commit()));
+        let durable = quorum.min(self.log.commit());
+        if durable > self.log.durable {
+            self.log.durable = durable;
+            self.plan_commit_news();
+        }
+    }
+
+    /// Acknowledged records must reach media some time even if no guest asks, so that members may
+    /// take them home. Says through which record that is due.
+    fn plan_settling(&mut self) -> Option<Seq> {
+        let (commit, durable) = (self.log.commit(), self.log.durable);
+        if self.settle_target.is_some_and(|target| target <= durable) {
+            self.settle_target = None;
+        }
+        if commit <= durable || self.log.start().is_none() {
+            self.settle_at = None;
+            return self.settle_target;
+        }
+        let at = *self.settle_at.get_or_insert(self.now + self.tunables.settle_delay);
+        let records = usize::try_from(commit.0 - durable.0).unwrap_or(usize::MAX);
+        if at <= self.now
+            || self.log.unsettled_bytes >= self.tunables.settle_bytes
+            || (self.settle_target.is_none() && records > self.tunables.backlog_records_max / 2)
+        {
+            self.settle_target = Some(commit);
+            self.settle_at = Some(self.now + self.tunables.settle_delay);
+            self.log.unsettled_bytes = 0;
+        }
+        self.settle_target
     }
 
     pub(crate) fn flush_answered(&mut self, index: usize, result: &Answer) {

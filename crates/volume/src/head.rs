@@ -127,6 +127,10 @@ pub struct Head {
     pub(crate) buffer_retry: Option<Instant>,
     /// Writes begun and not answered.
     pub(crate) writes: usize,
+    /// What is acknowledged is to be put on media then.
+    pub(crate) settle_at: Option<Instant>,
+    /// Everything through here is to be on media, whether or not a guest asked.
+    pub(crate) settle_target: Option<Seq>,
     /// Commit news goes out then.
     pub(crate) trim_at: Option<Instant>,
     /// Requests past the stall deadline are looked for then.
@@ -196,6 +200,8 @@ impl Head {
             queue: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
             buffer_retry: None,
             writes: 0,
+            settle_at: None,
+            settle_target: None,
             trim_at: None,
             expire_at: now,
             stall: None,
@@ -263,6 +269,7 @@ impl Head {
             return more.then(|| self.now + self.tunables.retry_min);
         }
         let mut deadline = earliest(self.buffer_retry, self.trim_at);
+        deadline = earliest(deadline, self.settle_at);
         deadline = earliest(deadline, self.reads.retry_at());
         deadline = earliest(deadline, self.phase_deadline());
         deadline = earliest(deadline, self.stall_deadline());
@@ -314,7 +321,7 @@ impl Head {
         number: u64,
         body: CommandBody,
     ) -> u64 {
-        let (commit, now) = (self.log.commit(), self.now);
+        let (commit, now) = (self.log.durable, self.now);
         let member = &mut self.members[member];
         assert!(member.connected, "commands go to connected members only");
         // What a member has not acknowledged it may yet have to truncate, or may not hold.
@@ -337,7 +344,7 @@ impl Head {
         self.reads.check();
         assert!(self.queue.len() <= HEAD_REQUESTS_MAX);
         assert!(self.log.undecided() <= HEAD_REQUESTS_MAX + 1);
-        assert!(self.log.durable <= self.log.last().seq);
+        assert!(self.log.durable <= self.log.commit());
         for member in &self.members {
             let follows = member.follows();
             assert!(!follows || member.connected);

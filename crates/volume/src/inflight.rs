@@ -173,7 +173,6 @@ impl Head {
                 self.answer(id, Grounds::Written { seq });
             }
             if seq == start {
-                self.log.durable = self.log.durable.max(start);
                 self.started(start);
             }
             self.plan_commit_news();
@@ -181,7 +180,7 @@ impl Head {
         self.release_held_reads();
     }
 
-    /// Forgets acknowledged records that every member that follows has been sent, and beyond the
+    /// Forgets settled records that every member that follows has been sent, and beyond the
     /// backlog's limits the oldest: members that still lack those read another's log.
     pub(crate) fn forget_acknowledged(&mut self) {
         loop {
@@ -190,7 +189,10 @@ impl Head {
                 return;
             }
             let first = self.log.base();
-            let wanted = self.members.iter().any(|m| m.follows() && m.next_send <= first);
+            // What is not settled can be lost with the members' power; while it is here, it can
+            // be sent again.
+            let wanted = first > self.log.durable
+                || self.members.iter().any(|m| m.follows() && m.next_send <= first);
             let over = records > self.tunables.backlog_records_max
                 || bytes > self.tunables.backlog_bytes_max;
             if wanted && !over {

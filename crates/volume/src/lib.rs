@@ -48,6 +48,8 @@ mod sessions;
 mod stall;
 mod status;
 mod tag;
+#[cfg(test)]
+mod tests;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};

@@ -42,8 +42,12 @@ pub(crate) struct Log {
     last: Position,
     /// Every record at or below this seq is at a write quorum.
     commit: Seq,
-    /// Every record at or below this seq is on media at a write quorum.
+    /// Every record at or below this seq is settled: on media at a write quorum. Only this is told to
+    /// members as commit: what was merely acknowledged can be lost with the power, and then a
+    /// member must still be able to truncate it.
     pub(crate) durable: Seq,
+    /// Bytes of records acknowledged since they were last asked to be put on media.
+    pub(crate) unsettled_bytes: usize,
     /// The seq of this epoch's EpochStart.
     start: Option<Seq>,
     /// The position before it.
@@ -62,6 +66,7 @@ impl Log {
             last: Position::ZERO,
             commit: Seq::ZERO,
             durable: Seq::ZERO,
+            unsettled_bytes: 0,
             start: None,
             tail: Position::ZERO,
             media: VecDeque::with_capacity(capacity),
@@ -77,6 +82,7 @@ impl Log {
         self.last = tail;
         self.base = tail.seq.next();
         self.commit = commit.min(tail.seq);
+        self.durable = self.commit;
     }
 
     pub(crate) fn push(&mut self, entry: Entry) {
@@ -138,6 +144,7 @@ impl Log {
         let entry = self.entry(seq).expect("commit moves over records in memory only");
         let bytes = pinned(&entry.record).1;
         self.backlog_bytes += bytes;
+        self.unsettled_bytes += bytes;
         self.commit = seq;
         while self.media.front().is_some_and(|first| *first <= seq) {
             self.media.pop_front();

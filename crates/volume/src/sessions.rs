@@ -187,7 +187,7 @@ impl Head {
         self.trim_at = None;
         for index in 0..self.members.len() {
             let member = &self.members[index];
-            if !member.follows() || member.told_commit >= self.log.commit().min(member.acked) {
+            if !member.follows() || member.told_commit >= self.log.durable.min(member.acked) {
                 continue;
             }
             let due = member.told_at + self.tunables.trim_delay;

@@ -1,0 +1,7 @@
+//! Tests of the head against model members in a small simulated world.
+
+mod model;
+mod oracle;
+mod random;
+mod scenarios;
+mod world;

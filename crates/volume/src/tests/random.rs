@@ -1,0 +1,175 @@
+//! Random worlds. `HOLDFAST_SEED=n` replays one, `HOLDFAST_SEEDS=n` runs so many.
+
+use base::{BufferPool, Durability};
+
+use super::model::values_of;
+use super::oracle::{Answers, Asked};
+use super::world::{Counts, MS, Random, Settings, World, quick};
+use crate::{HeadPhase, Input, MemberMode, Tunables};
+
+fn settings(seed: u64) -> Settings {
+    let mut random = Random::new(seed ^ 0xabcd);
+    let members = [1, 2, 3, 3, 3, 5][random.index(6)];
+    let rough = members >= 3;
+    let bad = (rough && random.one_in(3)).then(|| random.index(members));
+    let greedy_trims = bad.is_none() && random.one_in(8);
+    Settings {
+        members,
+        durability: if random.one_in(4) { Durability::Durable } else { Durability::Flush },
+        blocks: [4, 16, 64][random.index(3)],
+        depth: [1, 4, 16, 32][random.index(4)],
+        tunables: if random.one_in(2) { quick() } else { Tunables::default() },
+        delay: [MS / 20, MS / 2, 4 * MS][random.index(3)],
+        slow: random.one_in(3).then(|| random.index(members)),
+        bad,
+        power_losses: bad.is_none() && random.one_in(2),
+        greedy_trims,
+        stall_deadline_ms: random.one_in(8).then(|| 20 + random.below(400)),
+    }
+}
+
+/// Runs one world to its end.
+fn run(seed: u64, buffers: &BufferPool) -> (Counts, Answers) {
+    let settings = settings(seed);
+    let (delay, greedy) = (settings.delay, settings.greedy_trims);
+    let mut world = World::new(seed, settings, buffers.clone());
+    world.oracle.errors_allowed = world.settings.stall_deadline_ms.is_some();
+    world.new_head();
+    world.start_load();
+    world.start_faults();
+    let length = 100 + world.random.below(900);
+    world.run_until(length * delay);
+    world.calm_down();
+    if greedy && !settles(&mut world) {
+        world.count("stranded by greedy trims");
+        return (world.finish(), Answers::default());
+    }
+    if world.settings.power_losses {
+        mend(&mut world);
+    }
+    world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+    check_content(&mut world);
+    if !greedy {
+        let live = |world: &World| {
+            let status = world.head().unwrap().head.status();
+            let caught_up = |member: &crate::MemberStatus| {
+                member.mode == MemberMode::Live && member.last == status.last.seq
+            };
+            status.members.iter().all(caught_up)
+        };
+        world.run_until_done(60_000 * MS, "all members are live", live);
+        world.check_converged();
+    }
+    let current = world.current();
+    world.input(current, Input::Release);
+    world.run_until_done(5_000 * MS, "the head is released", |world| {
+        world.phase() != Some(HeadPhase::Releasing)
+    });
+    let answers = world.oracle.answers;
+    (world.finish(), answers)
+}
+
+/// What was acknowledged but not settled may be lost with the power of enough members, and then
+/// the head that acknowledged it rather waits for ever. Another head takes what is there.
+fn mend(world: &mut World) {
+    let end = world.now + 10_000 * MS;
+    while world.now < end && !world.idle() {
+        world.step();
+    }
+    if !world.idle() {
+        world.count("lost with the power");
+        world.crash_head(1);
+    }
+}
+
+/// Members may have trimmed what others need, which only a chunk copy can mend. False if that left no
+/// quorum.
+fn settles(world: &mut World) -> bool {
+    let end = world.now + 20_000 * MS;
+    while world.now < end && !world.idle() {
+        world.step();
+    }
+    if world.idle() {
+        return true;
+    }
+    let status = world.head().unwrap().head.status();
+    let behind = |member: &&crate::MemberStatus| member.mode == MemberMode::TooFarBehind;
+    let lost = status.members.iter().filter(behind).count();
+    assert!(
+        status.members.len() - lost < base::membership::write_quorum(status.members.len()),
+        "stalled for another reason: {status} {status:?}"
+    );
+    false
+}
+
+/// Every block reads as the settled log says.
+fn check_content(world: &mut World) {
+    world.oracle.errors_allowed = false;
+    let expected = world.replayed();
+    for (lba, value) in expected.iter().enumerate() {
+        assert!(world.request(Asked::Read, lba, 1), "buffers are free by now");
+        world.run_until_done(60_000 * MS, "a read is answered", World::idle);
+        let reply = world.last_reply.take().unwrap();
+        assert_eq!(values_of(reply.data.unwrap().bytes()), [*value], "block {lba}");
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn random_worlds() {
+    let buffers = BufferPool::heap(128, 64);
+    if let Some(seed) = number("HOLDFAST_SEED") {
+        eprintln!("{:?}", settings(seed));
+        eprintln!("{:?}", run(seed, &buffers));
+        return;
+    }
+    let seeds = number("HOLDFAST_SEEDS").unwrap_or(300);
+    let first = number("HOLDFAST_FIRST_SEED").unwrap_or(0);
+    let mut counts = Counts::new();
+    let mut answers = Answers::default();
+    for seed in first..first + seeds {
+        let one = std::panic::AssertUnwindSafe(|| run(seed, &buffers));
+        let result = std::panic::catch_unwind(one);
+        let Ok((seen, answered)) = result else {
+            panic!("failed; again with: HOLDFAST_SEED={seed} cargo test -p volume random_worlds")
+        };
+        for (what, times) in seen {
+            *counts.entry(what).or_default() += times;
+        }
+        answers.reads += answered.reads;
+        answers.writes += answered.writes;
+        answers.flushes += answered.flushes;
+        answers.errors += answered.errors;
+    }
+    eprintln!("{seeds} worlds, {answers:?}\n{counts:?}");
+    if seeds >= 300 {
+        let wanted = [
+            "Append",
+            "Scan",
+            "Truncate",
+            "Trim",
+            "Release",
+            "truncated",
+            "superseded",
+            "released",
+            "damaged",
+            "returned",
+            "injected error",
+            "power loss",
+            "server crash",
+            "head crash",
+            "takeover",
+            "stalled",
+            "resumed",
+        ];
+        for what in wanted {
+            assert!(
+                counts.get(what).is_some_and(|times| *times > 0),
+                "no {what} in {seeds} worlds"
+            );
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Chosen situations, one at a time.
