@@ -19,7 +19,7 @@ use ring::{
     Completion, Config, DeviceHandle, DeviceOptions, Reactor, SocketAddress, SocketOptions, Token,
 };
 
-const RUNS: usize = 3;
+const RUNS: usize = 5;
 const RUN: Duration = Duration::from_secs(1);
 
 type Failure = Box<dyn std::error::Error>;
@@ -64,7 +64,7 @@ fn report(
     let rate = median(rates);
     let cost = median(costs);
     println!(
-        "{what:<28} {:>8.1} k/s  {:>7.1} µs each  {cost:>6.2} µs of CPU each",
+        "{what:<29} {:>8.1} k/s  {:>7.1} µs each  {cost:>6.2} µs of CPU each",
         rate / 1e3,
         1e6 / rate
     );
@@ -75,6 +75,8 @@ fn report(
 enum Kind {
     Read,
     Write,
+    /// As a log does it: a page in front, from another place.
+    WriteWithHeader,
 }
 
 /// Keeps `depth` operations of `bytes` under way for a while.
@@ -85,14 +87,20 @@ fn disk(
     depth: usize,
     bytes: usize,
 ) -> Result<(u64, Duration), Failure> {
-    let blocks = reactor.device_info(device).ok_or("open")?.size_bytes / bytes as u64;
+    let extra = if kind == Kind::WriteWithHeader { HEADER_BYTES } else { 0 };
+    let header = reactor.buffers().take(4096).ok_or("no buffer")?.freeze().payload(4096);
+    let blocks = reactor.device_info(device).ok_or("open")?.size_bytes / (bytes + extra) as u64;
     let mut random = Random(ring::now().nanos() | 1);
     let mut start = |reactor: &mut Reactor, buffer: BufferMut| {
-        let offset = random.below(blocks) * bytes as u64;
+        let offset = random.below(blocks) * (bytes + extra) as u64;
         match kind {
             Kind::Read => reactor.read(device, offset, buffer, 0, bytes, Token(0)),
             Kind::Write => {
                 reactor.write(device, offset, [buffer.freeze().payload(bytes)], Token(0));
+            }
+            Kind::WriteWithHeader => {
+                let parts = [header.clone(), buffer.freeze().payload(bytes)];
+                reactor.write(device, offset, parts, Token(0));
             }
         }
     };
@@ -206,6 +214,7 @@ fn main() -> Result<(), Failure> {
         ("4k random read, depth 32", Kind::Read, 32, 4096),
         ("4k random write, depth 1", Kind::Write, 1, 4096),
         ("4k random write, depth 32", Kind::Write, 32, 4096),
+        ("4k+4k random write, depth 32", Kind::WriteWithHeader, 32, 4096),
         ("128k random read, depth 8", Kind::Read, 8, 131_072),
         ("128k random write, depth 8", Kind::Write, 8, 131_072),
     ] {

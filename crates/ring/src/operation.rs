@@ -223,6 +223,8 @@ impl Write {
                 }),
             };
         }
+        // Not WRITEV_FIXED, which would save about a microsecond: it came with Linux 6.15 and was
+        // still being mended after that, and this is the path that every log write takes.
         let count = length32(iovecs.len());
         on!(self.target, |file| {
             opcode::Writev::new(file, iovecs.as_ptr(), count).offset(offset).build()
