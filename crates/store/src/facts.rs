@@ -261,7 +261,6 @@ impl Store {
         let replica = self.replica_mut(slot);
         replica.exclusive = Exclusive::Journal;
         let ordinal = replica.next_ordinal;
-        replica.next_ordinal += 1;
         let kept = match replayed.end {
             Some((link, page)) => Some((replay.links[link].ordinal, page)),
             // Only segments that are home for good are left, if any.

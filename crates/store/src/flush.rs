@@ -101,15 +101,17 @@ impl Store {
         let fill = self.segments.dirty * 100 > all * usize::from(policy.log_fill_percent);
         let index = self.segments.blocks * 100
             > self.index.entries_max() as u64 * u64::from(policy.index_fill_percent);
+        let due = self.flush.check_at.is_none_or(|at| at <= self.now);
+        if due {
+            let pause = policy.idle.min(policy.age) / 4;
+            self.flush.check_at = Some(self.now + pause.max(Duration::from_millis(50)));
+        }
         if self.stalled.is_some() || fill || index || self.segments.zeroes > ZEROES_MAX / 2 {
             return Some(Why::Fill);
         }
-        let due = self.flush.check_at.is_none_or(|at| at <= self.now);
         if !due {
             return None;
         }
-        let pause = policy.idle.min(policy.age) / 4;
-        self.flush.check_at = Some(self.now + pause.max(Duration::from_millis(50)));
         if self.last_append + policy.idle <= self.now {
             return Some(Why::Idle);
         }

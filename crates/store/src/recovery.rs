@@ -78,7 +78,12 @@ impl Store {
                 Stage::Headers => self.read_headers(),
                 Stage::Pages => self.read_piece(),
                 Stage::Segments => self.read_segment_headers(),
-                Stage::Replay => self.next_replay(),
+                Stage::Replay => {
+                    // A log may be empty, and done at once.
+                    while self.replay.is_none() && self.opening.stage == Stage::Replay {
+                        self.next_replay();
+                    }
+                }
                 Stage::Sync | Stage::Done => {}
                 Stage::Checkpoint => {
                     if self.journal.is_idle() {
@@ -490,7 +495,7 @@ impl Store {
         self.opening.segment_headers = headers;
     }
 
-    /// Replays the next replica's log, if none is being replayed.
+    /// Replays the next replica's log.
     fn next_replay(&mut self) {
         if self.replay.is_some() {
             return;
@@ -560,7 +565,6 @@ impl Store {
         if replica.segments.is_empty() {
             return;
         }
-        replica.next_ordinal += 1;
         let kept = match replayed.end {
             Some((link, page)) => Some((replay.links[link].ordinal, page)),
             None => self.last_clean(slot),

@@ -162,6 +162,12 @@ impl Replay {
         Some(&buffer.payload()[at..*count as usize * PAGE_BYTES])
     }
 
+    /// Records of the current segment after this one do not count.
+    fn limit_here(&self) -> Seq {
+        let keep = self.links[self.link].restart.map(|restart| restart.keep.seq);
+        self.limit.unwrap_or(Seq(u64::MAX)).min(keep.unwrap_or(Seq(u64::MAX)))
+    }
+
     /// Goes on in the next segment.
     fn next_link(&mut self) {
         self.link += 1;
@@ -411,6 +417,7 @@ impl Store {
             };
             let current = replay.current.as_ref().expect("as above");
             if let Some(seq) = bad_page(current, &replay.header_bytes, replay.page, page, bytes)
+                && seq <= replay.limit_here()
                 && replay.bad.last() != Some(&seq)
             {
                 replay.bad.push(seq);
@@ -426,8 +433,7 @@ impl Store {
         let segment = replay.links[replay.link].segment;
         let mut page = replay.page + u32::from(current.header.header_pages);
         let mut at = BATCH_FIXED_BYTES;
-        let keep = replay.links[replay.link].restart.map(|restart| restart.keep.seq);
-        let limit = replay.limit.unwrap_or(Seq(u64::MAX)).min(keep.unwrap_or(Seq(u64::MAX)));
+        let limit = replay.limit_here();
         for header in &current.headers {
             if header.position.seq > limit {
                 break;

@@ -52,13 +52,15 @@ impl Store {
             .segments
             .partition_point(|segment| self.segments.all[*segment as usize].last_seq < seq);
         let found = replica.segments.get(position).copied();
-        let found = found.filter(|segment| {
-            let segment = &self.segments.all[*segment as usize];
-            segment.first_seq <= seq && segment.state != SegmentState::Trimming
-        });
-        let Some(segment) = found else {
+        let Some(segment) =
+            found.filter(|segment| self.segments.all[*segment as usize].first_seq <= seq)
+        else {
             return self.done(tag, Err(ReplicaError::Damaged));
         };
+        let state = &self.segments.all[segment as usize];
+        if state.state == SegmentState::Trimming {
+            return self.done(tag, Err(ReplicaError::Trimmed { trimmed: state.last_seq }));
+        }
         let ordinal = self.segments.all[segment as usize].ordinal;
         let hint = replica.scan_hint;
         let page = if hint.ordinal == ordinal && hint.first_seq <= seq { hint.page } else { 1 };

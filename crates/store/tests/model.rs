@@ -78,6 +78,7 @@ fn holds(block: &[u8], id: u64, lba: u64) -> bool {
     block == expected
 }
 
+#[derive(Debug)]
 enum Asked {
     Create,
     Append(usize, u64, bool),
@@ -163,7 +164,9 @@ impl Test {
             }
         };
         let most = match kind {
-            RecordKind::Write => (base::limits::PAYLOAD_BYTES_MAX as u64) >> model.block_size.log2(),
+            RecordKind::Write => {
+                (base::limits::PAYLOAD_BYTES_MAX as u64) >> model.block_size.log2()
+            }
             RecordKind::Discard | RecordKind::WriteZeroes => model.blocks / 2,
             RecordKind::EpochStart => 0,
         };
@@ -217,8 +220,7 @@ impl Test {
         let most = if random.chance(50) { most.min(16) } else { most };
         let blocks = 1 + random.below(most);
         let lba = random.below(model.blocks - blocks + 1);
-        let covers =
-            if random.chance(50) { model.last().seq.0 } else { model.answered };
+        let covers = if random.chance(50) { model.last().seq.0 } else { model.answered };
         self.read_range(at, lba, blocks as u32, covers);
     }
 
@@ -245,9 +247,9 @@ impl Test {
             if holds(block, least[address as usize], address) {
                 continue;
             }
-            let later = model.log[covers as usize..].iter().filter(|done| {
-                (done.lba..done.lba + u64::from(done.blocks)).contains(&address)
-            });
+            let later = model.log[covers as usize..]
+                .iter()
+                .filter(|done| (done.lba..done.lba + u64::from(done.blocks)).contains(&address));
             let found = later.into_iter().any(|done| {
                 let id = if done.kind == RecordKind::Write { done.id } else { 0 };
                 holds(block, id, address)
@@ -322,7 +324,7 @@ impl Test {
             }
             (Asked::Truncate(..), Err(ReplicaError::Trimmed { .. })) => {}
             (_, Ok(body)) => panic!("seed {seed}: the wrong kind of answer: {body:?}"),
-            (_, Err(error)) => panic!("seed {seed}: {error}"),
+            (asked, Err(error)) => panic!("seed {seed}: {asked:?}: {error}"),
         }
     }
 
@@ -335,7 +337,13 @@ impl Test {
                 self.world.store.check_invariants();
                 return;
             }
-            assert!(round < 499, "seed {}: commands wait for ever: {:?}, {} in flight", self.seed, self.world.store.usage(), self.asked.len());
+            assert!(
+                round < 499,
+                "seed {}: commands wait for ever: {:?}, {} in flight",
+                self.seed,
+                self.world.store.usage(),
+                self.asked.len()
+            );
             self.commit_all();
         }
     }
@@ -359,7 +367,11 @@ impl Test {
             let info = self.world.store.replica(self.models[at].key).expect("replicas stay");
             let model = &mut self.models[at];
             let last = info.state.last.seq.0;
-            assert!(last >= model.durable, "seed {seed}: {last} is left, {} was durable", model.durable);
+            assert!(
+                last >= model.durable,
+                "seed {seed}: {last} is left, {} was durable",
+                model.durable
+            );
             if !power_lost {
                 assert!(last >= model.answered, "seed {seed}: a killed process loses nothing");
             }
@@ -395,6 +407,27 @@ impl Test {
         }
     }
 
+    /// Deletes a replica and makes it anew: nothing of the old one may be seen.
+    fn remake(&mut self, at: usize) {
+        let model = &mut self.models[at];
+        let (key, block_size, blocks) = (model.key, model.block_size, model.blocks);
+        self.ask(Asked::Create, Command::Delete { key });
+        self.rest();
+        assert!(self.world.store.replica(key).is_none());
+        self.ask(Asked::Create, Command::Create { key, block_size, blocks });
+        self.rest();
+        let model = &mut self.models[at];
+        model.log.clear();
+        model.durable = 0;
+        model.answered = 0;
+        model.commit = 0;
+        model.epoch += 1;
+        model.sealed = 0;
+        model.sealing = 0;
+        model.epoch = model.epoch.max(1);
+        self.verify();
+    }
+
     fn act(&mut self) {
         let at = self.world.random.below(self.models.len() as u64) as usize;
         match self.world.random.below(100) {
@@ -427,7 +460,8 @@ impl Test {
             78..=80 => {
                 self.rest();
                 let model = &self.models[at];
-                let keep = model.commit + self.world.random.below(model.log.len() as u64 + 1 - model.commit);
+                let keep = model.commit
+                    + self.world.random.below(model.log.len() as u64 + 1 - model.commit);
                 let key = model.key;
                 self.ask(Asked::Truncate(at, keep), Command::Truncate { key, keep: Seq(keep) });
                 self.rest();
@@ -447,7 +481,13 @@ impl Test {
                 let pause = self.world.random.below(1000);
                 self.world.run(Duration::from_millis(pause));
             }
-            89..=90 => self.rest(),
+            89 => self.rest(),
+            90 => {
+                self.rest();
+                if self.world.random.chance(30) {
+                    self.remake(at);
+                }
+            }
             91..=93 => {
                 self.answers();
                 self.reopen(true);

@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use base::{
-    BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, ServerId,
-};
+use base::{BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, ServerId};
 use core::time::Duration;
 use store::{
     Command, DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult, FlushPolicy,
@@ -139,10 +137,7 @@ impl Shape {
         let (devices, log_bytes) = match random.below(3) {
             0 => (vec![fast(32 << 20)], 6 << 20),
             1 => (vec![fast(10 << 20), mass(24 << 20)], 0),
-            _ => (
-                vec![fast(8 << 20), fast(9 << 20), mass(12 << 20), mass(12 << 20)],
-                0,
-            ),
+            _ => (vec![fast(8 << 20), fast(9 << 20), mass(12 << 20), mass(12 << 20)], 0),
         };
         Self {
             devices,
@@ -329,7 +324,7 @@ impl World {
     pub fn run(&mut self, idle: Duration) {
         let end = self.now + idle;
         for round in 0.. {
-            assert!(round < 2_000_000, "the store comes to rest");
+            assert!(round < 300_000, "the store comes to rest: {:?}", self.store.usage());
             if self.step() {
                 continue;
             }
@@ -373,6 +368,15 @@ impl World {
         self.opened = None;
         self.failed = false;
         self.store = Store::open(config(&self.shape), &self.shape.devices);
+        if self.random.chance(20) {
+            // And again, before it is open.
+            for _ in 0..self.random.below(400) {
+                if self.opened.is_some() || !self.step() && !self.tick() {
+                    break;
+                }
+            }
+            return self.reopen(power_lost);
+        }
         self.finish_opening()
     }
 
