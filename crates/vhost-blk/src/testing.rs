@@ -34,6 +34,8 @@ pub(crate) const MEMORY_BYTES: u64 = 0x0010_0000;
 const SECOND_OFFSET: u64 = 0x0008_0ab1;
 /// Bytes between the rings of two queues.
 const RING_BYTES: u64 = 0x4000;
+/// Where a ring's used part starts: its flags and index end one page, its entries begin the next.
+pub(crate) const USED: u64 = 0x2ffc;
 /// Where data may be placed.
 pub(crate) const DATA: u64 = BASE + 0x1_0000;
 
@@ -208,7 +210,7 @@ impl Guest {
         RingAddresses {
             descriptors: user,
             available: user + 0x1000,
-            used: user + 0x2000,
+            used: user + USED,
             used_log: None,
         }
     }
@@ -275,7 +277,7 @@ impl Guest {
         self.rings[usize::from(queue)] = DriverRing { available: index, used_seen: index };
         let gpa = Self::ring_gpa(queue);
         self.write(gpa + 0x1002, &index.to_le_bytes());
-        self.write(gpa + 0x2002, &index.to_le_bytes());
+        self.write(gpa + USED + 2, &index.to_le_bytes());
     }
 
     pub(crate) fn set_available_flags(&self, queue: u16, flags: u16) {
@@ -288,15 +290,15 @@ impl Guest {
     }
 
     pub(crate) fn used_flags(&self, queue: u16) -> u16 {
-        self.read_u16(Self::ring_gpa(queue) + 0x2000)
+        self.read_u16(Self::ring_gpa(queue) + USED)
     }
 
     pub(crate) fn available_event(&self, queue: u16) -> u16 {
-        self.read_u16(Self::ring_gpa(queue) + 0x2004 + 8 * u64::from(self.size))
+        self.read_u16(Self::ring_gpa(queue) + USED + 4 + 8 * u64::from(self.size))
     }
 
     pub(crate) fn used_index(&self, queue: u16) -> u16 {
-        self.read_u16(Self::ring_gpa(queue) + 0x2002)
+        self.read_u16(Self::ring_gpa(queue) + USED + 2)
     }
 
     /// Used entries since the last time: (head, bytes).
@@ -307,7 +309,7 @@ impl Guest {
             let ring = &mut self.rings[usize::from(queue)];
             let slot = u64::from(ring.used_seen % self.size);
             ring.used_seen = ring.used_seen.wrapping_add(1);
-            let entry = self.read(Self::ring_gpa(queue) + 0x2004 + 8 * slot, 8);
+            let entry = self.read(Self::ring_gpa(queue) + USED + 4 + 8 * slot, 8);
             let head = u32::from_le_bytes(entry[..4].try_into().unwrap());
             let bytes = u32::from_le_bytes(entry[4..].try_into().unwrap());
             entries.push((u16::try_from(head).unwrap(), bytes));

@@ -63,42 +63,41 @@ fn flatten(guest: &Guest, head: u16, indirect: bool) -> Option<Vec<Descriptor>> 
     }
 }
 
-fn reference(guest: &Guest, head: u16, indirect: bool, config: &DeviceConfig) -> Expected {
-    let reject = |status, status_gpa| Expected {
-        verdict: Verdict::Reject(status),
-        status_gpa,
-        data: Vec::new(),
-        range: None,
-        ranges: Vec::new(),
-    };
-    let Some(list) = flatten(guest, head, indirect) else { return reject(Status::IoError, None) };
-    let writable = |descriptor: &Descriptor| descriptor.flags & F_WRITE != 0;
-    let first_writable = list.iter().position(writable).unwrap_or(list.len());
-    let in_memory = |descriptor: &Descriptor| {
-        descriptor.gpa >= BASE
-            && descriptor
-                .gpa
-                .checked_add(u64::from(descriptor.bytes))
-                .is_some_and(|end| end <= BASE + MEMORY_BYTES)
-    };
-    let sound = list.iter().all(|descriptor| descriptor.bytes > 0 && in_memory(descriptor))
-        && list[first_writable..].iter().all(writable)
-        && list.len() <= config.seg_max as usize + 8;
-    if !sound {
-        return reject(Status::IoError, None);
+impl Expected {
+    fn reject(status: Status, status_gpa: Option<u64>) -> Self {
+        let verdict = Verdict::Reject(status);
+        Self { verdict, status_gpa, data: Vec::new(), range: None, ranges: Vec::new() }
     }
-    let bytes = |part: &[Descriptor]| -> Vec<u64> {
-        part.iter().flat_map(|piece| piece.gpa..piece.gpa + u64::from(piece.bytes)).collect()
+}
+
+/// True if the virtio-blk rules for the chain as a whole hold.
+fn is_sound(list: &[Descriptor], config: &DeviceConfig) -> bool {
+    let in_memory = |descriptor: &Descriptor| {
+        let end = descriptor.gpa.checked_add(u64::from(descriptor.bytes));
+        descriptor.gpa >= BASE && end.is_some_and(|end| end <= BASE + MEMORY_BYTES)
     };
-    let out = bytes(&list[..first_writable]);
-    let mut into = bytes(&list[first_writable..]);
-    let Some(status_gpa) = into.pop() else { return reject(Status::IoError, None) };
+    list.iter().all(|descriptor| descriptor.bytes > 0 && in_memory(descriptor))
+        && list.is_sorted_by_key(|descriptor| descriptor.flags & F_WRITE)
+        && list.len() <= config.seg_max as usize + 8
+}
+
+fn reference(guest: &Guest, head: u16, indirect: bool, config: &DeviceConfig) -> Expected {
+    let list = flatten(guest, head, indirect).filter(|list| is_sound(list, config));
+    let Some(list) = list else { return Expected::reject(Status::IoError, None) };
+    let bytes = |flag: u16| -> Vec<u64> {
+        list.iter()
+            .filter(|piece| piece.flags & F_WRITE == flag)
+            .flat_map(|piece| piece.gpa..piece.gpa + u64::from(piece.bytes))
+            .collect()
+    };
+    let (out, mut into) = (bytes(0), bytes(F_WRITE));
+    let status_gpa = into.pop();
+    if status_gpa.is_none() || out.len() < 16 {
+        return Expected::reject(Status::IoError, status_gpa);
+    }
     let get = |addresses: &[u64]| -> Vec<u8> {
         addresses.iter().map(|gpa| guest.read(*gpa, 1)[0]).collect()
     };
-    if out.len() < 16 {
-        return reject(Status::IoError, Some(status_gpa));
-    }
     let (header, out) = out.split_at(16);
     let header = get(header);
     let kind = u32::from_le_bytes(header[..4].try_into().unwrap());
@@ -107,53 +106,54 @@ fn reference(guest: &Guest, head: u16, indirect: bool, config: &DeviceConfig) ->
         let count = data.len() as u64 / 512;
         let fits = sector.checked_add(count).is_some_and(|end| end <= config.blocks);
         if data.is_empty() || !data.len().is_multiple_of(512) || !fits {
-            return reject(Status::InvalidRange, Some(status_gpa));
+            return Expected::reject(Status::InvalidRange, status_gpa);
         }
-        Expected {
-            verdict: Verdict::Run(kind),
-            status_gpa: Some(status_gpa),
-            data: data.to_vec(),
-            range: Some(BlockRange { lba: sector, blocks: count }),
-            ranges: Vec::new(),
-        }
+        let range = Some(BlockRange { lba: sector, blocks: count });
+        let verdict = Verdict::Run(kind);
+        Expected { verdict, status_gpa, data: data.to_vec(), range, ranges: Vec::new() }
     };
-    match kind {
-        0 if out.is_empty() => transfer(Kind::Read, &into),
-        1 if into.is_empty() => transfer(Kind::Write, out),
-        4 => {
-            Expected { verdict: Verdict::Run(Kind::Flush), ..reject(Status::Ok, Some(status_gpa)) }
-        }
-        8 => Expected { verdict: Verdict::Id, ..reject(Status::Ok, Some(status_gpa)) },
-        11 | 13 if into.is_empty() => {
-            let data = get(out);
-            if data.is_empty() || !data.len().is_multiple_of(16) || data.len() / 16 > 16 {
-                return reject(Status::IoError, Some(status_gpa));
-            }
-            let mut ranges = Vec::new();
-            for raw in data.chunks(16) {
-                let sector = u64::from_le_bytes(raw[..8].try_into().unwrap());
-                let count = u32::from_le_bytes(raw[8..12].try_into().unwrap());
-                let flags = u32::from_le_bytes(raw[12..].try_into().unwrap());
-                if flags > u32::from(kind == 13) {
-                    return reject(Status::Unsupported, Some(status_gpa));
-                }
-                let end = sector.checked_add(u64::from(count));
-                if count > 65536 || end.is_none_or(|end| end > config.blocks) {
-                    return reject(Status::InvalidRange, Some(status_gpa));
-                }
-                if count > 0 {
-                    ranges.push(BlockRange { lba: sector, blocks: count.into() });
-                }
-            }
-            if ranges.is_empty() {
-                return reject(Status::Ok, Some(status_gpa));
-            }
-            let kind = if kind == 11 { Kind::Discard } else { Kind::WriteZeroes };
-            Expected { verdict: Verdict::Run(kind), ranges, ..reject(Status::Ok, Some(status_gpa)) }
-        }
-        0 | 1 | 11 | 13 => reject(Status::IoError, Some(status_gpa)),
-        _ => reject(Status::Unsupported, Some(status_gpa)),
+    let verdict = match kind {
+        0 if out.is_empty() => return transfer(Kind::Read, &into),
+        1 if into.is_empty() => return transfer(Kind::Write, out),
+        11 | 13 if into.is_empty() => return reference_ranges(kind, &get(out), status_gpa, config),
+        4 => Verdict::Run(Kind::Flush),
+        8 => Verdict::Id,
+        0 | 1 | 11 | 13 => Verdict::Reject(Status::IoError),
+        _ => Verdict::Reject(Status::Unsupported),
+    };
+    Expected { verdict, ..Expected::reject(Status::Ok, status_gpa) }
+}
+
+fn reference_ranges(
+    kind: u32,
+    data: &[u8],
+    status_gpa: Option<u64>,
+    config: &DeviceConfig,
+) -> Expected {
+    if data.is_empty() || !data.len().is_multiple_of(16) || data.len() / 16 > 16 {
+        return Expected::reject(Status::IoError, status_gpa);
     }
+    let mut ranges = Vec::new();
+    for raw in data.chunks(16) {
+        let sector = u64::from_le_bytes(raw[..8].try_into().unwrap());
+        let count = u32::from_le_bytes(raw[8..12].try_into().unwrap());
+        let flags = u32::from_le_bytes(raw[12..].try_into().unwrap());
+        if flags > u32::from(kind == 13) {
+            return Expected::reject(Status::Unsupported, status_gpa);
+        }
+        let end = sector.checked_add(u64::from(count));
+        if count > 65536 || end.is_none_or(|end| end > config.blocks) {
+            return Expected::reject(Status::InvalidRange, status_gpa);
+        }
+        if count > 0 {
+            ranges.push(BlockRange { lba: sector, blocks: count.into() });
+        }
+    }
+    if ranges.is_empty() {
+        return Expected::reject(Status::Ok, status_gpa);
+    }
+    let verdict = Verdict::Run(if kind == 11 { Kind::Discard } else { Kind::WriteZeroes });
+    Expected { verdict, ranges, ..Expected::reject(Status::Ok, status_gpa) }
 }
 
 /// Splits `bytes` bytes at `gpa` into up to four pieces.

@@ -114,7 +114,7 @@ fn new_addresses_on_a_live_ring_do_not_rewind_it() {
     offer_read(&mut guest, 0, 3, 0, 512);
     rig.poll(8);
     // What is in memory is not looked at again.
-    let used = Guest::ring_gpa(0) + 0x2002;
+    let used = Guest::ring_gpa(0) + crate::testing::USED + 2;
     guest.write(used, &1_u16.to_le_bytes());
     rig.must(Request::RingAddresses { queue: 0, addresses: Guest::addresses(0) });
     assert_eq!(
@@ -216,8 +216,8 @@ fn superseded_requests_are_held_and_sent_again() {
     }
     rig.poll(8);
     let requests: Vec<_> = rig.requests.drain(..).collect();
-    rig.refuse(&requests[1], Status::Superseded);
     rig.refuse(&requests[0], Status::Superseded);
+    rig.refuse(&requests[1], Status::Superseded);
     rig.device.resume();
     rig.poll(8);
     let lbas: Vec<u64> = rig.requests.iter().map(|request| request.lba.0).collect();
