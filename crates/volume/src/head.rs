@@ -308,6 +308,11 @@ impl Head {
         self.epoch
     }
 
+    #[cfg(test)]
+    pub(crate) fn decided(&self) -> bool {
+        self.log.undecided() == 0
+    }
+
     pub(crate) fn next_number(&mut self) -> u64 {
         self.counter += 1;
         self.counter

@@ -851,7 +851,9 @@ impl World {
     }
 
     pub(super) fn idle(&self) -> bool {
-        self.open() && self.oracle.pending.is_empty() && self.returned.is_empty()
+        // After a stall deadline, writes may be undecided though they were answered.
+        let decided = self.head().is_some_and(|running| running.head.decided());
+        self.open() && decided && self.oracle.pending.is_empty() && self.returned.is_empty()
     }
 
     /// Ends the world; every buffer must have come back.
