@@ -137,6 +137,15 @@ fn migrate(seed: u64, features: u64) {
             _ => free.extend(guest.reap(0).into_iter().map(|(head, _)| head / 3)),
         }
     }
+    // The last thing before the switch-over is telling the guest to kick again.
+    rig.run(&mut disk);
+    free.extend(guest.reap(0).into_iter().map(|(head, _)| head / 3));
+    rig.device.set_polling(true);
+    submit(&mut guest, &migration, &mut random, free[0]);
+    rig.run(&mut disk);
+    migration.borrow_mut().sync();
+    rig.device.set_polling(false);
+    rig.poll(8);
     // Switch-over: disabled, stopped, a last look.
     let disabled = rig.ask_later(Request::RingEnable { queue: 0, enable: false });
     rig.run(&mut disk);
