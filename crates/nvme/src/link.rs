@@ -8,7 +8,7 @@
 use core::ops::Range;
 
 use base::checksum::{crc32c, crc32c_append};
-use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES_MAX};
+use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES_MAX, SMALL_PAYLOAD_BYTES};
 use base::{BufferMut, BufferPool};
 
 use crate::codec::pdu::{
@@ -24,6 +24,8 @@ pub(crate) const SMALL_DATA_BYTES: usize = 64;
 const STAGING_RECEIVE_BYTES_MAX: usize = 32 * 1024;
 /// Data of a PDU, at most, before its command is looked at.
 const DATA_BYTES_MAX: usize = PAYLOAD_BYTES_MAX + RECORD_HEADER_BYTES_MAX;
+/// Staging grows only while more large buffers than this are free.
+const SPARE_BUFFERS: usize = 4;
 /// No header with digest and padding is longer.
 const HEADER_AREA_BYTES_MAX: usize = 255;
 
@@ -358,6 +360,9 @@ impl Link {
     fn make_room(&mut self, pool: &BufferPool) {
         let wanted = self.staging_bytes;
         let have = self.staging.as_ref().map_or(0, BufferMut::capacity);
+        // A larger staging buffer saves system calls, but never takes one that data may need.
+        let spare = pool.available().1 > SPARE_BUFFERS;
+        let wanted = if spare { wanted } else { wanted.min(SMALL_PAYLOAD_BYTES) };
         if have < wanted
             && let Some(mut larger) = pool.take(wanted)
         {

@@ -584,7 +584,7 @@ fn commands_before_up_are_answered_at_once() {
 #[test]
 fn corruption_is_detected_or_harmless() {
     let mut lost = 0;
-    for seed in 0..120 {
+    for seed in 0..60 {
         println!("seed {seed}");
         let mut net = Net::with(
             seed,
@@ -626,14 +626,14 @@ fn corruption_is_detected_or_harmless() {
         run.at_target.clear();
         run.net.finish();
     }
-    assert!(lost > 40, "corruption was noticed in {lost} runs");
+    assert!(lost > 20, "corruption was noticed in {lost} runs");
 }
 
 /// Without digests anything may arrive: nothing panics, every command is answered once, and the
 /// buffers come back.
 #[test]
 fn noise_never_panics() {
-    for seed in 0..60 {
+    for seed in 0..40 {
         println!("seed {seed}");
         let mut net = Net::with(
             seed,
@@ -645,7 +645,7 @@ fn noise_never_panics() {
             },
             (256, 64),
         );
-        net.noise = Some(300 + 200 * (seed % 40));
+        net.noise = Some(300 + 200 * seed);
         let mut run = Run::connecting(net);
         (run.lossy, run.noisy) = (true, true);
         for _ in 0..3000 {

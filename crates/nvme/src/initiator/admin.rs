@@ -447,7 +447,8 @@ impl Initiator {
 
     /// The I/O queue is connected: the session is up.
     pub(super) fn on_io_connected(&mut self, completion: Completion) -> Result<(), End> {
-        if completion.id != id::STEP {
+        let expected = matches!(self.state, State::Connecting { step: Step::IoConnect, .. });
+        if completion.id != id::STEP || !expected {
             return Err(DownReason::Protocol("a completion of an unknown command").into());
         }
         if !completion.status.is_success() {

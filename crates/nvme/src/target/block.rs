@@ -1,6 +1,6 @@
 //! A volume subsystem's I/O commands: the NVM command set.
 
-use base::limits::{PAYLOAD_BYTES_MAX, RANGE_BLOCKS_MAX};
+use base::limits::{PAYLOAD_BYTES_MAX, RANGE_BLOCKS_MAX, SMALL_PAYLOAD_BYTES};
 use base::{
     BlockCount, BlockReply, BlockRequest, BufferMut, Lba, Operation, RequestId, Status, VolumeId,
 };
@@ -185,23 +185,45 @@ fn on_write(
     connection: &mut Connection,
     core: &mut Core,
     id: u16,
-    mut write: Write,
+    write: Write,
     data_bytes: usize,
 ) -> Verdict {
-    let Some(buffer) = core.pool.take(write.bytes) else { return Verdict::Wait };
-    connection.advance_head();
     if write.transfer {
-        let length = u32::try_from(write.bytes).expect("bounded by the transfer limit");
-        write.buffer = Some(buffer);
+        connection.advance_head();
         let slot = connection.commands.insert(id, 0, Work::Write(write));
-        let transfer = Transfer { command_id: id, transfer_tag: slot, offset: 0, length };
-        let body = transfer.encode();
-        connection.pdu(&mut core.outbox, PduType::R2t, 0, &body, Data::None);
+        connection.waiting.push_back(slot);
+        ask_for_data(connection, core);
         return Verdict::DONE;
     }
+    let Some(buffer) = core.pool.take(write.bytes) else { return Verdict::Wait };
+    connection.advance_head();
     let slot = connection.commands.insert(id, 0, Work::Write(write));
     let sink = Sink::Buffer { buffer, header: 0..0, payload: 0..data_bytes };
     Verdict::Take(sink, Expect::Block { slot, bytes: data_bytes })
+}
+
+/// Sends R2Ts for writes that wait, oldest first, while there are buffers.
+///
+/// The data of such a write comes behind whatever the host has sent before, so a write that holds
+/// a buffer may depend on a command that needs one. Therefore writes never take the last one, and
+/// do not hold up the stream while they wait.
+pub(super) fn ask_for_data(connection: &mut Connection, core: &mut Core) {
+    while let Some(&slot) = connection.waiting.front() {
+        let Some(entry) = connection.commands.slot(slot) else { return };
+        let Some(Work::Write(write)) = &mut entry.work else { return };
+        let (small, large) = core.pool.available();
+        let free = if write.bytes <= SMALL_PAYLOAD_BYTES { small } else { large };
+        if free < 2 {
+            return;
+        }
+        let Some(buffer) = core.pool.take(write.bytes) else { return };
+        write.buffer = Some(buffer);
+        let length = u32::try_from(write.bytes).expect("bounded by the transfer limit");
+        let transfer = Transfer { command_id: entry.id, transfer_tag: slot, offset: 0, length };
+        let body = transfer.encode();
+        connection.waiting.pop_front();
+        connection.pdu(&mut core.outbox, PduType::R2t, 0, &body, Data::None);
+    }
 }
 
 /// An H2CData PDU.

@@ -1,5 +1,7 @@
 //! One connection of a target: its phase, its commands, and what its data is for.
 
+use std::collections::VecDeque;
+
 use base::{BlockCount, Buffer, BufferMut, Epoch, Instant, Lba, ReplicaKey, Seq, VolumeId};
 
 use super::Output;
@@ -189,8 +191,10 @@ pub(super) struct Connection {
     pub(super) no_flow_control: bool,
     /// Bytes given to the shell and not yet sent.
     pub(super) unsent: usize,
-    /// A PDU waits for a buffer, a slot, or for the peer to read.
+    /// Something waits for a buffer, a slot, or for the peer to read.
     pub(super) stalled: bool,
+    /// Writes that wait for a buffer before their data is asked for, oldest first.
+    pub(super) waiting: VecDeque<u16>,
     pub(super) accepted: Instant,
 }
 
@@ -210,6 +214,7 @@ impl Connection {
             no_flow_control: false,
             unsent: 0,
             stalled: false,
+            waiting: VecDeque::new(),
             accepted: now,
         }
     }
@@ -221,6 +226,7 @@ impl Connection {
         self.commands = Commands::default();
         self.expect = Expect::Nothing;
         self.stalled = false;
+        self.waiting.clear();
     }
 
     /// The next queue head, after a command was taken.

@@ -407,9 +407,7 @@ impl Target {
         if connection.stalled {
             self.stalled -= 1;
         }
-        if let Some(session) = connection.phase.session() {
-            self.close_session(session);
-        }
+        self.on_gone(connection.phase, connection.queue_id);
     }
 
     /// Works on what a connection has received, and arms its next receive.
@@ -428,6 +426,7 @@ impl Target {
                     Arm::Receive(receive) => self.core.outbox.push(Output::Receive(receive)),
                     Arm::Starved => self.stall(index),
                 }
+                self.stall_waiting(index);
             }
             Ok(process::Progress::Stalled) => self.stall(index),
             Err(process::End::Violation(violation)) => {
@@ -451,6 +450,16 @@ impl Target {
         self.retry_at = Some(self.core.now + STARVED_RETRY);
     }
 
+    /// Writes that wait for a buffer are looked at again, though the stream goes on.
+    fn stall_waiting(&mut self, index: u16) {
+        let waits = self.connections[usize::from(index)]
+            .as_ref()
+            .is_some_and(|connection| !connection.waiting.is_empty());
+        if waits {
+            self.stall(index);
+        }
+    }
+
     fn retry(&mut self) {
         self.retry_at = None;
         if self.stalled == 0 {
@@ -463,19 +472,33 @@ impl Target {
         }
     }
 
-    /// Closes a connection, and the session that it is part of.
+    /// Closes a connection, and what ends with it.
     fn close(&mut self, index: u16) {
         let Some(connection) = &mut self.connections[usize::from(index)] else { return };
-        let session = connection.phase.session();
-        if connection.phase != Phase::Closing {
-            if connection.stalled {
-                self.stalled -= 1;
-            }
-            connection.close();
-            self.core.outbox.push(Output::Close { connection: connection.id });
+        let (phase, queue_id) = (connection.phase, connection.queue_id);
+        if phase == Phase::Closing {
+            return;
         }
-        if let Some(session) = session {
-            self.close_session(session);
+        if connection.stalled {
+            self.stalled -= 1;
+        }
+        connection.close();
+        self.core.outbox.push(Output::Close { connection: connection.id });
+        self.on_gone(phase, queue_id);
+    }
+
+    /// A connection is gone. Without its admin queue a session is over, and so is one with
+    /// replicas without its I/O queue; a host of a volume may connect an I/O queue again, and
+    /// closes them before it says good-bye on the admin queue.
+    fn on_gone(&mut self, phase: Phase, queue_id: u16) {
+        match phase {
+            Phase::Initialize | Phase::Connect | Phase::Closing => {}
+            Phase::Admin(session) | Phase::Replica(session) => self.close_session(session),
+            Phase::Volume(session, _) => {
+                if let Some(session) = self.core.sessions.get_mut(&session) {
+                    session.queues &= !(1 << queue_id);
+                }
+            }
         }
     }
 

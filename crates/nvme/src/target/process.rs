@@ -46,6 +46,9 @@ impl Verdict {
 
 /// Works on everything received so far.
 pub(super) fn process(connection: &mut Connection, core: &mut Core) -> Result<Progress, End> {
+    if !connection.waiting.is_empty() {
+        block::ask_for_data(connection, core);
+    }
     loop {
         match connection.link.poll()? {
             Step::Idle => return Ok(Progress::Drained),
