@@ -14,7 +14,7 @@ use node::{ConnectionId, FrontEnd, HeadEvent, Input, Output};
 use store::{DiskId, DiskKind, DiskOperation, DiskResult};
 
 use crate::network::{End, Network};
-use crate::oracle::Oracle;
+use crate::oracle::{Oracle, Stamp};
 use crate::process::{Process, address, pool_id, server_id};
 use crate::random::Random;
 
@@ -39,6 +39,8 @@ pub struct WorldConfig {
     /// When a write counts. Only with [`Durability::Durable`] do servers lose power, one at a
     /// time: with [`Durability::Flush`] that may cost what was acknowledged and not flushed.
     pub durability: Durability,
+    /// Print what happens to this block.
+    pub trace_block: Option<u64>,
 }
 
 /// What a run did.
@@ -78,6 +80,7 @@ struct Guest {
     kind: Kind,
     /// Of a write or discard.
     number: u64,
+    submitted: Stamp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -280,6 +283,7 @@ impl World {
             self.serving = false;
             // Nobody will answer: the guest's requests are undecided for ever.
             self.requests.clear();
+            self.oracle.orphaned();
         }
         self.settle_writes(process);
         self.processes[process].stop(power_cut, &mut self.random);
@@ -531,6 +535,7 @@ impl World {
             }
             HeadEvent::Ended => {
                 self.processes[process].head = None;
+                self.oracle.orphaned();
                 if process == self.head_at {
                     self.serving = false;
                     self.after(1_000_000, Event::OpenHead);
@@ -599,7 +604,9 @@ impl World {
         }
         let id = RequestId(self.next_request);
         self.next_request += 1;
-        self.requests.insert(id.0, Guest { lba, blocks, kind, number });
+        let submitted = self.oracle.stamp();
+        self.trace(&format!("submit {kind:?} #{number} {lba}+{blocks} {submitted:?}"), lba, blocks);
+        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted });
         let count = BlockCount(u32::try_from(blocks).expect("few"));
         let request = BlockRequest { id, lba: Lba(lba), blocks: count, operation };
         let life = self.processes[process].life;
@@ -617,6 +624,7 @@ impl World {
             other => self.fail(&format!("the guest saw an error: {other} for {guest:?}")),
         }
         self.report.answered += 1;
+        self.trace(&format!("answer {guest:?}"), guest.lba, guest.blocks);
         let blocks = guest.lba..guest.lba + guest.blocks;
         match guest.kind {
             Kind::Flush => {}
@@ -634,13 +642,21 @@ impl World {
                 }
                 for (block, page) in blocks.zip(pages) {
                     let checked = value_of(page, block).and_then(|value| {
-                        self.oracle.read(usize::try_from(block).expect("small"), value)
+                        let block = usize::try_from(block).expect("small");
+                        self.oracle.read(block, guest.submitted, value)
                     });
                     if let Err(violation) = checked {
                         self.fail(&violation);
                     }
                 }
             }
+        }
+    }
+
+    /// What happens to the block that is being looked at.
+    fn trace(&self, what: &str, lba: u64, blocks: u64) {
+        if self.config.trace_block.is_some_and(|block| (lba..lba + blocks).contains(&block)) {
+            println!("{} {what}", self.now);
         }
     }
 

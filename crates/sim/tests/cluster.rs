@@ -12,6 +12,7 @@ fn config(seed: u64) -> WorldConfig {
         requests: 1500,
         faults: true,
         durability: if seed.is_multiple_of(2) { Durability::Durable } else { Durability::Flush },
+        trace_block: number("SIM_BLOCK"),
     }
 }
 
@@ -31,6 +32,7 @@ fn a_quiet_cluster_answers_everything() {
                 requests: 2000,
                 faults: false,
                 durability: Durability::Flush,
+                trace_block: number("SIM_BLOCK"),
             };
             let report = World::new(config).run();
             assert!(report.answered >= 2000, "{servers} servers: {report:?}");
