@@ -11,10 +11,6 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    pub(crate) fn len(&self) -> usize {
-        self.ranges.len()
-    }
-
     pub(crate) fn clear(&mut self) {
         self.ranges.clear();
     }

@@ -205,7 +205,12 @@ impl Store {
                     let settling = self.journal.pending().any(|(entry, _)| {
                         matches!(entry, Entry::Flushed { replica, .. } if *replica == slot)
                     });
-                    if self.replay.is_none() && !trimming && !settling {
+                    // What is kept is on media before anything says that it is kept.
+                    let durable = self.replica_ref(slot).durable >= keep;
+                    if !durable {
+                        self.want_durable(slot, keep);
+                    }
+                    if self.replay.is_none() && !trimming && !settling && durable {
                         self.begin_truncation(slot, tag, keep);
                     }
                 }
@@ -235,11 +240,10 @@ impl Store {
                 restart: replica.restarts.iter().copied().find(|old| old.previous == state.ordinal),
             })
             .collect();
-        let durable = replica.durable;
         for link in &links {
             self.segments.uncharge(link.segment);
         }
-        let mut replay = Replay::new(slot, start, durable.min(keep), links);
+        let mut replay = Replay::new(slot, start, keep, links);
         replay.limit = Some(keep);
         self.begin_replay(replay);
     }

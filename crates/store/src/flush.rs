@@ -68,8 +68,12 @@ enum Why {
 
 impl Store {
     pub(crate) fn flush_deadline(&self) -> Option<Instant> {
+        // While a job is under way its completions drive it.
+        if self.failed.is_some() || self.flush.job.is_some() {
+            return None;
+        }
         let check = if self.segments.dirty > 0 { self.flush.check_at } else { None };
-        base::time::earliest(check, self.flush.retry_at)
+        self.flush.retry_at.or(check)
     }
 
     /// Room is short: flushing may use more of the disks.
@@ -233,6 +237,7 @@ impl Store {
         }
         if self.replica_ref(job.slot).exclusive != Exclusive::None {
             self.flush.job = None;
+            self.go_on_soon();
             return false;
         }
         if core::mem::take(&mut self.flush.blocked) {

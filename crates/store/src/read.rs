@@ -375,7 +375,6 @@ impl Store {
         // Planning may have put some back.
         filling.append(&mut self.reads.filling);
         self.reads.filling = filling;
-        self.wave_filled();
     }
 
     /// The identity that a chunk's metadata must have, if it is still in use in that version.

@@ -533,7 +533,9 @@ impl Store {
                 }
             })
             .collect();
-        let durable = replica.commit_durable;
+        // What metadata says of the log was on media before the metadata was.
+        let kept = replica.restarts.iter().map(|restart| restart.keep.seq).max();
+        let durable = replica.commit_durable.max(start.seq).max(kept.unwrap_or(Seq::ZERO));
         let slot = replica.slot;
         self.begin_replay(Replay::new(slot, start, durable, links));
         self.pump_replay();

@@ -15,7 +15,7 @@ use crate::flush::Job;
 use crate::home::{BlockState, ChunkMeta};
 use crate::index::{Entry as IndexEntry, LogSector};
 use crate::journal::After;
-use crate::layout::{DeviceIndex, device_index};
+use crate::layout::DeviceIndex;
 use crate::metadata::{ChunkPlace, Entry};
 use crate::segments::PAGE_SECTORS;
 use crate::store::{Store, Task};
@@ -91,6 +91,7 @@ pub(crate) struct Wave {
     movers: Vec<Option<Mover>>,
     movers_free: Vec<u32>,
     in_flight: usize,
+    spare_moves: Vec<Vec<Move>>,
     stamps: Vec<(DeviceIndex, u64)>,
     pub(crate) waves_done: u64,
 }
@@ -127,13 +128,14 @@ impl Store {
             },
         };
         let meta = self.flush.spare_meta.pop().unwrap_or_default();
+        let moves = self.flush.wave.spare_moves.pop().unwrap_or_default();
         self.flush.wave.targets.push(Target {
             chunk,
             old,
             place,
             meta,
             loaded: false,
-            moves: Vec::new(),
+            moves,
             next: 0,
             singles: Vec::new(),
             written: false,
@@ -141,11 +143,6 @@ impl Store {
             empty: false,
             meta_sent: false,
         });
-    }
-
-    /// Chunk metadata has come into the cache.
-    pub(crate) fn wave_filled(&mut self) {
-        // The next pump looks.
     }
 
     pub(crate) fn pump_wave(&mut self) {
@@ -628,24 +625,13 @@ impl Store {
                 self.chunks.release(target.place.location);
             }
             target.moves.clear();
+            self.flush.wave.spare_moves.push(target.moves);
             self.flush.spare_meta.push(target.meta);
         }
         self.flush.wave.targets = targets;
         self.flush.wave.phase = Phase::Gather;
         self.flush.wave.waves_done += 1;
         self.go_on_soon();
-    }
-
-    /// For the invariants: nothing is under way when no job is.
-    pub(crate) fn wave_is_idle(&self) -> bool {
-        self.flush.wave.targets.is_empty() && self.flush.wave.in_flight == 0
-    }
-
-    /// Devices of the pool that have chunks.
-    pub(crate) fn home_devices(&self) -> impl Iterator<Item = DeviceIndex> + '_ {
-        (0..self.devices.len())
-            .map(device_index)
-            .filter(|device| self.devices[usize::from(device.0)].areas.chunks > 0)
     }
 }
 

@@ -202,6 +202,8 @@ pub struct World {
     pub failed: bool,
     pub damaged: usize,
     pub operations: u64,
+    /// Power goes when so many operations have completed.
+    pub cut_after: Option<u64>,
 }
 
 impl World {
@@ -226,6 +228,7 @@ impl World {
             failed: false,
             damaged: 0,
             operations: 0,
+            cut_after: None,
             shape,
         };
         world.finish_opening().expect("a fresh pool opens");
@@ -337,8 +340,24 @@ impl World {
         }
     }
 
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.len()
+    pub fn is_cut(&self) -> bool {
+        self.cut_after.is_some_and(|cut| self.operations >= cut)
+    }
+
+    /// As `run`, but power may go first.
+    pub fn run_until_cut(&mut self, idle: Duration) {
+        let end = self.now + idle;
+        while !self.is_cut() {
+            if self.step() {
+                continue;
+            }
+            match self.store.next_deadline() {
+                Some(deadline) if deadline <= end => {
+                    self.tick();
+                }
+                Some(_) | None => return,
+            }
+        }
     }
 
     /// Reopens after the process was killed, or power was lost.
