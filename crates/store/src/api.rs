@@ -72,6 +72,7 @@ pub struct DiskId(pub u64);
 
 /// What a store is told.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // moved once, not kept
 pub enum Input {
     /// A disk operation has completed. Drop a write's [`Parts`] before saying so.
     DiskDone {
@@ -225,6 +226,7 @@ impl Command {
 
 /// What a store wants done, or known.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // inline parts: a write allocates nothing
 pub enum Output {
     /// The pool is open and takes commands; or it cannot be opened, and this store is of no
     /// further use. Comes once.
@@ -258,6 +260,7 @@ pub struct DiskOperation {
 
 /// What a disk operation does.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // inline parts: a write allocates nothing
 pub enum DiskKind {
     /// Reads `length` bytes at `offset` into `buffer`'s payload from byte `start` on.
     Read {

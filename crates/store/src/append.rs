@@ -196,26 +196,11 @@ impl Store {
             Err(Blocked::Stall(stall)) => return Err(stall),
             Err(Blocked::Segment) => None,
         };
-        let (segment, fit, fresh) = match (open, fit) {
-            (Some(open), Some(fit)) => (open, fit, false),
-            _ => {
-                let fit = match self.fit(slot, pages_max - 1) {
-                    Ok(fit) => fit,
-                    Err(Blocked::Stall(stall)) => return Err(stall),
-                    Err(Blocked::Segment) => unreachable!("one record fits a fresh segment"),
-                };
-                let first = &self.replica_ref(slot).pending[0];
-                let reserved = match first.record.header().kind {
-                    RecordKind::EpochStart => 0,
-                    RecordKind::Write | RecordKind::Discard | RecordKind::WriteZeroes => {
-                        SEGMENTS_RESERVED
-                    }
-                };
-                if self.segments.free.len() <= reserved {
-                    return Err(Stall::LogFull);
-                }
-                (self.segments.free[0], fit, true)
-            }
+        let (segment, fit, fresh) = if let (Some(open), Some(fit)) = (open, fit) {
+            (open, fit, false)
+        } else {
+            let (segment, fit) = self.fresh_segment(slot, pages_max)?;
+            (segment, fit, true)
         };
         let Some(header_buffer) = self.config.buffers.take(fit.header_bytes) else {
             self.starved();
@@ -234,6 +219,24 @@ impl Store {
         }
         self.write_batch(slot, segment, fit, header_buffer, parts);
         Ok(true)
+    }
+
+    /// The next free segment, if this replica's next record may have it, and what fits there.
+    fn fresh_segment(&self, slot: u16, pages: u32) -> Result<(u32, Fit), Stall> {
+        let fit = match self.fit(slot, pages - 1) {
+            Ok(fit) => fit,
+            Err(Blocked::Stall(stall)) => return Err(stall),
+            Err(Blocked::Segment) => unreachable!("one record fits a fresh segment"),
+        };
+        let first = &self.replica_ref(slot).pending[0];
+        let reserved = match first.record.header().kind {
+            RecordKind::EpochStart => 0,
+            RecordKind::Write | RecordKind::Discard | RecordKind::WriteZeroes => SEGMENTS_RESERVED,
+        };
+        if self.segments.free.len() <= reserved {
+            return Err(Stall::LogFull);
+        }
+        Ok((self.segments.free[0], fit))
     }
 
     fn open_segment(&self, slot: u16) -> Option<u32> {

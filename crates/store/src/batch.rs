@@ -227,3 +227,97 @@ pub(crate) fn payload_pages(header: &RecordHeader) -> u32 {
 /// Pages that a batch header may take, at most.
 pub(crate) const BATCH_HEADER_PAGES_MAX: usize =
     (BATCH_FIXED_BYTES + BATCH_RECORDS_MAX * RECORD_HEADER_BYTES_MAX).div_ceil(PAGE_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Owner {
+        Owner {
+            pool: PoolId::from_bytes([1; 16]),
+            key: ReplicaKey { volume: VolumeId::from_bytes([2; 16]), shard: ShardIndex(3) },
+            incarnation: 4,
+            segment: 5,
+            ordinal: 6,
+        }
+    }
+
+    fn common(magic: [u8; 4], previous_crc: u32) -> Vec<u8> {
+        let mut bytes = magic.to_vec();
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&[1; 16]);
+        bytes.extend_from_slice(&[2; 16]);
+        for value in [3, 4, 5, previous_crc] {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
+        bytes.extend_from_slice(&6_u64.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn golden_bytes_of_a_segment_header() {
+        let header = SegmentHeader {
+            owner: owner(),
+            previous_crc: 7,
+            first_seq: Seq(8),
+            first_batch: 9,
+            previous_epoch: Epoch(10),
+        };
+        let mut expected = common(*b"HFSG", 7);
+        for value in [8_u64, 9, 10] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        expected.resize(PAGE_BYTES, 0);
+        let crc = base::checksum::crc32c(&expected);
+        expected[4..8].copy_from_slice(&crc.to_le_bytes());
+        let mut page = vec![0xee; PAGE_BYTES];
+        header.encode(&mut page);
+        assert_eq!(page, expected);
+        assert_eq!(SegmentHeader::decode(&page), Some(header));
+        page[4000] ^= 1;
+        assert_eq!(SegmentHeader::decode(&page), None);
+    }
+
+    #[test]
+    fn golden_bytes_of_a_batch_header() {
+        let header = BatchHeader {
+            owner: owner(),
+            previous_crc: 7,
+            first_seq: Seq(8),
+            number: 9,
+            commit: Seq(10),
+            durable: Seq(11),
+            page: 12,
+            payload_pages: 13,
+            header_bytes: 115,
+            records: 1,
+            header_pages: 1,
+        };
+        let mut expected = common(*b"HFBT", 7);
+        for value in [8_u64, 9, 10, 11] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        for value in [12_u32, 13, 115] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        expected.extend_from_slice(&[1, 0, 1, 0]);
+        expected.extend_from_slice(b"abc");
+        let crc = base::checksum::crc32c(&expected);
+        expected[4..8].copy_from_slice(&crc.to_le_bytes());
+        expected.resize(PAGE_BYTES, 0);
+        let mut page = vec![0xee; PAGE_BYTES];
+        page[BATCH_FIXED_BYTES..115].copy_from_slice(b"abc");
+        assert_eq!(header.encode(&mut page), crc);
+        assert_eq!(page, expected);
+        assert_eq!(BatchHeader::decode(&page, &owner(), 12), Some((header, crc)));
+        // Elsewhere, or in another life of the segment, it is not a batch.
+        assert_eq!(BatchHeader::decode(&page, &owner(), 13), None);
+        let later = Owner { ordinal: 7, ..owner() };
+        assert_eq!(BatchHeader::decode(&page, &later, 12), None);
+        for bit in 0..115 * 8 {
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(BatchHeader::decode(&page, &owner(), 12), None, "bit {bit}");
+            page[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+}

@@ -61,6 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::cast_possible_truncation)]
     fn behaves_like_an_array() {
         for seed in 1..60_u64 {
             let mut state = seed;

@@ -311,3 +311,80 @@ impl ChunkSpace {
         self.free += 1;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes_of_chunk_metadata() {
+        let identity = ChunkIdentity {
+            pool: PoolId::from_bytes([1; 16]),
+            key: ReplicaKey { volume: VolumeId::from_bytes([2; 16]), shard: ShardIndex(3) },
+            chunk: 4,
+            location: 5,
+            version: 6,
+            block_size: BlockSize::B4096,
+        };
+        let mut meta = ChunkMeta::default();
+        meta.reset(16);
+        meta.newest = Seq(7);
+        meta.set(1, BlockState::Present(0x0a0b_0c0d));
+        meta.set(5, BlockState::Damaged);
+        let mut expected = b"HFCH\0\0\0\0".to_vec();
+        expected.extend_from_slice(&[1; 16]);
+        expected.extend_from_slice(&[2; 16]);
+        for value in [3_u32, 4, 5, 6, 7, 0] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        expected.extend_from_slice(&[12, 0, 0, 0, 16, 0, 0, 0, 196, 0, 0, 0]);
+        expected.resize(128, 0);
+        expected.extend_from_slice(&[0b0100, 0b1000, 0, 0]);
+        expected.extend_from_slice(&[0, 0, 0, 0, 0x0d, 0x0c, 0x0b, 0x0a]);
+        expected.resize(196, 0);
+        let crc = base::checksum::crc32c(&expected);
+        expected[4..8].copy_from_slice(&crc.to_le_bytes());
+        expected.resize(4096, 0);
+        let mut page = vec![0xee; 4096];
+        meta.encode(&identity, &mut page);
+        assert_eq!(page, expected);
+        let mut decoded = ChunkMeta::default();
+        assert!(decoded.decode(&identity, 16, &page));
+        assert_eq!(decoded, meta);
+        let newer = ChunkIdentity { version: 7, ..identity };
+        assert!(!decoded.decode(&newer, 16, &page));
+        for byte in 0..196 {
+            page[byte] ^= 4;
+            assert!(!decoded.decode(&identity, 16, &page), "byte {byte}");
+            page[byte] ^= 4;
+        }
+    }
+
+    #[test]
+    fn the_map_and_the_space_keep_count() {
+        let mut map = ChunkMap::new(3000);
+        let mut space = ChunkSpace::new(70);
+        let mut taken = Vec::new();
+        for chunk in (0..2800).step_by(41) {
+            let location = space.allocate().expect("69 of 70");
+            let place = ChunkPlace { location, slot: u8::from(chunk % 2 == 1), version: !chunk };
+            assert_eq!(map.set(chunk, Some(place)), None);
+            assert_eq!(map.place(chunk), Some(place));
+            taken.push((chunk, place));
+        }
+        assert_eq!(map.count(), taken.len());
+        assert_eq!(space.free() as usize, 70 - taken.len());
+        let mut from = 0;
+        for (chunk, place) in &taken {
+            assert_eq!(map.next(from), Some((*chunk, *place)));
+            from = u64::from(*chunk) + 1;
+        }
+        assert_eq!(map.next(from), None);
+        for (chunk, place) in taken {
+            assert_eq!(map.set(chunk, None), Some(place));
+            space.release(place.location);
+        }
+        assert_eq!((map.count(), space.free()), (0, 70));
+        assert!((0..70).all(|_| space.allocate().is_some()) && space.allocate().is_none());
+    }
+}

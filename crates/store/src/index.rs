@@ -41,7 +41,7 @@ pub(crate) struct Index {
 
 fn key_of(replica: u16, block: u64) -> u64 {
     debug_assert!(block < 1 << BLOCK_BITS);
-    USED | u64::from(replica) << BLOCK_BITS | block
+    USED | (u64::from(replica) << BLOCK_BITS) | block
 }
 
 impl Index {
@@ -70,7 +70,7 @@ impl Index {
         if slot.key == 0 {
             return None;
         }
-        let replica = u16::try_from(slot.key >> BLOCK_BITS & 0xffff).expect("masked to 16 bits");
+        let replica = u16::try_from((slot.key >> BLOCK_BITS) & 0xffff).expect("masked to 16 bits");
         let block = slot.key & ((1 << BLOCK_BITS) - 1);
         Some((replica, block, Entry { sector: LogSector(slot.sector), crc: slot.crc }))
     }
@@ -78,9 +78,9 @@ impl Index {
     fn home(&self, key: u64) -> usize {
         // Fibonacci hashing of the group with an extra xor-shift to spread high bits.
         let group = key / GROUP;
-        let mixed = (group ^ group >> 29).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mixed = (group ^ (group >> 29)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let groups = self.slots.len() as u128 / u128::from(GROUP);
-        let index = u128::from(mixed) * groups >> 64;
+        let index = (u128::from(mixed) * groups) >> 64;
         usize::try_from(index).expect("a slot number") * 16
             + usize::try_from(key % GROUP).expect("less than a group")
     }
@@ -188,6 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::cast_possible_truncation)]
     fn behaves_like_a_map() {
         for seed in 1..40_u64 {
             let mut state = seed;
@@ -202,7 +203,8 @@ mod tests {
             for _ in 0..4000 {
                 let replica = u16::try_from(next() % 3).unwrap();
                 let block = if seed % 2 == 0 { next() % 120 } else { (next() % 30) * 7919 };
-                let entry = Entry { sector: LogSector(next() as u32), crc: next() as u32 };
+                let entry =
+                    Entry { sector: LogSector((next() >> 32) as u32), crc: (next() >> 32) as u32 };
                 if next() % 3 == 0 || model.len() == 200 {
                     assert_eq!(index.remove(replica, block), model.remove(&(replica, block)));
                 } else {

@@ -278,3 +278,63 @@ impl Label {
                 .all(|offset| *offset == 0 || within(*offset, Some(2 * geometry.region_bytes())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes() {
+        let label = Label {
+            pool: PoolId::from_bytes([1; 16]),
+            cluster: ClusterId::from_bytes([2; 16]),
+            server: ServerId::from_bytes([3; 16]),
+            device: DeviceIndex(1),
+            devices: 2,
+            role: DeviceRole::Mass,
+            device_bytes: 1 << 40,
+            geometry: Geometry {
+                segment_bytes: 4 << 20,
+                chunk_bytes: 1 << 20,
+                replicas_max: 1024,
+                checkpoint_pages: 77,
+                journal_pages: 64,
+            },
+            areas: Areas {
+                metadata: [0, 131_072],
+                log_offset: 0,
+                segments: 0,
+                home_offset: 8 << 20,
+                chunks: 1000,
+            },
+        };
+        let mut expected = Vec::new();
+        expected.extend_from_slice(b"HFPOOL\r\n\x01\0\0\0\0\0\0\0");
+        for id in 1..=3 {
+            expected.extend_from_slice(&[id; 16]);
+        }
+        expected.extend_from_slice(&[1, 0, 2, 0, 2, 0, 0, 0]);
+        for value in [1_u64 << 40, 4 << 20, 1 << 20] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        for value in [1024_u32, 77, 64, 0] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        for value in [0_u64, 131_072, 0, 8 << 20] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        for value in [0_u32, 1000] {
+            expected.extend_from_slice(&value.to_le_bytes());
+        }
+        expected.resize(PAGE_BYTES, 0);
+        let crc = base::checksum::crc32c(&expected);
+        expected[12..16].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(label.encode().as_slice(), expected);
+        assert_eq!(Label::decode(&expected), Ok(label));
+        for byte in 0..152 {
+            expected[byte] ^= 0x20;
+            assert!(Label::decode(&expected).is_err(), "byte {byte}");
+            expected[byte] ^= 0x20;
+        }
+    }
+}

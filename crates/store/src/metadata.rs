@@ -307,3 +307,91 @@ pub(crate) fn fresh(pool: PoolId, geometry: &Geometry, areas: &[Areas]) -> Vec<F
     }
     writes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes_of_entries() {
+        let key = ReplicaKey { volume: VolumeId::from_bytes([2; 16]), shard: ShardIndex(3) };
+        let keep = Position::new(Epoch(7), Seq(8));
+        let restart = Restart { ordinal: 4, previous: 5, end_page: 6, keep };
+        let place = ChunkPlace { location: 6, slot: 1, version: 7 };
+        let long = |values: &[u64]| -> Vec<u8> {
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+        let cases: [(Entry, Vec<u8>); 10] = [
+            (Entry::Counters { incarnation: 1, version: 2 }, vec![1, 1, 0, 0, 0, 2, 0, 0, 0]),
+            (
+                Entry::Create {
+                    replica: 9,
+                    incarnation: 4,
+                    key,
+                    block_size: BlockSize::B4096,
+                    blocks: 5,
+                },
+                [&[2, 9, 0, 4, 0, 0, 0][..], &[2; 16], &[3, 0, 0, 0, 12], &long(&[5])].concat(),
+            ),
+            (Entry::Delete { replica: 9 }, vec![3, 9, 0]),
+            (Entry::Seal { replica: 9, epoch: Epoch(5) }, [&[4, 9, 0][..], &long(&[5])].concat()),
+            (
+                Entry::Flushed { replica: 9, ordinal: 5, position: keep },
+                [&[5, 9, 0][..], &long(&[5, 7, 8])].concat(),
+            ),
+            (
+                Entry::Trim { replica: 9, ordinal: 5, position: keep },
+                [&[6, 9, 0][..], &long(&[5, 7, 8])].concat(),
+            ),
+            (Entry::Commit { replica: 9, seq: Seq(5) }, [&[7, 9, 0][..], &long(&[5])].concat()),
+            (
+                Entry::Restart { replica: 9, restart },
+                [&[8, 9, 0][..], &long(&[4, 5]), &[6, 0, 0, 0], &long(&[7, 8])].concat(),
+            ),
+            (
+                Entry::Chunk { replica: 9, chunk: 5, place },
+                vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0],
+            ),
+            (Entry::ChunkFree { replica: 9, chunk: 5 }, vec![10, 9, 0, 5, 0, 0, 0]),
+        ];
+        for (entry, expected) in cases {
+            assert_eq!(entry.encode().bytes(), expected, "{entry:?}");
+            assert_eq!(Entry::decode(&mut Reader::new(&expected)), Some(entry));
+            for length in 0..expected.len() {
+                assert_eq!(Entry::decode(&mut Reader::new(&expected[..length])), None);
+            }
+        }
+        assert_eq!(Entry::decode(&mut Reader::new(&[11; 40])), None);
+    }
+
+    #[test]
+    fn golden_bytes_of_a_page() {
+        let pool = PoolId::from_bytes([1; 16]);
+        let header = Page {
+            kind: PageKind::Journal,
+            pool,
+            generation: 2,
+            number: 3,
+            previous_crc: 4,
+            length: 5,
+        };
+        let mut expected = b"HFMJ\0\0\0\0".to_vec();
+        expected.extend_from_slice(&[1; 16]);
+        expected.extend_from_slice(&2_u64.to_le_bytes());
+        expected.extend_from_slice(&3_u64.to_le_bytes());
+        expected.extend_from_slice(&[4, 0, 0, 0, 5, 0, 0, 0]);
+        expected.extend_from_slice(b"hello");
+        expected.resize(PAGE_BYTES, 0);
+        let crc = base::checksum::crc32c(&expected);
+        expected[4..8].copy_from_slice(&crc.to_le_bytes());
+        let mut page = vec![0xee; PAGE_BYTES];
+        page[PAGE_HEADER_BYTES..PAGE_HEADER_BYTES + 5].copy_from_slice(b"hello");
+        assert_eq!(header.encode(&mut page), crc);
+        assert_eq!(page, expected);
+        assert_eq!(Page::decode(&page, PageKind::Journal, pool), Some((header, crc)));
+        assert_eq!(Page::decode(&page, PageKind::Checkpoint, pool), None);
+        assert_eq!(Page::decode(&page, PageKind::Journal, PoolId::from_bytes([9; 16])), None);
+        page[4095] ^= 1;
+        assert_eq!(Page::decode(&page, PageKind::Journal, pool), None);
+    }
+}

@@ -257,13 +257,9 @@ impl Store {
                         None => Source::Zero,
                         Some(place) => {
                             let index = usize::try_from(block % chunk_blocks).expect("in a chunk");
-                            match self.home_source(slot, chunk, place, index) {
-                                Some(source) => source,
-                                None => {
-                                    known = false;
-                                    Source::Zero
-                                }
-                            }
+                            let source = self.home_source(slot, chunk, place, index);
+                            known &= source.is_some();
+                            source.unwrap_or(Source::Zero)
                         }
                     }
                 }
@@ -354,14 +350,14 @@ impl Store {
     }
 
     pub(crate) fn cache_filled(&mut self, location: u32, buffer: Option<BufferMut>) {
-        if let Some(wanted) = self.cache.end_fill(location) {
-            if let Some((identity, blocks)) = self.still_wanted(location, wanted) {
-                self.cache.insert(location, wanted.version, |meta| {
-                    buffer
-                        .as_ref()
-                        .is_some_and(|buffer| meta.decode(&identity, blocks, buffer.payload()))
-                });
-            }
+        if let Some(wanted) = self.cache.end_fill(location)
+            && let Some((identity, blocks)) = self.still_wanted(location, wanted)
+        {
+            self.cache.insert(location, wanted.version, |meta| {
+                buffer
+                    .as_ref()
+                    .is_some_and(|buffer| meta.decode(&identity, blocks, buffer.payload()))
+            });
         }
         drop(buffer);
         self.refill_waiters();

@@ -24,7 +24,8 @@ const HEADER_READS_MAX: u32 = 16;
 /// Chunk versions that a reopening skips: those that an unfinished flush may have used.
 const VERSIONS_SKIPPED: u32 = 1 << 16;
 /// Pages of metadata read at a time.
-const PIECE_PAGES: u32 = (PAYLOAD_BYTES_MAX / PAGE_BYTES) as u32;
+const PIECE_PAGES: u32 = 32;
+const _: () = assert!(PIECE_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Stage {
@@ -51,7 +52,7 @@ pub(crate) struct Opening {
     headers: [Option<(u64, u32, u32)>; 4],
     checkpoint_pages: u32,
     /// The piece's pages from the first copy, while the second's are being read.
-    first_copy: Option<Option<BufferMut>>,
+    first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
     segment_headers: Vec<Option<SegmentHeader>>,
     /// Next replica to replay.
@@ -145,10 +146,9 @@ impl Store {
                     header.map(|(page, crc)| (page.generation, page.length, crc));
             }
             Stage::Pages => match self.opening.first_copy.take() {
-                None => self.opening.first_copy = Some(result.ok()),
+                None => self.opening.first_copy = Some(result),
                 Some(first) => {
-                    let second = result.ok();
-                    self.take_piece(first.as_ref(), second.as_ref());
+                    self.take_piece(first.as_ref().ok(), result.as_ref().ok());
                 }
             },
             Stage::Segments => {
@@ -571,16 +571,13 @@ impl Store {
             Some((link, page)) => Some((replay.links[link].ordinal, page)),
             None => self.last_clean(slot),
         };
-        let entry = match kept {
-            Some((previous, end_page)) => {
-                self.void_segments(slot, previous);
-                let restart = Restart { ordinal, previous, end_page, keep: last };
-                Entry::Restart { replica: slot, restart }
-            }
-            None => {
-                self.void_segments(slot, 0);
-                Entry::Trim { replica: slot, ordinal, position: last }
-            }
+        let entry = if let Some((previous, end_page)) = kept {
+            self.void_segments(slot, previous);
+            let restart = Restart { ordinal, previous, end_page, keep: last };
+            Entry::Restart { replica: slot, restart }
+        } else {
+            self.void_segments(slot, 0);
+            Entry::Trim { replica: slot, ordinal, position: last }
         };
         // It is part of the checkpoint that ends the reopening.
         self.apply_entry(entry);

@@ -22,7 +22,8 @@ use crate::metadata::Restart;
 use crate::segments::SegmentState;
 use crate::store::{Phase, Store, Task};
 
-const WINDOW_PAGES: u32 = (PAYLOAD_BYTES_MAX / PAGE_BYTES) as u32;
+const WINDOW_PAGES: u32 = 32;
+const _: () = assert!(WINDOW_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 
 /// A segment to be replayed.
 #[derive(Clone, Copy, Debug)]
@@ -168,6 +169,17 @@ impl Replay {
         self.limit.unwrap_or(Seq(u64::MAX)).min(keep.unwrap_or(Seq(u64::MAX)))
     }
 
+    /// The first segment must take up where the home's data ends.
+    fn check_first_link(&mut self) {
+        let Some(header) = self.links.first().and_then(|first| first.header) else { return };
+        let follows =
+            header.first_seq == self.start.seq.next() && header.previous_epoch == self.start.epoch;
+        if !follows {
+            self.page = 0;
+            self.break_here();
+        }
+    }
+
     /// Goes on in the next segment.
     fn next_link(&mut self) {
         self.link += 1;
@@ -223,20 +235,8 @@ impl Store {
     pub(crate) fn begin_replay(&mut self, mut replay: Replay) {
         assert!(self.replay.is_none(), "one replay at a time");
         self.forget_index(replay.slot);
-        self.check_first_link(&mut replay);
+        replay.check_first_link();
         self.replay = Some(replay);
-    }
-
-    /// The first segment must take up where the home's data ends.
-    fn check_first_link(&self, replay: &mut Replay) {
-        let Some(first) = replay.links.first() else { return };
-        let Some(header) = first.header else { return };
-        let follows = header.first_seq == replay.start.seq.next()
-            && header.previous_epoch == replay.start.epoch;
-        if !follows {
-            replay.page = 0;
-            replay.break_here();
-        }
     }
 
     /// Takes everything of a replica out of the index.
@@ -265,7 +265,7 @@ impl Store {
                 }
                 Step::End => match self.conclude(&mut replay) {
                     None => {}
-                    Some(replayed) => return self.replayed(replay, replayed),
+                    Some(replayed) => return self.replayed(&replay, replayed),
                 },
             }
         }
@@ -522,7 +522,7 @@ impl Store {
         }
     }
 
-    fn replayed(&mut self, replay: Replay, replayed: Replayed) {
+    fn replayed(&mut self, replay: &Replay, replayed: Replayed) {
         if replayed.damaged {
             let replica = self.replica_mut(replay.slot);
             replica.damaged = true;
@@ -539,8 +539,8 @@ impl Store {
             }
         }
         match self.phase {
-            Phase::Opening => self.opening_replayed(&replay, replayed),
-            Phase::Open => self.truncation_replayed(&replay, replayed),
+            Phase::Opening => self.opening_replayed(replay, replayed),
+            Phase::Open => self.truncation_replayed(replay, replayed),
             Phase::Closed => {}
         }
     }

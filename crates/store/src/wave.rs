@@ -113,19 +113,16 @@ impl Store {
             return;
         }
         let old = self.replica_ref(job.slot).chunks.place(chunk);
-        let place = match old {
-            Some(old) => ChunkPlace { slot: old.slot ^ 1, ..old },
-            None => match self.chunks.allocate() {
-                Some(location) => {
-                    self.flush.home_full = false;
-                    ChunkPlace { location, slot: 0, version: 0 }
-                }
-                None => {
-                    self.flush.home_full = true;
-                    self.flush.blocked = true;
-                    return;
-                }
-            },
+        let place = if let Some(old) = old {
+            ChunkPlace { slot: old.slot ^ 1, ..old }
+        } else {
+            let Some(location) = self.chunks.allocate() else {
+                self.flush.home_full = true;
+                self.flush.blocked = true;
+                return;
+            };
+            self.flush.home_full = false;
+            ChunkPlace { location, slot: 0, version: 0 }
         };
         let meta = self.flush.spare_meta.pop().unwrap_or_default();
         let moves = self.flush.wave.spare_moves.pop().unwrap_or_default();

@@ -3,7 +3,8 @@
 //! `STORE_SEED=n` replays one seed; `STORE_SEEDS=n` runs that many, `STORE_FIRST=n` from there.
 
 #![allow(missing_docs)]
-#![allow(clippy::cast_possible_truncation, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation, clippy::unnecessary_operation)]
+#![allow(clippy::manual_assert, clippy::match_same_arms)]
 
 mod sim;
 

@@ -1,5 +1,8 @@
 //! Simulated devices and a driver that completes disk operations in any order.
 
+// Shared by test programs that each use a part of it.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use base::{BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, ServerId};
