@@ -30,6 +30,10 @@ pub struct NodeConfig {
     pub head_buffers: BufferPool,
     /// Buffers of connections to peers.
     pub peer_buffers: BufferPool,
+    /// Limits of heads. What members may keep of the guests' buffers
+    /// (`member_bytes_max` and `backlog_bytes_max`) must be well below what there is, or a slow
+    /// member holds up guests.
+    pub tunables: Tunables,
     /// The pool and the replica service; `None` for a diskless head.
     pub server: Option<ServerConfig>,
 }
@@ -113,6 +117,7 @@ enum RequestOrigin {
 pub struct Node {
     host: HolderId,
     head_buffers: BufferPool,
+    tunables: Tunables,
     server: Option<Server>,
     peers: Peers,
     heads: Heads,
@@ -137,6 +142,7 @@ impl Node {
         Self {
             host: config.host,
             head_buffers: config.head_buffers,
+            tunables: config.tunables,
             server,
             peers: Peers::new(config.host, config.peer_buffers, config.jitter_seed),
             heads: Heads::new(),
@@ -278,7 +284,7 @@ impl Node {
             shard,
             local,
             buffers: self.head_buffers.clone(),
-            tunables: Tunables::default(),
+            tunables: self.tunables,
             volume,
         };
         let export = VolumeExport {

@@ -11,6 +11,7 @@ use nvme::TargetConfig;
 use ring::{Reactor, SocketAddress, SocketOptions};
 use store::{FlushPolicy, StoreConfig};
 use vhost_blk::{Listener, ListenerError, SinkClosed};
+use volume::Tunables;
 
 use crate::control::{
     ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, HeadPhase, HeadSpec, MetricFamily,
@@ -95,6 +96,12 @@ fn pool_of(bytes: u64) -> BufferPool {
     BufferPool::heap(small, large)
 }
 
+/// Heads' limits: what a slow member may hold of the guests' buffers is a part of them.
+fn tunables(guest_bytes: u64) -> Tunables {
+    let bytes = usize::try_from(guest_bytes).unwrap_or(usize::MAX);
+    Tunables { member_bytes_max: bytes / 4, backlog_bytes_max: bytes / 8, ..Tunables::default() }
+}
+
 /// Everything that has to succeed before the data plane counts as started. Runs on its thread.
 fn prepare(
     config: &DataPlaneConfig,
@@ -137,6 +144,7 @@ fn prepare(
         jitter_seed: jitter_seed(),
         head_buffers: pool_of(budget.heads),
         peer_buffers: pool_of(budget.peers),
+        tunables: tunables(budget.guests),
         server,
     });
     let has_pool = config.pool.is_some();

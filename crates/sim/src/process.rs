@@ -6,6 +6,7 @@ use base::{BufferPool, ClusterId, HolderId, PoolId, ServerId};
 use node::{HeadHandle, Node, NodeConfig, ServerConfig};
 use nvme::TargetConfig;
 use store::{DeviceInfo, DeviceRole, FlushPolicy, FormatConfig, StoreConfig};
+use volume::Tunables;
 
 use crate::disk::Disk;
 use crate::random::Random;
@@ -25,6 +26,8 @@ pub(crate) struct Process {
     pub(crate) head: Option<HeadHandle>,
     /// The time at which a tick is due already.
     pub(crate) tick_at: Option<base::Instant>,
+    /// Ticks in a row that were due at once.
+    ticks_at_once: u32,
     /// Buffers of this life's front end.
     pub(crate) guest_buffers: BufferPool,
 }
@@ -85,6 +88,7 @@ impl Process {
             open: false,
             head: None,
             tick_at: None,
+            ticks_at_once: 0,
             guest_buffers: BufferPool::heap(1, 1),
         }
     }
@@ -122,8 +126,22 @@ impl Process {
             jitter_seed: random.bits(),
             head_buffers: BufferPool::heap(64, 16),
             peer_buffers: BufferPool::heap(64, 24),
+            tunables: Tunables {
+                member_bytes_max: 1 << 20,
+                backlog_bytes_max: 256 << 10,
+                ..Tunables::default()
+            },
             server,
         }));
+    }
+
+    /// Notes that a tick is due in `nanos`.
+    ///
+    /// # Panics
+    /// If the node goes on asking for ticks that change nothing: in a real process it would spin.
+    pub(crate) fn count_tick(&mut self, nanos: u64) {
+        self.ticks_at_once = if nanos == 0 { self.ticks_at_once + 1 } else { 0 };
+        assert!(self.ticks_at_once < 1000, "process {} spins on its deadline", self.index);
     }
 
     /// `kill -9`, or the power goes.

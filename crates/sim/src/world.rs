@@ -355,6 +355,7 @@ impl World {
         if self.processes[process].tick_at.is_none_or(|at| deadline < at) {
             self.processes[process].tick_at = Some(deadline);
             let nanos = u64::try_from(deadline.since(self.now).as_nanos()).expect("soon");
+            self.processes[process].count_tick(nanos);
             self.after(nanos + 1, Event::Tick { process, life });
         }
     }
@@ -510,7 +511,16 @@ impl World {
 
     fn open_head(&mut self) {
         let process = self.head_at;
-        if !self.processes[process].open || self.processes[process].head.is_some() {
+        if !self.processes[process].open {
+            return;
+        }
+        if let Some(head) = self.processes[process].head {
+            // An earlier head that has not been told yet that it is deposed. Its end opens the
+            // new one.
+            if !self.serving {
+                let life = self.processes[process].life;
+                self.input(process, life, Input::AbandonHead(head));
+            }
             return;
         }
         self.epoch = self.epoch.next();
@@ -730,9 +740,13 @@ impl World {
             let blocks = (self.config.blocks - lba).min(32);
             let before = self.next_request;
             self.submit_request(Kind::Read, lba, blocks);
-            if self.next_request > before {
-                lba += blocks;
+            if self.next_request == before {
+                // Members that are behind still hold buffers.
+                let later = self.now + Duration::from_millis(1);
+                self.run_until(bound, "for a free buffer", |world| world.now >= later);
+                continue;
             }
+            lba += blocks;
             self.run_until(bound, "to read everything back", |world| world.requests.is_empty());
         }
         for process in &self.processes {
