@@ -1,1 +1,544 @@
-//! Chosen situations, one at a time.
+//! Chosen situations, one at a time, without delays: members answer at once unless they are held.
+
+use std::collections::VecDeque;
+
+use base::{
+    BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Durability, Epoch,
+    Instant, Lba, Member, Operation, Policy, PoolId, Position, ReplicaCommand, ReplicaError,
+    ReplyBody, RequestId, Role, Seq, ServerId, ShardIndex, ShardRecord, Status, VolumeId,
+    VolumeRecord,
+};
+use core::time::Duration;
+
+use super::model::{BLOCK_BYTES, Effect, Model, Truth, fill, values_of};
+use crate::{
+    Head, HeadConfig, HeadError, HeadPhase, Input, MemberMode, Output, StallReason, Tunables,
+};
+
+fn server(index: usize) -> ServerId {
+    ServerId::from_bytes([u8::try_from(index + 1).unwrap(); 16])
+}
+
+fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadConfig {
+    let id = VolumeId::from_bytes([5; 16]);
+    let member = |index| Member {
+        server: server(index),
+        pool: PoolId::from_bytes([1; 16]),
+        role: Role::InSync,
+    };
+    HeadConfig {
+        volume: VolumeRecord {
+            id,
+            name: "v".into(),
+            size_bytes: 1 << 20,
+            block_size: BlockSize::B512,
+            policy: Policy {
+                replicas: u8::try_from(members).unwrap(),
+                durability: Durability::Flush,
+                stall_deadline_ms: None,
+                read_only: false,
+            },
+            epoch: Epoch(epoch),
+            holder: None,
+        },
+        shard: ShardRecord {
+            volume: id,
+            shard: ShardIndex(0),
+            members: (0..members).map(member).collect(),
+        },
+        epoch: Epoch(epoch),
+        local: Some(server(0)),
+        buffers: buffers.clone(),
+        tunables: Tunables::default(),
+    }
+}
+
+type Sent = (u64, ReplicaCommand);
+
+/// A head, its members, and what they have to say to each other.
+struct Bench {
+    now: Instant,
+    buffers: BufferPool,
+    head: Head,
+    number: usize,
+    models: Vec<Model>,
+    truth: Truth,
+    /// Commands not delivered yet.
+    wires: Vec<VecDeque<Sent>>,
+    /// Members whose commands are not delivered for now.
+    held: Vec<bool>,
+    replies: Vec<BlockReply>,
+    returned: Vec<BlockRequest>,
+    /// Everything else that came out.
+    news: Vec<Output>,
+    next_id: u64,
+}
+
+impl Bench {
+    fn new(members: usize) -> Self {
+        Self::with(members, |_| {})
+    }
+
+    fn with(members: usize, change: impl Fn(&mut HeadConfig)) -> Self {
+        let buffers = BufferPool::heap(2200, 64);
+        let mut config = config(members, 1, &buffers);
+        change(&mut config);
+        Self {
+            now: Instant::ZERO,
+            head: Head::new(config, Instant::ZERO).unwrap(),
+            buffers,
+            number: 1,
+            models: (0..members).map(|_| Model::default()).collect(),
+            truth: Truth::default(),
+            wires: (0..members).map(|_| VecDeque::new()).collect(),
+            held: vec![false; members],
+            replies: Vec::new(),
+            returned: Vec::new(),
+            news: Vec::new(),
+            next_id: 0,
+        }
+    }
+
+    fn opened(members: usize) -> Self {
+        let mut bench = Self::new(members);
+        bench.up(0..members);
+        assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+        bench
+    }
+
+    fn take(&mut self) {
+        while let Some(output) = self.head.poll_output() {
+            match output {
+                Output::Command { server, tag, command } => {
+                    let index = usize::from(server.bytes()[0]) - 1;
+                    self.wires[index].push_back((tag, command));
+                }
+                Output::Reply(reply) => self.replies.push(reply),
+                Output::Returned(request) => self.returned.push(request),
+                other => self.news.push(other),
+            }
+        }
+        self.head.check_invariants();
+    }
+
+    fn input(&mut self, input: Input) {
+        self.head.handle(self.now, input);
+        self.take();
+    }
+
+    fn answer(&mut self, index: usize, tag: u64, result: Result<ReplyBody, ReplicaError>) {
+        self.input(Input::Reply { server: server(index), tag, result });
+    }
+
+    /// Delivers one command to a member and its answer to the head.
+    fn deliver(&mut self, index: usize) {
+        let (tag, command) = self.wires[index].pop_front().unwrap();
+        let ReplicaCommand { epoch, commit, body, .. } = command;
+        let model = &mut self.models[index];
+        let result = match model.command(&mut self.truth, self.number, epoch, commit, body) {
+            Effect::Answer(result) => result,
+            Effect::Append { seq, media } => {
+                model.written = seq;
+                model.durable = if media { seq } else { model.durable };
+                Ok(ReplyBody::Appended { durable: model.durable })
+            }
+            Effect::Flush { seq } => {
+                (model.written, model.durable) = (seq, seq);
+                Ok(ReplyBody::Flushed { durable: seq })
+            }
+        };
+        self.answer(index, tag, result);
+    }
+
+    /// Delivers what there is, until nothing moves.
+    fn settle(&mut self) {
+        let ready = |bench: &Self| {
+            (0..bench.models.len()).find(|i| !bench.held[*i] && !bench.wires[*i].is_empty())
+        };
+        while let Some(index) = ready(self) {
+            self.deliver(index);
+        }
+    }
+
+    fn up(&mut self, members: impl IntoIterator<Item = usize>) {
+        for index in members {
+            self.input(Input::MemberUp { server: server(index) });
+        }
+        self.settle();
+    }
+
+    fn down(&mut self, index: usize) {
+        self.wires[index].clear();
+        self.models[index].session_lost();
+        self.input(Input::MemberDown { server: server(index) });
+    }
+
+    /// Lets time pass, tick by tick.
+    fn pass(&mut self, millis: u64) {
+        let end = self.now + Duration::from_millis(millis);
+        while let Some(deadline) = self.head.next_deadline().filter(|at| *at <= end) {
+            self.now = self.now.max(deadline);
+            self.input(Input::Tick);
+            self.settle();
+        }
+        self.now = end;
+        self.input(Input::Tick);
+        self.settle();
+    }
+
+    fn ask(&mut self, lba: u64, blocks: u32, operation: Operation) -> u64 {
+        self.next_id += 1;
+        let id = RequestId(self.next_id);
+        let blocks = BlockCount(blocks);
+        self.input(Input::Request(BlockRequest { id, lba: Lba(lba), blocks, operation }));
+        self.settle();
+        self.next_id
+    }
+
+    fn write(&mut self, lba: u64, value: u64) -> u64 {
+        let mut buffer = self.buffers.take(BLOCK_BYTES).unwrap();
+        fill(&mut buffer.payload_mut()[..BLOCK_BYTES], value);
+        self.ask(lba, 1, Operation::Write { buffer, fua: false })
+    }
+
+    fn read(&mut self, lba: u64) -> u64 {
+        let buffer = self.buffers.take(BLOCK_BYTES).unwrap();
+        self.ask(lba, 1, Operation::Read { buffer })
+    }
+
+    fn reply(&mut self, id: u64) -> Option<BlockReply> {
+        let place = self.replies.iter().position(|reply| reply.id == RequestId(id))?;
+        Some(self.replies.remove(place))
+    }
+
+    fn status(&mut self, id: u64) -> Option<Status> {
+        Some(self.reply(id)?.status)
+    }
+
+    fn value(&mut self, id: u64) -> Option<u64> {
+        Some(values_of(self.reply(id)?.data?.bytes())[0])
+    }
+
+    fn mode(&self, index: usize) -> MemberMode {
+        self.head.status().members[index].mode
+    }
+
+    /// The next head takes over with epoch + 1; members are not up yet.
+    fn next_head(&mut self) {
+        self.number += 1;
+        let config = config(self.models.len(), self.number as u64, &self.buffers);
+        self.head = Head::new(config, self.now).unwrap();
+        for wire in &mut self.wires {
+            wire.clear();
+        }
+        for model in &mut self.models {
+            model.session_lost();
+        }
+    }
+}
+
+#[test]
+fn a_volume_of_one_to_five_members_serves_and_is_released() {
+    for members in [1, 2, 3, 5] {
+        let mut bench = Bench::opened(members);
+        let write = bench.write(3, 77);
+        assert_eq!(bench.status(write), Some(Status::Ok));
+        let flush = bench.ask(0, 0, Operation::Flush);
+        assert_eq!(bench.status(flush), Some(Status::Ok));
+        let zero = bench.ask(3, 1, Operation::WriteZeroes { fua: true });
+        let read = bench.read(3);
+        assert_eq!((bench.status(zero), bench.value(read)), (Some(Status::Ok), Some(0)));
+        bench.input(Input::Release);
+        bench.settle();
+        assert!(matches!(bench.news.last(), Some(Output::Released)));
+        assert_eq!(bench.head.unanswered(), 0);
+    }
+}
+
+#[test]
+fn without_a_quorum_io_waits_and_says_why() {
+    let mut bench = Bench::opened(3);
+    bench.down(1);
+    bench.down(2);
+    let write = bench.write(0, 1);
+    bench.pass(5000);
+    assert_eq!(bench.status(write), None);
+    let stall = bench.head.status().stall.unwrap();
+    let reason = StallReason::Members { usable: 1, needed: 2, of: 3 };
+    assert_eq!((stall.reason, stall.since), (reason, Instant::ZERO));
+    let text = bench.head.status().to_string();
+    assert!(text.contains("1 of 3 members usable, 2 needed; server 02020202-"), "{text}");
+    assert!(bench.news.iter().any(|news| matches!(news, Output::Stalled { .. })));
+    bench.up([2]);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    assert!(matches!(bench.news.last(), Some(Output::Resumed)));
+}
+
+#[test]
+fn a_read_that_shows_an_undecided_write_is_held_until_it_is_decided() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![false, true, true];
+    let write = bench.write(7, 5);
+    let read = bench.read(7);
+    let other = bench.read(200);
+    assert_eq!((bench.status(write), bench.value(read)), (None, None));
+    assert_eq!(bench.value(other), Some(0));
+    bench.held = vec![false, false, true];
+    bench.settle();
+    assert_eq!((bench.status(write), bench.value(read)), (Some(Status::Ok), Some(5)));
+}
+
+#[test]
+fn damage_is_looked_up_elsewhere_and_waited_for_never_dropped() {
+    let mut bench = Bench::opened(3);
+    bench.held[2] = true;
+    for value in 1..=6 {
+        bench.write(value, value);
+    }
+    bench.next_head();
+    // Only member 0, whose record 4 is rotten, and member 2, which lacks it, are there.
+    bench.held[2] = false;
+    bench.models[0].damaged.insert(Seq(4));
+    bench.up([0, 2]);
+    bench.pass(3000);
+    let stall = bench.head.status().stall.unwrap();
+    assert_eq!(stall.reason, StallReason::Damaged { seq: Seq(4) });
+    assert_eq!(bench.models[0].last(), Position::new(Epoch(1), Seq(7)));
+    bench.up([1]);
+    bench.pass(1000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    assert_eq!(bench.mode(2), MemberMode::Live);
+    let read = bench.read(3);
+    assert_eq!(bench.value(read), Some(3));
+}
+
+#[test]
+fn a_read_damaged_everywhere_is_an_error_and_nowhere_else() {
+    let mut bench = Bench::opened(3);
+    bench.write(9, 4);
+    bench.models[0].damaged.insert(Seq(2));
+    bench.models[1].damaged.insert(Seq(2));
+    let read = bench.read(9);
+    assert_eq!(bench.value(read), Some(4));
+    bench.down(2);
+    let read = bench.read(9);
+    bench.pass(1000);
+    assert_eq!(bench.status(read), None, "the third member may have it");
+    bench.models[2].damaged.insert(Seq(2));
+    bench.up([2]);
+    assert_eq!(bench.status(read), Some(Status::IoError));
+}
+
+#[test]
+fn a_member_behind_the_trimmed_log_is_left_out_visibly() {
+    let mut bench = Bench::opened(3);
+    bench.down(2);
+    for value in 1..=40 {
+        bench.write(value, value);
+    }
+    bench.pass(1000);
+    assert_eq!(bench.models[0].commit, Seq(41), "commit news reaches idle members");
+    for index in 0..2 {
+        bench.models[index].trimmed = Seq(41);
+    }
+    bench.up([2]);
+    bench.pass(100);
+    assert_eq!(bench.mode(2), MemberMode::TooFarBehind);
+    let write = bench.write(1, 100);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+}
+
+#[test]
+fn a_slow_member_goes_from_memory_to_the_log_and_back() {
+    let mut bench = Bench::with(3, |config| {
+        config.tunables.backlog_records_max = 20;
+        config.tunables.member_records_max = 10;
+    });
+    bench.up(0..3);
+    bench.held[2] = true;
+    for value in 1..=100 {
+        let write = bench.write(value, value);
+        assert_eq!(bench.status(write), Some(Status::Ok));
+    }
+    assert_eq!(bench.mode(2), MemberMode::CatchingUp);
+    assert!(bench.wires[2].len() <= 11, "what a member is sent is bounded");
+    bench.held[2] = false;
+    bench.settle();
+    bench.pass(500);
+    assert_eq!(bench.mode(2), MemberMode::Live);
+    assert_eq!(bench.models[2].log, bench.models[0].log);
+}
+
+#[test]
+fn a_conflicting_tail_is_truncated_where_it_parts() {
+    let mut bench = Bench::opened(3);
+    bench.write(1, 1);
+    bench.held = vec![false, true, true];
+    for value in 2..=5 {
+        bench.write(value, value);
+    }
+    assert_eq!(bench.models[0].last().seq, Seq(6));
+    bench.next_head();
+    bench.held = vec![false; 3];
+    bench.up([1, 2]);
+    bench.pass(100);
+    let write = bench.write(2, 20);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    bench.up([0]);
+    bench.pass(100);
+    assert_eq!(bench.mode(0), MemberMode::Live);
+    assert_eq!(bench.models[0].log, bench.models[1].log);
+    let read = bench.read(3);
+    assert_eq!(bench.value(read), Some(0), "the lost tail is not to be seen");
+}
+
+#[test]
+fn past_the_stall_deadline_requests_fail_and_late_writes_keep_their_order() {
+    let mut bench = Bench::with(3, |config| config.volume.policy.stall_deadline_ms = Some(500));
+    bench.up(0..3);
+    bench.down(1);
+    bench.down(2);
+    let first = bench.write(1, 10);
+    let flush = bench.ask(0, 0, Operation::Flush);
+    assert_eq!(bench.status(flush), Some(Status::Ok), "nothing was acknowledged before it");
+    bench.pass(700);
+    assert_eq!(bench.status(first), Some(Status::IoError));
+    let second = bench.write(1, 11);
+    bench.pass(100);
+    assert_eq!(bench.status(second), None);
+    bench.up([1]);
+    assert_eq!(bench.status(second), Some(Status::Ok));
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(11));
+}
+
+#[test]
+fn a_superseded_head_gives_every_request_back_whole() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![true; 3];
+    let write = bench.write(1, 42);
+    let read = bench.read(2);
+    let flush = bench.ask(0, 0, Operation::Flush);
+    let zero = bench.ask(5, 9, Operation::WriteZeroes { fua: true });
+    bench.status(flush);
+    let (tag, _) = bench.wires[1].pop_front().unwrap();
+    bench.answer(1, tag, Err(ReplicaError::Superseded { sealed: Epoch(2) }));
+    assert!(matches!(bench.news.last(), Some(Output::Superseded { sealed: Epoch(2) })));
+    assert_eq!(bench.head.unanswered(), 0);
+    let mut ids: Vec<u64> = bench.returned.iter().map(|request| request.id.0).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, [write, read, zero]);
+    let request = bench.returned.iter().find(|request| request.id.0 == write).unwrap();
+    let Operation::Write { buffer, fua: false } = &request.operation else { panic!() };
+    assert_eq!(values_of(&buffer.payload()[..BLOCK_BYTES]), [42]);
+    bench.read(1);
+    assert_eq!(bench.returned.len(), 4, "what comes later goes back at once");
+}
+
+#[test]
+fn an_older_epoch_is_refused_by_a_member_that_sealed_a_higher_one() {
+    let mut bench = Bench::new(3);
+    bench.models[1].sealed = Epoch(8);
+    bench.up(0..3);
+    assert!(matches!(bench.news[..], [Output::Superseded { sealed: Epoch(8) }]));
+}
+
+#[test]
+fn what_is_not_valid_is_refused() {
+    let mut bench = Bench::with(1, |config| config.volume.policy.read_only = true);
+    bench.up([0]);
+    let write = bench.write(0, 1);
+    assert_eq!(bench.status(write), Some(Status::ReadOnly));
+    let zero = bench.ask(0, 1, Operation::Discard);
+    assert_eq!(bench.status(zero), Some(Status::ReadOnly));
+    let read = bench.read(0);
+    assert_eq!(bench.value(read), Some(0));
+    let ranges = [(2048, 1), (2047, 2), (0, 0), (u64::MAX, 1), (0, 257), (0, 9)];
+    for (lba, blocks) in ranges {
+        let buffer = bench.buffers.take(BLOCK_BYTES).unwrap();
+        let read = bench.ask(lba, blocks, Operation::Read { buffer });
+        assert_eq!(bench.status(read), Some(Status::InvalidRange), "{lba}+{blocks}");
+    }
+    let large = bench.ask(0, base::limits::RANGE_BLOCKS_MAX + 1, Operation::Discard);
+    assert_eq!(bench.status(large), Some(Status::InvalidRange));
+}
+
+#[test]
+fn requests_beyond_the_limits_come_back() {
+    let mut bench = Bench::new(1);
+    let room = bench.head.room();
+    assert_eq!(room, base::limits::HEAD_REQUESTS_MAX);
+    for _ in 0..room {
+        bench.ask(0, 0, Operation::Flush);
+    }
+    assert_eq!((bench.head.room(), bench.returned.len()), (0, 0));
+    let last = bench.ask(0, 0, Operation::Flush);
+    assert_eq!(bench.returned.pop().unwrap().id, RequestId(last));
+    bench.up([0]);
+    assert_eq!(bench.replies.len(), room);
+}
+
+#[test]
+fn a_member_that_was_sent_nonsense_or_answers_it_does_not_hurt_the_head() {
+    let mut bench = Bench::opened(3);
+    bench.held[2] = true;
+    bench.write(0, 1);
+    let (tag, _) = bench.wires[2].pop_front().unwrap();
+    for tag in [tag ^ 1 << 62, tag ^ 1 << 45, tag + 100, 0, u64::MAX] {
+        for result in [
+            Ok(ReplyBody::Done),
+            Ok(ReplyBody::Appended { durable: Seq(u64::MAX) }),
+            Ok(ReplyBody::Flushed { durable: Seq(0) }),
+            Err(ReplicaError::Behind { last: Position::ZERO }),
+        ] {
+            bench.answer(2, tag, result);
+        }
+    }
+    bench.input(Input::MemberUp { server: ServerId::from_bytes([99; 16]) });
+    bench.down(2);
+    bench.held[2] = false;
+    bench.up([2]);
+    bench.pass(100);
+    assert_eq!(bench.mode(2), MemberMode::Live);
+    assert_eq!(bench.models[2].log, bench.models[0].log);
+}
+
+#[test]
+fn a_head_is_refused_what_it_cannot_serve() {
+    let buffers = BufferPool::heap(1, 0);
+    type Change = fn(&mut HeadConfig);
+    let cases: [(Change, HeadError); 7] = [
+        (|c| c.shard.volume = VolumeId::from_bytes([6; 16]), HeadError::WrongShard),
+        (|c| c.epoch = Epoch(2), HeadError::WrongEpoch { given: Epoch(2), recorded: Epoch(1) }),
+        (|c| c.shard.members[1].role = Role::Provisioning, HeadError::Provisioning(server(1))),
+        (
+            |c| c.shard.members.iter_mut().for_each(|m| m.role = Role::CatchingUp),
+            HeadError::NoInSyncMember,
+        ),
+        (|c| c.shard.members[1].server = server(0), HeadError::DuplicateServer(server(0))),
+        (|c| c.volume.size_bytes = 513, HeadError::Size(513)),
+        (|c| c.tunables.catch_up_depth = 0, HeadError::Tunable("catch_up_depth")),
+    ];
+    for (change, error) in cases {
+        let mut config = config(3, 1, &buffers);
+        change(&mut config);
+        assert_eq!(Head::new(config, Instant::ZERO).unwrap_err(), error);
+    }
+}
+
+#[test]
+fn a_member_that_catches_up_by_role_does_not_count() {
+    let mut bench = Bench::with(3, |config| {
+        config.shard.members[1].role = Role::CatchingUp;
+    });
+    bench.up(0..3);
+    bench.held[2] = true;
+    let write = bench.write(0, 1);
+    assert_eq!(bench.status(write), None, "two of the two in-sync members are needed");
+    assert_eq!(bench.models[1].last().seq, Seq(2));
+    bench.held[2] = false;
+    bench.settle();
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    let sent = |command: &ReplicaCommand| matches!(command.body, CommandBody::Read { .. });
+    assert!(bench.wires.iter().flatten().all(|(_, command)| !sent(command)));
+}

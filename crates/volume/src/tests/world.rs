@@ -95,6 +95,7 @@ enum Event {
     Connect { head: usize, server: usize },
     NewHead,
     Fault,
+    Strand { head: usize, server: usize },
     Submit,
 }
 
@@ -443,6 +444,13 @@ impl World {
                     self.schedule(after, Event::Fault);
                 }
             }
+            Event::Strand { head, server } => {
+                if self.faults {
+                    self.stranded(head, server);
+                } else {
+                    self.calm_down();
+                }
+            }
             Event::Submit => self.submit(),
         }
     }
@@ -609,7 +617,12 @@ impl World {
     fn fault(&mut self) {
         let server = self.random.index(self.settings.members);
         let downtime = self.random.below(200 * self.settings.delay);
-        match self.random.below(14) {
+        match self.random.below(17) {
+            14 | 15 => self.strand(server),
+            16 if self.settings.greedy_trims => {
+                self.kill(server, false);
+                self.restart_after(server, 6 * downtime);
+            }
             0..=2 => {
                 self.kill(server, false);
                 self.restart_after(server, downtime);
@@ -644,6 +657,32 @@ impl World {
             13 => self.damage_one(),
             _ => {}
         }
+    }
+
+    /// Leaves one member with records that no other has: the head reaches only that one for a
+    /// while, then both go away, and the others go on without.
+    fn strand(&mut self, server: usize) {
+        self.count("strand");
+        let current = self.current();
+        for other in (0..self.settings.members).filter(|other| *other != server) {
+            self.disconnect(current, other);
+        }
+        let moment = self.random.below(6 * self.settings.delay);
+        self.schedule(moment, Event::Strand { head: current, server });
+    }
+
+    fn stranded(&mut self, head: usize, server: usize) {
+        if self.random.one_in(2) {
+            if head == self.current() {
+                self.crash_head(1);
+            }
+        } else {
+            // The old head still reaches that member, and a new one does not.
+            self.new_head();
+        }
+        self.kill(server, false);
+        let downtime = self.random.below(200 * self.settings.delay);
+        self.restart_after(server, downtime);
     }
 
     pub(super) fn crash_head(&mut self, downtime: u64) {
