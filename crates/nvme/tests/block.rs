@@ -309,6 +309,29 @@ fn a_resized_volume_is_noticed() {
 }
 
 #[test]
+fn another_block_size_ends_the_session() {
+    let mut run = Run::new(4, BlockSize::B512, (false, false), (64, 16));
+    run.net.at_target(target::Input::AddVolume(export(BlockSize::B4096)));
+    run.net.settle();
+    assert!(!run.net.initiator.is_up());
+    run.net.initiator_events();
+    run.net.pass(Duration::from_secs(1));
+    assert!(run.net.initiator.is_up());
+    // A request in the old blocks, whose buffer is too short in the new ones.
+    let buffer = run.pool.take(4096).unwrap();
+    let operation = Operation::Write { buffer, fua: false };
+    let (id, lba, blocks) = (RequestId(1), Lba(0), BlockCount(8));
+    run.net.initiator_events();
+    run.net.at_initiator(Input::Block(BlockRequest { id, lba, blocks, operation }));
+    let events = run.net.initiator_events();
+    assert!(
+        matches!(&events[..], [Output::BlockReply(reply)] if reply.status == Status::InvalidRange),
+        "{events:?}"
+    );
+    run.net.finish();
+}
+
+#[test]
 fn a_removed_volume_is_gone_and_an_unknown_one_is_refused() {
     let mut run = Run::new(2, BlockSize::B4096, (false, false), (64, 16));
     run.net.at_target(target::Input::RemoveVolume(VOLUME));
@@ -356,4 +379,79 @@ fn ranges_outside_the_volume_are_refused() {
         assert!(run.net.target_events().is_empty());
     }
     run.net.finish();
+}
+
+/// Whatever arrives on either side: no panic, every request is answered once, all buffers return.
+#[test]
+fn noise_never_panics() {
+    for seed in 0..20 {
+        println!("seed {seed}");
+        let mut net = Net::with(
+            seed,
+            Subsystem::Volume(VOLUME),
+            |_| {},
+            |initiator| initiator.queue_entries = 17,
+            (64, 16),
+        );
+        net.at_target(target::Input::AddVolume(export(BlockSize::B4096)));
+        net.noise = Some(500 + 600 * seed);
+        let pool = BufferPool::heap(256, 64);
+        let (mut sent, mut answered) = (0, 0);
+        let mut pending = Vec::new();
+        for _ in 0..3000 {
+            match net.random.below(8) {
+                0 => {
+                    let blocks = 1 + u32::try_from(net.random.below(32)).unwrap();
+                    let Some(buffer) = pool.take(blocks as usize * 4096) else { continue };
+                    let operation = match net.random.below(4) {
+                        0 => Operation::Read { buffer },
+                        1 => Operation::Discard,
+                        _ => Operation::Write { buffer, fua: false },
+                    };
+                    sent += 1;
+                    let (id, lba) = (RequestId(sent), Lba(net.random.below(1000)));
+                    let blocks = BlockCount(blocks);
+                    net.at_initiator(Input::Block(BlockRequest { id, lba, blocks, operation }));
+                }
+                1 => {
+                    let Some(Pending { session, request }) = pending.pop() else { continue };
+                    let data = match request.operation {
+                        Operation::Read { buffer } => {
+                            let bytes = request.blocks.0 as usize * 4096;
+                            Some(buffer.freeze().payload(bytes))
+                        }
+                        _ => None,
+                    };
+                    let reply = BlockReply { id: request.id, status: Status::Ok, data };
+                    net.at_target(target::Input::BlockReply { session, reply });
+                }
+                _ => {
+                    if !net.step() {
+                        net.pass(Duration::from_millis(20));
+                    }
+                }
+            }
+            for event in net.target_events() {
+                match event {
+                    target::Output::Block { session, request, .. } => {
+                        pending.push(Pending { session, request });
+                    }
+                    target::Output::Replica { .. } => panic!("a volume has no replica commands"),
+                    _ => {}
+                }
+            }
+            answered += count_replies(&net.initiator_events());
+        }
+        net.noise = None;
+        net.at_initiator(Input::Stop);
+        answered += count_replies(&net.initiator_events());
+        assert_eq!(answered, sent);
+        pending.clear();
+        net.finish();
+        assert_eq!(pool.available(), (256, 64));
+    }
+}
+
+fn count_replies(events: &[Output]) -> u64 {
+    events.iter().filter(|event| matches!(event, Output::BlockReply(_))).count() as u64
 }

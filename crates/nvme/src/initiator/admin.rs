@@ -403,6 +403,11 @@ impl Initiator {
                 }
                 Reading::Namespace => {
                     let namespace = namespace(Some(&data))?;
+                    let old = self.admin.namespace.map(|old| old.block_size);
+                    if old.is_some_and(|old| old != namespace.block_size) {
+                        // Requests under way are counted in the old blocks.
+                        return Err(DownReason::Unsupported("a change of block size").into());
+                    }
                     if self.admin.namespace != Some(namespace) {
                         self.admin.namespace = Some(namespace);
                         self.outbox.push(Output::NamespaceChanged(namespace));

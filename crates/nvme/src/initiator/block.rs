@@ -25,6 +25,16 @@ impl Initiator {
         let BlockRequest { id, lba, blocks, operation } = request;
         let bytes = usize::try_from(blocks.bytes(namespace.block_size)).unwrap_or(usize::MAX);
         let length = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let capacity = match &operation {
+            Operation::Read { buffer } | Operation::Write { buffer, .. } => buffer.capacity(),
+            Operation::Flush | Operation::Discard | Operation::WriteZeroes { .. } => usize::MAX,
+        };
+        if bytes > capacity {
+            // The caller counts in other blocks than the peer's namespace has.
+            let reply = BlockReply { id, status: Status::InvalidRange, data: None };
+            self.outbox.push(Output::BlockReply(reply));
+            return;
+        }
         let ranged = |opcode: u8, flags: u32| {
             let mut command = Command::new(opcode, 1).with_wide(0, lba.0);
             command.cdw10[2] = (blocks.0.wrapping_sub(1) & 0xffff) | flags;

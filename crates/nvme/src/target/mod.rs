@@ -188,9 +188,9 @@ pub enum Output {
         session: SessionId,
         /// With which subsystem.
         subsystem: Subsystem,
-        /// The HOSTID of its Connect (for our own hosts: [`InitiatorConfig::host`]
-        /// (crate::InitiatorConfig)). A head that connects again has the same one, so a seal of
-        /// the same epoch is told from one of another head.
+        /// The HOSTID of its Connect: of our own hosts, the
+        /// [`host`](crate::InitiatorConfig::host) of their configuration. A head that connects
+        /// again has the same one, so a seal of the same epoch is told from one of another head.
         host: HolderId,
     },
     /// The session is over, its connections are being closed. Its unanswered commands need no
@@ -206,7 +206,8 @@ pub enum Output {
         session: SessionId,
         /// For the answer; unique in the life of this target.
         tag: Tag,
-        /// The command. Records are decoded, and so verified.
+        /// The command. Records are decoded, and so verified. The block size is not known here:
+        /// the `buffer` of a Read may be too short for its blocks, which is Invalid.
         command: ReplicaCommand,
     },
     /// A request of a stock initiator, checked against the volume's size and within the bounds

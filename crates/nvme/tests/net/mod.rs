@@ -42,6 +42,8 @@ pub(crate) struct Pipe {
     pub(crate) receive: Option<Receive>,
     /// The sender has closed; what is in the pipe is still delivered.
     pub(crate) ended: bool,
+    /// Longest region of a receive.
+    pub(crate) region_bytes_max: usize,
     /// Bytes that went in, in all.
     pub(crate) total: u64,
     /// Flip a bit of this byte of `total`.
@@ -183,6 +185,8 @@ impl Net {
                 let Some(link) = self.links.get_mut(&receive.connection.0) else { return };
                 assert!(link.to_target.receive.is_none(), "one receive at a time");
                 assert!(receive.min_bytes > 0 && receive.min_bytes <= receive.region.len());
+                let longest = &mut link.to_target.region_bytes_max;
+                *longest = receive.region.len().max(*longest);
                 link.to_target.receive = Some(receive);
             }
             target::Output::Send { connection, part } => {
@@ -233,6 +237,8 @@ impl Net {
                 let Some(link) = self.links.get_mut(&receive.connection.0) else { return };
                 assert!(link.to_initiator.receive.is_none(), "one receive at a time");
                 assert!(receive.min_bytes > 0 && receive.min_bytes <= receive.region.len());
+                let longest = &mut link.to_initiator.region_bytes_max;
+                *longest = receive.region.len().max(*longest);
                 link.to_initiator.receive = Some(receive);
             }
             initiator::Output::Send { connection, part } => {
@@ -265,6 +271,13 @@ impl Net {
     fn forget(&mut self, id: u64) {
         if self.links.get(&id).is_some_and(|link| !link.initiator_open && !link.target_open) {
             self.links.remove(&id);
+        }
+    }
+
+    /// Adds bytes to what the target sends on connection `id`.
+    pub(crate) fn inject(&mut self, id: u64, bytes: &[u8]) {
+        if let Some(link) = self.links.get_mut(&id) {
+            link.to_initiator.bytes.extend(bytes);
         }
     }
 
