@@ -227,7 +227,7 @@ fn queues() -> clap::builder::RangedI64ValueParser<u16> {
 
 #[derive(Subcommand)]
 pub(crate) enum ExportCommand {
-    /// Serve a volume at a socket, until it is removed or the daemon stops.
+    /// Serve a volume at a socket until it is removed, over restarts of the daemon too.
     Add {
         #[command(flatten)]
         api: ApiArgument,

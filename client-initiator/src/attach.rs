@@ -14,7 +14,9 @@ use shell::control::{ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec
 use target_daemon::exports::DRAIN;
 use target_daemon::heads::{self, Head, Heads};
 use target_daemon::logging::{self, LogFormat, LogLevel};
-use target_daemon::{notify, socket};
+use target_daemon::notify;
+use target_daemon::retry::while_lingering;
+use target_daemon::socket::{self, SocketError};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::arguments::{AttachArguments, StoreArgument};
@@ -60,9 +62,11 @@ pub(crate) fn run(
     let me = heads::attach_holder(&path);
     lease::check(&entry, me.id, arguments.force)?;
     // The lock keeps a second process with the same holder id from deposing this one.
-    let _lock = lock_socket(&path)?;
-    socket::check_free(&path)
-        .map_err(|text| Failure::new(Exit::Conflict, format!("socket: {text}")))?;
+    let locked = |failure: &Failure| failure.exit == Exit::Conflict;
+    let _lock = while_lingering(locked, || lock_socket(&path))?;
+    let in_use = |error: &SocketError| matches!(error, SocketError::InUse(_));
+    while_lingering(in_use, || socket::check_free(&path))
+        .map_err(|error| Failure::new(Exit::Conflict, format!("socket: {error}")))?;
     let stop = stop_on_signals()?;
     let plane = shell::start(&DataPlaneConfig {
         holder: me.id,

@@ -235,7 +235,7 @@ async fn list_exports(State(parts): State<Arc<Parts>>) -> Result<Json<Vec<Export
     .await
 }
 
-/// Serves a volume at a vhost-user socket, until it is removed or the daemon stops.
+/// Serves a volume at a vhost-user socket until it is removed, over restarts of the daemon too.
 #[utoipa::path(
     post,
     path = "/v1/exports",

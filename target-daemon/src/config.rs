@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use base::limits::VOLUMES_MAX;
 use cluster::{StoreAddress, check_name};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use shell::control::PoolDevices;
 use toml::Spanned;
 
@@ -58,7 +58,8 @@ pub struct Config {
 }
 
 /// A volume to serve.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExportConfig {
     /// The volume's name or id.
     pub volume: String,

@@ -19,11 +19,12 @@ use tokio::sync::watch;
 
 use crate::api;
 use crate::config::Config;
-use crate::exports::Exports;
+use crate::exports::{Exports, Memory};
 use crate::heads::{self, Heads};
 use crate::notify::notify;
 use crate::pool::{self, PoolError, PoolIdentity};
 use crate::registration::{Identity, Registration};
+use crate::retry::while_lingering;
 use crate::socket;
 
 /// How long one turn of a control loop waits for something to do: also how late it may notice
@@ -123,14 +124,18 @@ impl Daemon {
     pub fn start(config: Config, start_plane: StartDataPlane) -> Result<Self, DaemonError> {
         let store = cluster::open(&config.store, Create::Never)?;
         let identity = identify(&config, store.as_ref())?;
-        let listener = socket::listen(&config.api)
-            .map_err(|source| DaemonError::Api { path: config.api.clone(), source })?;
-        let started = Self::start_parts(&config, store, identity, start_plane);
-        let (parts, registration) = match started {
-            Ok(started) => started,
-            Err(error) => {
-                remove_socket(&config.api);
-                return Err(error);
+        // Known to be free before anything is opened, made when there is somebody to answer.
+        let api = |source| DaemonError::Api { path: config.api.clone(), source };
+        while_lingering(is_in_use, || socket::check_free(&config.api).map_err(Into::into))
+            .map_err(api)?;
+        let (parts, registration) = Self::start_parts(&config, store, identity, start_plane)?;
+        let listener = match socket::listen(&config.api) {
+            Ok(listener) => listener,
+            Err(source) => {
+                if let Err(error) = parts.plane.shutdown(SHUTDOWN_WAIT) {
+                    tracing::error!(%error, "stopping after a failed start");
+                }
+                return Err(api(source));
             }
         };
         let stop = Arc::new(AtomicBool::new(false));
@@ -200,7 +205,9 @@ impl Daemon {
             labels: config.labels.clone(),
         };
         let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), holder);
-        let exports = Exports::new(Arc::clone(&store), Arc::clone(&plane), heads, &config.exports);
+        let memory = Memory::beside(&config.api);
+        let exports =
+            Exports::new(Arc::clone(&store), Arc::clone(&plane), heads, &config.exports, memory);
         let mut registration =
             Registration::new(Arc::clone(&store), Arc::clone(&plane), identity.clone());
         // Whoever sees this server answer may count on it from then on.
@@ -295,7 +302,8 @@ impl Parts {
 /// Whose pool the configured devices hold; an error unless it is this configuration's and this
 /// cluster's.
 fn identify(config: &Config, store: &dyn ClusterStore) -> Result<PoolIdentity, DaemonError> {
-    let found = pool::identify(&config.pool)?;
+    let in_use = |error: &PoolError| matches!(error, PoolError::InUse { .. });
+    let found = while_lingering(in_use, || pool::identify(&config.pool))?;
     let cluster = store.cluster_id()?;
     if found.cluster != cluster {
         let store = store.address();
@@ -309,6 +317,10 @@ fn identify(config: &Config, store: &dyn ClusterStore) -> Result<PoolIdentity, D
         return Err(DaemonError::WrongName { found, name });
     }
     Ok(found)
+}
+
+fn is_in_use(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrInUse
 }
 
 fn remove_socket(path: &std::path::Path) {

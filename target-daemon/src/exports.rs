@@ -1,11 +1,14 @@
 //! The volumes that a daemon serves: each wanted export is brought up, kept, and brought down.
 //!
-//! An export is wanted because the configuration or the API says so. [`Exports::tend`] starts
+//! An export is wanted because the configuration or the API says so; what the API asked for is
+//! remembered beside its socket, so that guests find their disks again after a restart. [`Exports::tend`] starts
 //! those that do not run and says why they cannot; it is called every second, so a volume whose
 //! lease, replicas or servers come late is served when they have come. The first export of a
 //! volume opens its head, the last one to go closes it and gives the lease back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,7 +20,7 @@ use shell::control::{ControlError, DataPlane, ExportSpec, OpenError, Opening};
 
 use crate::config::ExportConfig;
 use crate::heads::{HeadError, Heads};
-use crate::socket;
+use crate::socket::{self, SocketError};
 
 /// How long accepted requests get to finish when an export is stopped.
 pub const DRAIN: Duration = Duration::from_secs(10);
@@ -35,7 +38,7 @@ pub enum ExportError {
     Head(#[from] HeadError),
     /// The socket cannot be made there.
     #[error("socket: {0}")]
-    Socket(String),
+    Socket(#[from] SocketError),
     /// Another export of this daemon has the socket.
     #[error("socket '{}' serves volume '{volume}' already", socket.display())]
     SocketTaken {
@@ -79,6 +82,52 @@ enum State {
     Running { volume: VolumeId },
 }
 
+enum Known {
+    New,
+    Waiting,
+    Running(VolumeId),
+}
+
+/// The file that exports are remembered in: in the directory of the API's socket, which a reboot
+/// clears as it does the guests.
+pub struct Memory {
+    path: PathBuf,
+}
+
+impl Memory {
+    /// The memory of the daemon whose API is at `api`.
+    pub fn beside(api: &Path) -> Self {
+        let mut path = api.as_os_str().to_owned();
+        path.push(".exports");
+        Self { path: PathBuf::from(path) }
+    }
+
+    /// What was kept last. A file that cannot be read is said so and put aside.
+    fn recall(&self) -> Vec<ExportConfig> {
+        let path = self.path.display();
+        let text = match fs::read_to_string(&self.path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+            Err(error) => {
+                tracing::error!(%path, %error, "cannot read what exports there were");
+                return Vec::new();
+            }
+        };
+        serde_json::from_str(&text).unwrap_or_else(|error| {
+            tracing::error!(%path, %error, "damaged: add the exports again");
+            drop(fs::rename(&self.path, self.path.with_extension("exports.damaged")));
+            Vec::new()
+        })
+    }
+
+    fn keep(&self, exports: &[&ExportConfig]) -> io::Result<()> {
+        let text = serde_json::to_string_pretty(exports)?;
+        let new = self.path.with_extension("exports.new");
+        fs::write(&new, text)?;
+        fs::rename(&new, &self.path)
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     exports: BTreeMap<PathBuf, Export>,
@@ -90,6 +139,7 @@ pub struct Exports {
     store: Arc<dyn ClusterStore>,
     plane: Arc<dyn DataPlane>,
     heads: Heads,
+    memory: Memory,
     /// What [`Exports::list`] sees; held only for moments.
     inner: Mutex<Inner>,
     /// Held by whoever starts or stops, for as long as that takes.
@@ -97,20 +147,25 @@ pub struct Exports {
 }
 
 impl Exports {
-    /// Exports of `configured` volumes; [`Exports::tend`] starts them.
+    /// Exports of `configured` volumes, and of those that `memory` remembers; [`Exports::tend`]
+    /// starts them.
     pub fn new(
         store: Arc<dyn ClusterStore>,
         plane: Arc<dyn DataPlane>,
         heads: Heads,
         configured: &[ExportConfig],
+        memory: Memory,
     ) -> Self {
-        let export = |wanted: &ExportConfig| {
+        let export = |wanted: &ExportConfig, configured: bool| {
             let state = State::Waiting { reason: "not started yet".to_owned() };
-            (wanted.socket.clone(), Export { wanted: wanted.clone(), configured: true, state })
+            (wanted.socket.clone(), Export { wanted: wanted.clone(), configured, state })
         };
-        let exports = configured.iter().map(export).collect();
+        let remembered = memory.recall();
+        // The configuration goes before what was asked for earlier.
+        let exports = remembered.iter().map(|wanted| export(wanted, false));
+        let exports = exports.chain(configured.iter().map(|wanted| export(wanted, true))).collect();
         let inner = Mutex::new(Inner { exports, heads: BTreeMap::new() });
-        Self { store, plane, heads, inner, changing: Mutex::new(()) }
+        Self { store, plane, heads, memory, inner, changing: Mutex::new(()) }
     }
 
     /// All wanted exports, by socket.
@@ -131,30 +186,55 @@ impl Exports {
         self.inner().heads.values().cloned().collect()
     }
 
-    /// Starts an export now, or says why not; then it is not wanted either. The same export again
-    /// changes nothing. The head may still be opening when this returns: see
+    /// Starts an export now, or says why not; then it is not wanted either, unless it was before.
+    /// The same export again changes nothing. The head may still be opening when this returns: see
     /// [`Exports::wait_open`].
     pub fn add(&self, wanted: ExportConfig) -> Result<VolumeId, ExportError> {
         let _changing = lock(&self.changing);
-        {
-            let inner = self.inner();
-            if let Some(existing) = inner.exports.get(&wanted.socket) {
-                return match &existing.state {
-                    State::Running { volume } if existing.wanted == wanted => Ok(*volume),
-                    State::Running { .. } | State::Waiting { .. } => {
-                        let volume = existing.wanted.volume.clone();
-                        Err(ExportError::SocketTaken { socket: wanted.socket, volume })
-                    }
-                };
-            }
-            if inner.exports.len() >= limits::VOLUMES_MAX {
-                return Err(ExportError::TooMany);
-            }
+        let known = self.known(&wanted)?;
+        if let Known::Running(volume) = known {
+            return Ok(volume);
         }
         let volume = self.start(&wanted)?;
-        let export = Export { wanted, configured: false, state: State::Running { volume } };
-        self.inner().exports.insert(export.wanted.socket.clone(), export);
+        let state = State::Running { volume };
+        match known {
+            Known::Waiting | Known::Running(_) => self.set_state(&wanted.socket, state),
+            Known::New => {
+                let export = Export { wanted, configured: false, state };
+                self.inner().exports.insert(export.wanted.socket.clone(), export);
+                self.remember();
+            }
+        }
         Ok(volume)
+    }
+
+    /// Whether the same export is wanted already; an error if its socket is another one's.
+    fn known(&self, wanted: &ExportConfig) -> Result<Known, ExportError> {
+        let inner = self.inner();
+        match inner.exports.get(&wanted.socket) {
+            None if inner.exports.len() >= limits::VOLUMES_MAX => Err(ExportError::TooMany),
+            None => Ok(Known::New),
+            Some(existing) if existing.wanted != *wanted => Err(ExportError::SocketTaken {
+                socket: wanted.socket.clone(),
+                volume: existing.wanted.volume.clone(),
+            }),
+            Some(existing) => Ok(match existing.state {
+                State::Waiting { .. } => Known::Waiting,
+                State::Running { volume } => Known::Running(volume),
+            }),
+        }
+    }
+
+    /// A restart finds these again. That they are served matters more than that they are
+    /// remembered.
+    fn remember(&self) {
+        let inner = self.inner();
+        let asked = inner.exports.values().filter(|export| !export.configured);
+        let asked: Vec<_> = asked.map(|export| &export.wanted).collect();
+        if let Err(error) = self.memory.keep(&asked) {
+            let path = self.memory.path.display();
+            tracing::error!(%path, %error, "exports are not remembered for the next start");
+        }
     }
 
     /// Waits for a volume's head to serve, for up to `wait`.
@@ -179,6 +259,7 @@ impl Exports {
             self.plane.stop_export(socket, DRAIN)?;
         }
         self.inner().exports.remove(socket);
+        self.remember();
         tracing::info!(socket = %socket.display(), "export removed");
         match running {
             Some(volume) => self.close_if_unused(volume),
@@ -271,7 +352,7 @@ impl Exports {
     }
 
     fn start(&self, wanted: &ExportConfig) -> Result<VolumeId, ExportError> {
-        socket::check_free(&wanted.socket).map_err(ExportError::Socket)?;
+        socket::check_free(&wanted.socket)?;
         let found = volumes::find(self.store.as_ref(), &wanted.volume)?;
         let id = found.volume.id;
         if !self.inner().heads.contains_key(&id) {

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod notify;
 pub mod pool;
 pub mod registration;
+pub mod retry;
 pub mod size;
 pub mod socket;
 

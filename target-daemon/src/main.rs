@@ -1,6 +1,7 @@
 //! `holdfastd`: a storage server.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -58,17 +59,27 @@ fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the control plane's runtime")?;
-    runtime.block_on(async {
+    let ran = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
-        let daemon =
-            tokio::task::spawn_blocking(move || Daemon::start(config, shell::start)).await??;
-        let stop = async {
+        let mut stop = pin!(async move {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
+        });
+        let start = tokio::task::spawn_blocking(move || Daemon::start(config, shell::start));
+        let daemon = tokio::select! {
+            started = start => started??,
+            // Recovering a pool may take long. It changes nothing that a crash could not leave.
+            () = &mut stop => {
+                tracing::info!("told to stop while starting");
+                return Ok(());
+            }
         };
         Ok(daemon.serve(stop).await?)
-    })
+    });
+    // Does not wait for a start that was given up, nor for requests that nobody waits for.
+    runtime.shutdown_background();
+    ran
 }

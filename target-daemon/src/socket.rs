@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The longest path that a Unix socket may have, in bytes (`unix`(7), without the final zero).
 const PATH_BYTES_MAX: usize = 107;
@@ -25,9 +25,36 @@ pub fn check_path(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// Why a socket cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error("another process listens on '{}'; choose another path", .0.display())]
+    InUse(PathBuf),
+    /// Something else: what is wrong and what to do.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+impl From<SocketError> for io::Error {
+    fn from(error: SocketError) -> Self {
+        match error {
+            SocketError::InUse(_) => Self::new(io::ErrorKind::AddrInUse, error),
+            SocketError::Unfit(_) => Self::other(error),
+        }
+    }
+}
+
 /// Checks that a socket can be made at `path` now: its directory is there, and what has the path
-/// is nothing or a socket that nobody listens on. Says what is wrong and what to do.
-pub fn check_free(path: &Path) -> Result<(), String> {
+/// is nothing or a socket that nobody listens on.
+pub fn check_free(path: &Path) -> Result<(), SocketError> {
+    let looked = look(path).map_err(SocketError::Unfit)?;
+    if looked { Ok(()) } else { Err(SocketError::InUse(path.to_owned())) }
+}
+
+/// False if somebody listens at `path`; an error if no socket can be made there for another
+/// reason.
+fn look(path: &Path) -> Result<bool, String> {
     check_path(path)?;
     let shown = path.display();
     let parent = path.parent().unwrap_or(Path::new("/"));
@@ -39,22 +66,22 @@ pub fn check_free(path: &Path) -> Result<(), String> {
         }
     }
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(error) => Err(format!("'{shown}': {error}")),
         Ok(metadata) if !metadata.file_type().is_socket() => {
             Err(format!("'{shown}' is there and is no socket; remove it or choose another path"))
         }
         Ok(_) => match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
             Err(error) => Err(format!("'{shown}': {error}")),
-            Ok(_) => Err(format!("another process listens on '{shown}'; choose another path")),
+            Ok(_) => Ok(false),
         },
     }
 }
 
 /// Listens at `path`, for its owner only. A socket that nobody listens on is replaced.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    check_free(path).map_err(io::Error::other)?;
+    check_free(path)?;
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
@@ -80,7 +107,12 @@ mod tests {
         fs::write(&file, b"precious").unwrap();
         assert!(listen(&file).unwrap_err().to_string().contains("no socket"));
         assert_eq!(fs::read(&file).unwrap(), b"precious");
-        assert!(check_free(&directory.path().join("no/x")).unwrap_err().contains("make it first"));
+        assert!(
+            check_free(&directory.path().join("no/x"))
+                .unwrap_err()
+                .to_string()
+                .contains("make it first")
+        );
     }
 
     #[test]

@@ -232,6 +232,17 @@ fn a_day_in_the_life() {
     assert!(stopped < closed, "exports end before their head: {:?}", plane.log());
     assert!(!api.exists());
     assert!(!bench.store.servers().unwrap()[0].is_alive(cluster::unix_ms()));
+
+    // What was asked for is served again by the next start, until it is removed.
+    let running = bench.start("");
+    until("serving again", || (running.get("/v1/exports")[0]["state"] == "open").then_some(()));
+    assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
+    let target = format!("/v1/exports?socket={}", bench.path("v.sock").display());
+    assert_eq!(running.call("DELETE", &target, &Value::Null).0, 204);
+    running.stop();
+    let running = bench.start("");
+    assert!(running.get("/v1/exports").as_array().unwrap().is_empty());
+    running.stop();
 }
 
 #[test]

@@ -69,7 +69,7 @@ pub struct ExportReply {
     pub queues: u16,
     /// The guest sees a read-only disk.
     pub read_only: bool,
-    /// It is in the configuration, so it comes back with a restart.
+    /// It is in the configuration, so it comes back with every start, not only until a reboot.
     pub configured: bool,
     /// How it is.
     pub state: ExportState,

@@ -51,6 +51,7 @@ pub(crate) fn format(devices: &PoolDevices, pool: PoolId, cluster: ClusterId, se
 }
 
 /// Starts the plane of the configured pool.
+#[allow(clippy::unnecessary_wraps, reason = "the signature is `StartDataPlane`'s")]
 pub(crate) fn start(config: &DataPlaneConfig) -> Result<Arc<dyn DataPlane>, StartError> {
     let pool = config.pool.clone().expect("a daemon has a pool");
     let plane = Arc::new(FakePlane {
