@@ -1,5 +1,7 @@
 //! Tests of the head against model members in a small simulated world.
 
+mod client;
+mod faults;
 mod model;
 mod oracle;
 mod random;

@@ -393,6 +393,70 @@ fn a_conflicting_tail_is_truncated_where_it_parts() {
 }
 
 #[test]
+fn a_shorter_tail_of_a_newer_epoch_wins_over_a_longer_one_of_an_older() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![false, true, true];
+    for value in 1..=9 {
+        bench.write(value, value);
+    }
+    bench.next_head();
+    bench.held = vec![false; 3];
+    bench.up([1, 2]);
+    let write = bench.write(1, 50);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    assert!(bench.models[0].last().seq > bench.models[1].last().seq);
+    bench.next_head();
+    bench.up([0, 1]);
+    bench.pass(100);
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(50));
+}
+
+#[test]
+fn an_opening_whose_source_dies_goes_on_with_the_others() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![false, true, true];
+    for value in 1..=9 {
+        bench.write(value, value);
+    }
+    bench.next_head();
+    bench.held = vec![false; 3];
+    for index in [0, 1] {
+        bench.input(Input::MemberUp { server: server(index) });
+        bench.deliver(index);
+    }
+    assert_eq!(bench.head.status().phase, HeadPhase::Reconciling);
+    bench.down(0);
+    bench.up([2]);
+    bench.pass(2000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(0));
+}
+
+#[test]
+fn writes_that_hold_every_buffer_do_not_keep_a_member_from_catching_up() {
+    let mut bench = Bench::with(3, |config| {
+        config.tunables.backlog_records_max = 10;
+        config.buffers = BufferPool::heap(1, 0);
+    });
+    let mut own = BufferPool::heap(200, 0);
+    core::mem::swap(&mut own, &mut bench.buffers);
+    bench.up(0..3);
+    bench.down(2);
+    for value in 1..=100 {
+        bench.write(value, value);
+    }
+    bench.down(1);
+    let write = bench.write(1, 1000);
+    assert_eq!(bench.status(write), None);
+    bench.up([2]);
+    bench.pass(3000);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    assert_eq!(bench.models[2].log, bench.models[0].log);
+}
+
+#[test]
 fn past_the_stall_deadline_requests_fail_and_late_writes_keep_their_order() {
     let mut bench = Bench::with(3, |config| config.volume.policy.stall_deadline_ms = Some(500));
     bench.up(0..3);

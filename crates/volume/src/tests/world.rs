@@ -5,15 +5,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use base::{
-    BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, Durability, Epoch, Instant, Lba,
-    Member, Operation, Policy, PoolId, RecordKind, ReplicaCommand, ReplicaError, ReplyBody,
-    RequestId, Role, Seq, ServerId, ShardIndex, ShardRecord, VolumeId, VolumeRecord,
+    BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Instant, Member, Policy,
+    PoolId, ReplicaCommand, ReplicaError, ReplyBody, Role, Seq, ServerId, ShardIndex, ShardRecord,
+    VolumeId, VolumeRecord,
 };
-use base::{CommandBody, limits};
 use core::time::Duration;
 
-use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth, fill};
-use super::oracle::{Asked, Oracle};
+use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth, touches};
+use super::oracle::Oracle;
 use crate::{Head, HeadConfig, HeadPhase, Input, Output, Tunables};
 
 pub(super) const MS: u64 = 1_000_000;
@@ -68,26 +67,8 @@ pub(super) struct Settings {
     pub(super) stall_deadline_ms: Option<u64>,
 }
 
-impl Settings {
-    pub(super) fn calm(members: usize) -> Self {
-        Self {
-            members,
-            durability: Durability::Flush,
-            blocks: 64,
-            depth: 16,
-            tunables: Tunables::default(),
-            delay: MS / 10,
-            slow: None,
-            bad: None,
-            power_losses: false,
-            greedy_trims: false,
-            stall_deadline_ms: None,
-        }
-    }
-}
-
 #[derive(Debug)]
-enum Event {
+pub(super) enum Event {
     Command { head: usize, server: usize, session: u64, tag: u64, command: Box<ReplicaCommand> },
     Done { head: usize, server: usize, life: u64, session: u64, tag: u64, done: Done },
     Reply { head: usize, server: usize, session: u64, tag: u64, result: Box<Answer> },
@@ -96,13 +77,14 @@ enum Event {
     NewHead,
     Fault,
     Strand { head: usize, server: usize },
+    Succeed { server: usize },
     Submit,
 }
 
-type Answer = Result<ReplyBody, ReplicaError>;
+pub(super) type Answer = Result<ReplyBody, ReplicaError>;
 
 #[derive(Clone, Copy, Debug)]
-enum Done {
+pub(super) enum Done {
     Append { seq: Seq, media: bool },
     Flush { seq: Seq },
 }
@@ -130,24 +112,24 @@ impl Ord for Scheduled {
     }
 }
 
-struct Server {
-    model: Model,
-    up: bool,
+pub(super) struct Server {
+    pub(super) model: Model,
+    pub(super) up: bool,
     /// When the last write under way completes: writes complete in order.
     busy_until: u64,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Link {
-    session: u64,
-    connected: bool,
+pub(super) struct Link {
+    pub(super) session: u64,
+    pub(super) connected: bool,
     /// Commands arrive in order.
     busy_until: u64,
 }
 
 pub(super) struct Running {
     pub(super) head: Head,
-    links: Vec<Link>,
+    pub(super) links: Vec<Link>,
     pub(super) opened: bool,
     pub(super) ended: bool,
 }
@@ -161,19 +143,19 @@ pub(super) struct World {
     events: BinaryHeap<Reverse<Scheduled>>,
     pub(super) random: Random,
     pub(super) settings: Settings,
-    servers: Vec<Server>,
+    pub(super) servers: Vec<Server>,
     pub(super) truth: Truth,
     pub(super) oracle: Oracle,
     /// All heads there ever were; those that crashed are gone.
     pub(super) heads: Vec<Option<Running>>,
     epoch: Epoch,
-    buffers: BufferPool,
+    pub(super) buffers: BufferPool,
     free_at_start: (usize, usize),
-    next_id: u64,
-    returned: Vec<BlockRequest>,
+    pub(super) next_id: u64,
+    pub(super) returned: Vec<BlockRequest>,
     pub(super) faults: bool,
-    submitting: bool,
-    client_awake: bool,
+    pub(super) submitting: bool,
+    pub(super) client_awake: bool,
     pub(super) counts: Counts,
     pub(super) last_reply: Option<BlockReply>,
 }
@@ -218,19 +200,15 @@ impl World {
         *self.counts.entry(what).or_default() += 1;
     }
 
-    fn schedule(&mut self, after: u64, event: Event) {
+    pub(super) fn schedule(&mut self, after: u64, event: Event) {
         self.order += 1;
         let scheduled = Scheduled { at: self.now + after, order: self.order, event };
         self.events.push(Reverse(scheduled));
     }
 
-    fn delay(&mut self) -> u64 {
+    pub(super) fn delay(&mut self) -> u64 {
         let delay = self.settings.delay;
         1 + self.random.below(delay)
-    }
-
-    pub(super) fn model(&mut self, server: usize) -> &mut Model {
-        &mut self.servers[server].model
     }
 
     fn config(&self) -> HeadConfig {
@@ -451,6 +429,8 @@ impl World {
                     self.calm_down();
                 }
             }
+            Event::Succeed { server } if self.faults => self.succeed(server),
+            Event::Succeed { .. } => {}
             Event::Submit => self.submit(),
         }
     }
@@ -519,32 +499,6 @@ impl World {
         self.schedule(after, Event::Done { head, server, life, session, tag, done });
     }
 
-    fn injected(&mut self, server: usize, body: &CommandBody) -> Option<ReplicaError> {
-        if self.settings.bad != Some(server) || !self.faults || !self.random.one_in(150) {
-            return None;
-        }
-        match body {
-            CommandBody::Append { .. } => {
-                self.servers[server].model.broken = true;
-                let errors = [ReplicaError::Invalid, ReplicaError::Disconnected];
-                Some(errors[self.random.index(2)])
-            }
-            CommandBody::Read { .. } => {
-                let errors = [
-                    ReplicaError::Damaged,
-                    ReplicaError::Behind { last: self.servers[server].model.last() },
-                    ReplicaError::DeviceFailed,
-                ];
-                Some(errors[self.random.index(3)])
-            }
-            CommandBody::Flush => Some(ReplicaError::DeviceFailed),
-            CommandBody::Scan { .. } => Some(ReplicaError::Damaged),
-            CommandBody::Seal => Some(ReplicaError::NoReplica),
-            CommandBody::Truncate { .. } => Some(ReplicaError::Disconnected),
-            CommandBody::Trim | CommandBody::Release => Some(ReplicaError::NotSealed),
-        }
-    }
-
     fn answer(&mut self, head: usize, server: usize, session: u64, tag: u64, result: Answer) {
         let after = self.delay();
         let result = Box::new(result);
@@ -571,164 +525,6 @@ impl World {
             }
         };
         self.answer(head, server, session, tag, Ok(reply));
-    }
-
-    pub(super) fn disconnect(&mut self, head: usize, server: usize) {
-        let Some(running) = &mut self.heads[head] else { return };
-        let link = &mut running.links[server];
-        if !link.connected {
-            return;
-        }
-        link.connected = false;
-        link.session += 1;
-        self.servers[server].model.session_lost();
-        self.input(head, Input::MemberDown { server: server_id(server) });
-    }
-
-    /// Kills a server; `power` loses what is not on media.
-    pub(super) fn kill(&mut self, server: usize, power: bool) {
-        if !self.servers[server].up {
-            return;
-        }
-        self.count(if power { "power loss" } else { "server crash" });
-        let state = &mut self.servers[server];
-        state.up = false;
-        let floor = if power { state.model.durable } else { state.model.written };
-        let lost = state.model.last().seq.0 - floor.0;
-        let keep = Seq(floor.0 + self.random.below(lost + 1));
-        self.servers[server].model.crash(keep);
-        if power {
-            self.oracle.power_lost();
-        }
-        for head in 0..self.heads.len() {
-            self.disconnect(head, server);
-        }
-    }
-
-    pub(super) fn restart_after(&mut self, server: usize, after: u64) {
-        self.schedule(after, Event::Restart { server });
-    }
-
-    pub(super) fn reconnect_after(&mut self, server: usize, after: u64) {
-        let head = self.current();
-        self.schedule(after, Event::Connect { head, server });
-    }
-
-    fn fault(&mut self) {
-        let server = self.random.index(self.settings.members);
-        let downtime = self.random.below(200 * self.settings.delay);
-        match self.random.below(17) {
-            14 | 15 => self.strand(server),
-            16 if self.settings.greedy_trims => {
-                self.kill(server, false);
-                self.restart_after(server, 6 * downtime);
-            }
-            0..=2 => {
-                self.kill(server, false);
-                self.restart_after(server, downtime);
-            }
-            3 if self.settings.power_losses => {
-                self.kill(server, true);
-                self.restart_after(server, downtime);
-            }
-            4 if self.settings.power_losses && self.random.one_in(3) => {
-                for server in 0..self.settings.members {
-                    self.kill(server, true);
-                    let downtime = self.random.below(600 * self.settings.delay);
-                    self.restart_after(server, downtime);
-                }
-            }
-            5..=7 => {
-                let head = self.current();
-                self.disconnect(head, server);
-                self.count("disconnect");
-                self.schedule(downtime / 4, Event::Connect { head, server });
-            }
-            8 => self.crash_head(downtime / 4),
-            9 => {
-                self.count("takeover");
-                self.new_head();
-            }
-            10 => {
-                let head = self.current();
-                self.input(head, Input::Release);
-            }
-            11 | 12 => self.trim_one(server),
-            13 => self.damage_one(),
-            _ => {}
-        }
-    }
-
-    /// Leaves one member with records that no other has: the head reaches only that one for a
-    /// while, then both go away, and the others go on without.
-    fn strand(&mut self, server: usize) {
-        self.count("strand");
-        let current = self.current();
-        for other in (0..self.settings.members).filter(|other| *other != server) {
-            self.disconnect(current, other);
-        }
-        let moment = self.random.below(6 * self.settings.delay);
-        self.schedule(moment, Event::Strand { head: current, server });
-    }
-
-    fn stranded(&mut self, head: usize, server: usize) {
-        if self.random.one_in(2) {
-            if head == self.current() {
-                self.crash_head(1);
-            }
-        } else {
-            // The old head still reaches that member, and a new one does not.
-            self.new_head();
-        }
-        self.kill(server, false);
-        let downtime = self.random.below(200 * self.settings.delay);
-        self.restart_after(server, downtime);
-    }
-
-    pub(super) fn crash_head(&mut self, downtime: u64) {
-        let head = self.current();
-        if self.heads[head].as_ref().is_none_or(|running| running.ended) {
-            return;
-        }
-        self.count("head crash");
-        self.heads[head] = None;
-        self.oracle.head_gone(head);
-        self.schedule(downtime, Event::NewHead);
-    }
-
-    fn trim_one(&mut self, server: usize) {
-        let limit = |server: &Server| server.model.commit.min(server.model.durable);
-        let own = limit(&self.servers[server]);
-        let everywhere = self.servers.iter().map(limit).min().unwrap();
-        let end = if self.settings.greedy_trims { own } else { everywhere };
-        let model = &mut self.servers[server].model;
-        if end > model.trimmed {
-            model.trimmed = Seq(model.trimmed.0 + 1 + self.random.below(end.0 - model.trimmed.0));
-        }
-    }
-
-    /// Damages a record of the bad member that another holds, safely.
-    fn damage_one(&mut self) {
-        let Some(bad) = self.settings.bad else { return };
-        if self.settings.power_losses {
-            return;
-        }
-        let written = self.servers[bad].model.written;
-        if written == Seq::ZERO {
-            return;
-        }
-        let seq = Seq(1 + written.0 - 1 - self.random.below(written.0.min(12)));
-        let entry = *self.servers[bad].model.entry(seq).unwrap();
-        let holds = |(index, server): (usize, &Server)| {
-            index != bad
-                && server.model.written >= seq
-                && server.model.trimmed < seq
-                && server.model.entry(seq) == Some(&entry)
-        };
-        if self.servers.iter().enumerate().any(holds) {
-            self.count("damage");
-            self.servers[bad].model.damaged.insert(seq);
-        }
     }
 
     pub(super) fn start_load(&mut self) {
@@ -758,104 +554,6 @@ impl World {
         if self.heads[current].as_ref().is_none_or(|running| running.ended) {
             self.schedule(1, Event::NewHead);
         }
-    }
-
-    /// The client: fills up to its depth, then comes again.
-    fn submit(&mut self) {
-        self.client_awake = false;
-        let current = self.current();
-        while self.heads[current].as_ref().is_some_and(|running| running.head.room() > 0) {
-            let in_flight = self.oracle.pending.values().filter(|p| p.head == current).count();
-            if in_flight >= self.settings.depth {
-                break;
-            }
-            if let Some(mut request) = self.returned.pop() {
-                self.next_id += 1;
-                let id = self.next_id;
-                request.id = RequestId(id);
-                let asked = self.refresh(&mut request);
-                let lba = usize::try_from(request.lba.0).unwrap();
-                self.oracle.asked(id, asked, lba, request.blocks.0 as usize, current);
-                self.input(current, Input::Request(request));
-            } else if !self.submitting || !self.random_request() {
-                break;
-            }
-        }
-        if self.submitting || !self.returned.is_empty() {
-            self.wake_client();
-        }
-    }
-
-    fn wake_client(&mut self) {
-        if !self.client_awake {
-            self.client_awake = true;
-            let after = self.delay();
-            self.schedule(after, Event::Submit);
-        }
-    }
-
-    /// A returned request as a new one: a new value, so that the oracle can tell them apart.
-    fn refresh(&mut self, request: &mut BlockRequest) -> Asked {
-        let value = self.next_id;
-        let bytes = request.blocks.0 as usize * BLOCK_BYTES;
-        match &mut request.operation {
-            Operation::Read { .. } => Asked::Read,
-            Operation::Write { buffer, fua } => {
-                fill(&mut buffer.payload_mut()[..bytes], value);
-                Asked::Write { value, fua: *fua }
-            }
-            Operation::Flush => Asked::Flush,
-            Operation::Discard => Asked::Zero { kind: RecordKind::Discard, fua: false },
-            Operation::WriteZeroes { fua } => {
-                Asked::Zero { kind: RecordKind::WriteZeroes, fua: *fua }
-            }
-        }
-    }
-
-    fn random_request(&mut self) -> bool {
-        let lba = self.random.index(self.settings.blocks);
-        let blocks = 1 + self.random.index(4.min(self.settings.blocks - lba));
-        let fua = self.random.one_in(8);
-        let asked = match self.random.below(20) {
-            0..=8 => Asked::Read,
-            9 => Asked::Flush,
-            10 => Asked::Zero { kind: RecordKind::Discard, fua: false },
-            11 => Asked::Zero { kind: RecordKind::WriteZeroes, fua },
-            _ => Asked::Write { value: 0, fua },
-        };
-        self.request(asked, lba, blocks)
-    }
-
-    /// Submits a request to the current head. A write's value is the request's id. False if no
-    /// buffer is free.
-    pub(super) fn request(&mut self, asked: Asked, lba: usize, blocks: usize) -> bool {
-        let bytes = blocks * BLOCK_BYTES;
-        let id = self.next_id + 1;
-        let (operation, asked) = match asked {
-            Asked::Read => {
-                let Some(buffer) = self.buffers.take(bytes) else { return false };
-                (Operation::Read { buffer }, asked)
-            }
-            Asked::Write { fua, .. } => {
-                let Some(mut buffer) = self.buffers.take(bytes) else { return false };
-                fill(&mut buffer.payload_mut()[..bytes], id);
-                (Operation::Write { buffer, fua }, Asked::Write { value: id, fua })
-            }
-            Asked::Zero { kind: RecordKind::Discard, .. } => (Operation::Discard, asked),
-            Asked::Zero { fua, .. } => (Operation::WriteZeroes { fua }, asked),
-            Asked::Flush => (Operation::Flush, asked),
-        };
-        self.next_id = id;
-        let current = self.current();
-        self.oracle.asked(id, asked, lba, blocks, current);
-        let request = BlockRequest {
-            id: RequestId(id),
-            lba: Lba(lba as u64),
-            blocks: BlockCount(u32::try_from(blocks).unwrap()),
-            operation,
-        };
-        self.input(current, Input::Request(request));
-        true
     }
 
     pub(super) fn run_until(&mut self, end: u64) {
@@ -911,7 +609,7 @@ impl World {
         let mut blocks = vec![0; self.settings.blocks];
         for entry in &longest.model.log {
             for (lba, block) in blocks.iter_mut().enumerate() {
-                if super::model::touches(&entry.header, lba) {
+                if touches(&entry.header, lba) {
                     *block = entry.value;
                 }
             }
@@ -938,6 +636,3 @@ pub(super) fn quick() -> Tunables {
         ..Tunables::default()
     }
 }
-
-const _: () = assert!(limits::HEAD_REQUESTS_MAX > 64);
-const _: BlockSize = BLOCK_SIZE;

@@ -1,0 +1,206 @@
+//! What goes wrong in a world.
+
+use base::{CommandBody, ReplicaError, Seq};
+
+use super::world::{Event, Server, World, server_id};
+use crate::Input;
+
+impl World {
+    pub(super) fn injected(&mut self, server: usize, body: &CommandBody) -> Option<ReplicaError> {
+        if self.settings.bad != Some(server) || !self.faults || !self.random.one_in(150) {
+            return None;
+        }
+        match body {
+            CommandBody::Append { .. } => {
+                self.servers[server].model.broken = true;
+                let errors = [ReplicaError::Invalid, ReplicaError::Disconnected];
+                Some(errors[self.random.index(2)])
+            }
+            CommandBody::Read { .. } => {
+                let errors = [
+                    ReplicaError::Damaged,
+                    ReplicaError::Behind { last: self.servers[server].model.last() },
+                    ReplicaError::DeviceFailed,
+                ];
+                Some(errors[self.random.index(3)])
+            }
+            CommandBody::Flush => Some(ReplicaError::DeviceFailed),
+            CommandBody::Scan { .. } => Some(ReplicaError::Damaged),
+            CommandBody::Seal => Some(ReplicaError::NoReplica),
+            CommandBody::Truncate { .. } => Some(ReplicaError::Disconnected),
+            CommandBody::Trim | CommandBody::Release => Some(ReplicaError::NotSealed),
+        }
+    }
+
+    pub(super) fn disconnect(&mut self, head: usize, server: usize) {
+        let Some(running) = &mut self.heads[head] else { return };
+        let link = &mut running.links[server];
+        if !link.connected {
+            return;
+        }
+        link.connected = false;
+        link.session += 1;
+        self.servers[server].model.session_lost();
+        self.input(head, Input::MemberDown { server: server_id(server) });
+    }
+
+    /// Kills a server; `power` loses what is not on media.
+    pub(super) fn kill(&mut self, server: usize, power: bool) {
+        if !self.servers[server].up {
+            return;
+        }
+        self.count(if power { "power loss" } else { "server crash" });
+        let state = &mut self.servers[server];
+        state.up = false;
+        let floor = if power { state.model.durable } else { state.model.written };
+        let lost = state.model.last().seq.0 - floor.0;
+        let keep = Seq(floor.0 + self.random.below(lost + 1));
+        self.servers[server].model.crash(keep);
+        if power {
+            self.oracle.power_lost();
+        }
+        for head in 0..self.heads.len() {
+            self.disconnect(head, server);
+        }
+    }
+
+    pub(super) fn restart_after(&mut self, server: usize, after: u64) {
+        self.schedule(after, Event::Restart { server });
+    }
+
+    pub(super) fn fault(&mut self) {
+        let server = self.random.index(self.settings.members);
+        let downtime = self.random.below(200 * self.settings.delay);
+        match self.random.below(17) {
+            14 | 15 => self.strand(server),
+            16 if self.settings.greedy_trims => {
+                self.kill(server, false);
+                self.restart_after(server, 6 * downtime);
+            }
+            0..=2 => {
+                self.kill(server, false);
+                self.restart_after(server, downtime);
+            }
+            3 if self.settings.power_losses => {
+                self.kill(server, true);
+                self.restart_after(server, downtime);
+            }
+            4 if self.settings.power_losses && self.random.one_in(3) => {
+                for server in 0..self.settings.members {
+                    self.kill(server, true);
+                    let downtime = self.random.below(600 * self.settings.delay);
+                    self.restart_after(server, downtime);
+                }
+            }
+            5..=7 => {
+                let head = self.current();
+                self.disconnect(head, server);
+                self.count("disconnect");
+                self.schedule(downtime / 4, Event::Connect { head, server });
+            }
+            8 => self.crash_head(downtime / 4),
+            9 => {
+                self.count("takeover");
+                self.new_head();
+            }
+            10 => {
+                let head = self.current();
+                self.input(head, Input::Release);
+            }
+            11 | 12 => self.trim_one(server),
+            13 => self.damage_one(),
+            _ => {}
+        }
+    }
+
+    /// Leaves one member with records that no other has: the head reaches only that one for a
+    /// while, then both go away, and the others go on without.
+    fn strand(&mut self, server: usize) {
+        self.count("strand");
+        let current = self.current();
+        for other in (0..self.settings.members).filter(|other| *other != server) {
+            self.disconnect(current, other);
+        }
+        let moment = self.random.below(6 * self.settings.delay);
+        self.schedule(moment, Event::Strand { head: current, server });
+    }
+
+    pub(super) fn stranded(&mut self, head: usize, server: usize) {
+        if self.random.one_in(2) {
+            if head == self.current() {
+                self.crash_head(1);
+            }
+        } else {
+            // The old head still reaches that member, and a new one does not.
+            self.new_head();
+        }
+        self.kill(server, false);
+        let downtime = self.random.below(200 * self.settings.delay);
+        if self.random.one_in(2) {
+            self.schedule(downtime / 8, Event::Succeed { server });
+        } else {
+            self.restart_after(server, downtime);
+        }
+    }
+
+    /// The member that was left behind is back for the next opening, instead of one that went on
+    /// without it.
+    pub(super) fn succeed(&mut self, server: usize) {
+        self.count("succession");
+        let absent =
+            (server + 1 + self.random.index(self.settings.members)) % self.settings.members;
+        if absent != server {
+            self.kill(absent, false);
+            let downtime = self.random.below(200 * self.settings.delay);
+            self.restart_after(absent, downtime);
+        }
+        self.restart_after(server, 0);
+        self.crash_head(1);
+    }
+
+    pub(super) fn crash_head(&mut self, downtime: u64) {
+        let head = self.current();
+        if self.heads[head].as_ref().is_none_or(|running| running.ended) {
+            return;
+        }
+        self.count("head crash");
+        self.heads[head] = None;
+        self.oracle.head_gone(head);
+        self.schedule(downtime, Event::NewHead);
+    }
+
+    fn trim_one(&mut self, server: usize) {
+        let limit = |server: &Server| server.model.commit.min(server.model.durable);
+        let own = limit(&self.servers[server]);
+        let everywhere = self.servers.iter().map(limit).min().unwrap();
+        let end = if self.settings.greedy_trims { own } else { everywhere };
+        let model = &mut self.servers[server].model;
+        if end > model.trimmed {
+            model.trimmed = Seq(model.trimmed.0 + 1 + self.random.below(end.0 - model.trimmed.0));
+        }
+    }
+
+    /// Damages a record of the bad member that another holds, safely.
+    fn damage_one(&mut self) {
+        let Some(bad) = self.settings.bad else { return };
+        if self.settings.power_losses {
+            return;
+        }
+        let written = self.servers[bad].model.written;
+        if written == Seq::ZERO {
+            return;
+        }
+        let seq = Seq(1 + written.0 - 1 - self.random.below(written.0.min(12)));
+        let entry = *self.servers[bad].model.entry(seq).unwrap();
+        let holds = |(index, server): (usize, &Server)| {
+            index != bad
+                && server.model.written >= seq
+                && server.model.trimmed < seq
+                && server.model.entry(seq) == Some(&entry)
+        };
+        if self.servers.iter().enumerate().any(holds) {
+            self.count("damage");
+            self.servers[bad].model.damaged.insert(seq);
+        }
+    }
+}
