@@ -83,6 +83,9 @@ impl Default for Tunables {
 
 /// Of [`MEMBER_COMMANDS_MAX`], what is left for everything that is not an append.
 pub(crate) const MEMBER_COMMANDS_RESERVED: usize = 64;
+/// Requests in flight that room is made for from the start. More grow the queues once: a head's
+/// queues wrap around, so all that is reserved is soon resident, for each of many volumes.
+pub(crate) const DEPTH_EXPECTED: usize = 128;
 /// The deepest catch-up pipeline that may be configured.
 pub(crate) const CATCH_UP_DEPTH_MAX: usize = 256;
 

@@ -10,7 +10,7 @@ use base::{
     ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId,
 };
 
-use crate::config::{HeadConfig, HeadError, Tunables};
+use crate::config::{DEPTH_EXPECTED, HeadConfig, HeadError, Tunables};
 use crate::ending::Unanswered;
 use crate::flush::FlushWaiter;
 use crate::log::Log;
@@ -193,11 +193,11 @@ impl Head {
             members,
             write_quorum: write_quorum(in_sync),
             seal_quorum: seal_quorum(in_sync),
-            log: Log::new(HEAD_REQUESTS_MAX + tunables.backlog_records_max + 2),
+            log: Log::new(DEPTH_EXPECTED),
             newest: Newest::new(volume.block_size),
             reads: Reads::new(),
-            flushes: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
-            queue: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
+            flushes: VecDeque::with_capacity(DEPTH_EXPECTED),
+            queue: VecDeque::with_capacity(DEPTH_EXPECTED),
             buffer_retry: None,
             writes: 0,
             settle_at: None,
@@ -207,7 +207,7 @@ impl Head {
             stall: None,
             stall_announced: None,
             returned: VecDeque::new(),
-            outputs: VecDeque::with_capacity(HEAD_REQUESTS_MAX),
+            outputs: VecDeque::with_capacity(DEPTH_EXPECTED),
             counter: 0,
         })
     }

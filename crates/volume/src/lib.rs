@@ -27,6 +27,13 @@
 //! is *unknown*: it may still land, but never after a newer write to the same blocks was
 //! acknowledged, since records take effect and are acknowledged in seq order.
 //!
+//! What members are told as commit ([`base::ReplicaCommand::commit`]) is less than what is acknowledged:
+//! only what is on media at a write quorum. An acknowledged record that no flush covered may be
+//! lost with the power of enough members; one that a member had taken home by then could not be taken
+//! back. So the head has records put on media a little after they are acknowledged
+//! ([`Tunables::settle_delay`], [`Tunables::settle_bytes`]), and keeps them in memory until then,
+//! to send them again if a member lost them. A member's log must hold at least that much.
+//!
 //! Deliberately absent: membership changes and the joint rule, read grants, hedged reads, chunk
 //! copy for members whose log is too far behind. They hook in at `members`, `reads` and
 //! `catchup`.

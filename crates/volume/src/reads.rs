@@ -11,6 +11,7 @@ use base::{
     Seq,
 };
 
+use crate::config::DEPTH_EXPECTED;
 use crate::gate::Grounds;
 use crate::head::{Head, Phase};
 use crate::sessions::Answer;
@@ -66,11 +67,10 @@ pub(crate) struct LostRead {
 
 impl Reads {
     pub(crate) fn new() -> Self {
-        let count = u16::try_from(HEAD_REQUESTS_MAX).expect("the limit fits");
         Self {
-            slots: std::iter::repeat_with(|| None).take(HEAD_REQUESTS_MAX).collect(),
-            free: (0..count).rev().collect(),
-            held: BinaryHeap::with_capacity(HEAD_REQUESTS_MAX),
+            slots: Vec::with_capacity(DEPTH_EXPECTED),
+            free: Vec::with_capacity(DEPTH_EXPECTED),
+            held: BinaryHeap::with_capacity(DEPTH_EXPECTED),
             unanswered: 0,
             waiting: 0,
             retry: false,
@@ -79,7 +79,20 @@ impl Reads {
     }
 
     pub(crate) fn room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() || self.slots.len() < HEAD_REQUESTS_MAX
+    }
+
+    /// Puts a read into a free slot; the caller saw room.
+    fn insert(&mut self, read: Read) -> u16 {
+        assert!(self.room(), "reads are bounded");
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            u16::try_from(self.slots.len() - 1).expect("the limit fits")
+        });
+        self.unanswered += 1;
+        self.waiting += 1;
+        self.slots[usize::from(slot)] = Some(read);
+        slot
     }
 
     pub(crate) fn unanswered(&self) -> usize {
@@ -154,12 +167,9 @@ impl Head {
         blocks: BlockCount,
         buffer: BufferMut,
     ) {
-        let slot = self.reads.free.pop().expect("the caller saw room");
         let state = ReadState::Waiting { buffer: Some(buffer) };
         let read = Read { request: Some(id), lba, blocks, arrived, state, damaged: 0, failed: 0 };
-        self.reads.slots[usize::from(slot)] = Some(read);
-        self.reads.unanswered += 1;
-        self.reads.waiting += 1;
+        let slot = self.reads.insert(read);
         self.dispatch(slot);
     }
 

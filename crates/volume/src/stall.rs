@@ -104,6 +104,7 @@ impl Head {
             epoch: self.epoch,
             last,
             commit: self.log.commit(),
+            settled: self.log.durable,
             in_flight: self.in_flight(),
             queued: self.queue.len(),
             members: self.members.iter().map(member).collect(),

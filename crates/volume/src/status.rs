@@ -146,8 +146,10 @@ pub struct HeadStatus {
     pub epoch: Epoch,
     /// The newest record of its log (once it has one).
     pub last: Position,
-    /// Every record at or below this seq is acknowledged or settled.
+    /// Every record at or below this seq is at a write quorum: acknowledged.
     pub commit: Seq,
+    /// Every record at or below this seq is on media at a write quorum; members are told of no more.
+    pub settled: Seq,
     /// Requests begun and not answered.
     pub in_flight: usize,
     /// Requests that wait to be begun.

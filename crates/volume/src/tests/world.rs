@@ -240,7 +240,7 @@ impl World {
                 members: (0..settings.members).map(member).collect(),
             },
             epoch: self.epoch,
-            local: (self.epoch.0 % 4 != 0)
+            local: (!self.epoch.0.is_multiple_of(4))
                 .then(|| server_id(usize::try_from(self.epoch.0).unwrap() % settings.members)),
             buffers: self.buffers.clone(),
             tunables: settings.tunables,
@@ -315,12 +315,12 @@ impl World {
                 self.wake_client();
             }
             Output::Opened { position } => {
-                assert_eq!(position.epoch.0 as usize, index + 1);
+                assert_eq!(position.epoch.0, index as u64 + 1);
                 self.oracle.opened();
                 self.heads[index].as_mut().unwrap().opened = true;
             }
             Output::Superseded { sealed } => {
-                assert!(sealed.0 as usize > index + 1);
+                assert!(sealed.0 > index as u64 + 1);
                 self.count("superseded");
                 self.ended(index);
             }
