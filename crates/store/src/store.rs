@@ -209,8 +209,10 @@ impl Store {
     fn pump(&mut self) {
         match self.phase {
             Phase::Opening => {
-                self.pump_opening();
+                // In this order: a replay that ends lets the opening go on, and no output may follow
+                // that would bring anybody here again.
                 self.pump_replay();
+                self.pump_opening();
             }
             Phase::Open => {
                 if self.failed.is_none() {
