@@ -51,6 +51,8 @@ pub(crate) const BATCH_MAGIC: [u8; 4] = *b"HFBT";
 const CRC_OFFSET: usize = 4;
 /// Bytes of a batch header before its record headers.
 pub(crate) const BATCH_FIXED_BYTES: usize = 112;
+/// Where a batch header states its length in bytes.
+pub(crate) const BATCH_LENGTH_OFFSET: usize = 104;
 /// Records of one batch, at most.
 pub(crate) const BATCH_RECORDS_MAX: usize = 32;
 /// Payload bytes of one batch, at most.
@@ -137,6 +139,28 @@ impl SegmentHeader {
             previous_epoch: Epoch(u64_at(page, 80)),
         })
     }
+}
+
+/// What the header of `segment` says or, if that is lost, what its first batch says of it.
+/// `pages` are the segment's first pages, as many as the header and a batch's header may have.
+pub(crate) fn segment_header(pages: &[u8], segment: u32) -> Option<SegmentHeader> {
+    let header = SegmentHeader::decode(&pages[..PAGE_BYTES]).or_else(|| {
+        let first = pages.get(PAGE_BYTES..)?;
+        if first.len() < PAGE_BYTES {
+            return None;
+        }
+        let owner = Owner::decode(first);
+        let (batch, _) = BatchHeader::decode(first, &owner, 1)?;
+        let record = RecordHeader::decode(first.get(BATCH_FIXED_BYTES..)?).ok()?;
+        Some(SegmentHeader {
+            owner,
+            previous_crc: batch.previous_crc,
+            first_seq: batch.first_seq,
+            first_batch: batch.number,
+            previous_epoch: record.previous_epoch,
+        })
+    })?;
+    (header.owner.segment == segment).then_some(header)
 }
 
 /// The fixed part of a batch header.

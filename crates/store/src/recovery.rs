@@ -8,7 +8,7 @@ use base::{BufferMut, Position, Seq};
 
 use crate::api::{DiskError, OpenError, Output};
 use crate::append::ZEROES_MAX;
-use crate::batch::SegmentHeader;
+use crate::batch::{BATCH_HEADER_PAGES_MAX, SegmentHeader, segment_header};
 use crate::bytes::Reader;
 use crate::home::ChunkSpace;
 use crate::index::Index;
@@ -20,7 +20,11 @@ use crate::segments::{SegmentState, Segments};
 use crate::store::{Phase, Store, Task};
 
 /// Segment headers read at a time.
-const HEADER_READS_MAX: u32 = 16;
+const HEADER_READS_MAX: u32 = 8;
+/// Bytes of a segment's header and of the first batch's, which can stand in for it.
+const HEADER_BYTES: usize = (1 + BATCH_HEADER_PAGES_MAX) * PAGE_BYTES;
+/// Marks the read of a segment's header page alone.
+const ALONE: u32 = 1 << 31;
 /// Chunk versions that a reopening skips: those that an unfinished flush may have used.
 const VERSIONS_SKIPPED: u32 = 1 << 16;
 /// Pages of metadata read at a time.
@@ -55,6 +59,8 @@ pub(crate) struct Opening {
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
     segment_headers: Vec<Option<SegmentHeader>>,
+    /// Segments whose header page is to be read again, alone.
+    alone: Vec<u32>,
     /// Next replica to replay.
     replica: usize,
     stamps: Vec<u64>,
@@ -151,12 +157,17 @@ impl Store {
                     self.take_piece(first.as_ref().ok(), result.as_ref().ok());
                 }
             },
-            Stage::Segments => {
-                let header = result
-                    .ok()
-                    .and_then(|buffer| SegmentHeader::decode(&buffer.payload()[..PAGE_BYTES]));
-                self.opening.segment_headers[piece as usize] = header;
-            }
+            Stage::Segments => match result {
+                Ok(buffer) => {
+                    let length = if piece & ALONE == 0 { HEADER_BYTES } else { PAGE_BYTES };
+                    let segment = piece & !ALONE;
+                    let header = segment_header(&buffer.payload()[..length], segment);
+                    self.opening.segment_headers[segment as usize] = header;
+                }
+                // The header page may be readable without those that follow it.
+                Err(_) if piece & ALONE == 0 => self.opening.alone.push(piece),
+                Err(_) => {}
+            },
             Stage::Replay | Stage::Sync | Stage::Checkpoint | Stage::Done => {}
         }
     }
@@ -404,18 +415,31 @@ impl Store {
 
     fn read_segment_headers(&mut self) {
         let all = u32::try_from(self.segments.all.len()).expect("segments are counted in 32 bits");
-        while self.opening.next < all && self.opening.in_flight < HEADER_READS_MAX {
-            let segment = self.opening.next;
-            let Some(buffer) = self.config.buffers.take(PAGE_BYTES) else {
+        while self.opening.in_flight < HEADER_READS_MAX {
+            let alone = self.opening.alone.last().copied();
+            if alone.is_none() && self.opening.next == all {
+                break;
+            }
+            let segment = alone.unwrap_or(self.opening.next);
+            let (length, piece) = match alone {
+                Some(segment) => (PAGE_BYTES, segment | ALONE),
+                None => (HEADER_BYTES, segment),
+            };
+            let Some(buffer) = self.config.buffers.take(length) else {
                 return self.starved();
             };
-            self.opening.next += 1;
+            if alone.is_some() {
+                self.opening.alone.pop();
+            } else {
+                self.opening.next += 1;
+            }
             self.opening.in_flight += 1;
             let device = self.segments.all[segment as usize].device;
             let offset = self.segment_offset(segment);
-            self.read(device, offset, buffer, PAGE_BYTES, Task::Opening { piece: segment });
+            self.read(device, offset, buffer, length, Task::Opening { piece });
         }
-        if self.opening.next == all && self.opening.in_flight == 0 {
+        if self.opening.next == all && self.opening.in_flight == 0 && self.opening.alone.is_empty()
+        {
             self.assign_segments();
             self.opening.stage = Stage::Replay;
         }

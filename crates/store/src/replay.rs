@@ -15,8 +15,10 @@ use base::{BufferMut, Position, RecordHeader, RecordKind, Seq};
 
 use crate::api::{DiskError, Notice, Output};
 use crate::batch::{
-    BATCH_FIXED_BYTES, BATCH_HEADER_PAGES_MAX, BatchHeader, Owner, SegmentHeader, payload_pages,
+    BATCH_FIXED_BYTES, BATCH_HEADER_PAGES_MAX, BATCH_LENGTH_OFFSET, BATCH_MAGIC, BatchHeader,
+    Owner, SegmentHeader, payload_pages,
 };
+use crate::bytes::u32_at;
 use crate::layout::PAGE;
 use crate::metadata::Restart;
 use crate::segments::SegmentState;
@@ -61,6 +63,15 @@ struct Current {
     page: u32,
 }
 
+/// Pages of a segment in memory.
+struct Window {
+    link: usize,
+    page: u32,
+    count: u32,
+    buffer: BufferMut,
+    unreadable: bool,
+}
+
 /// A replay under way.
 pub(crate) struct Replay {
     pub(crate) slot: u16,
@@ -80,7 +91,13 @@ pub(crate) struct Replay {
     bad: Vec<Seq>,
     current: Option<Current>,
     header_bytes: Vec<u8>,
-    window: Option<(usize, u32, u32, BufferMut)>,
+    window: Option<Window>,
+    /// A longer read failed: one page at a time up to this page of this link.
+    fine: Option<(usize, u32)>,
+    /// Pages that the next read must have.
+    want: u32,
+    /// The chain broke at a page that cannot be read: no crash does that.
+    unreadable: bool,
     reading: bool,
     /// Link, first page and pages of the window that is being read.
     end_window: (usize, u32, u32),
@@ -126,6 +143,9 @@ impl Replay {
             current: None,
             header_bytes: Vec::new(),
             window: None,
+            fine: None,
+            want: 1,
+            unreadable: false,
             reading: false,
             end_window: (0, 0, 0),
             end: (0, 1),
@@ -141,6 +161,7 @@ impl Replay {
         self.crc = None;
         self.mode = Mode::Chain;
         self.broken = None;
+        self.unreadable = false;
         self.bad.clear();
         self.current = None;
         self.end = (0, 1);
@@ -155,12 +176,12 @@ impl Replay {
     }
 
     fn window_page(&self, page: u32) -> Option<&[u8]> {
-        let (link, start, count, buffer) = self.window.as_ref()?;
-        if *link != self.link || page < *start || page >= start + count {
+        let window = self.window.as_ref()?;
+        if window.link != self.link || page < window.page || page >= window.page + window.count {
             return None;
         }
-        let at = (page - start) as usize * PAGE_BYTES;
-        Some(&buffer.payload()[at..*count as usize * PAGE_BYTES])
+        let at = (page - window.page) as usize * PAGE_BYTES;
+        Some(&window.buffer.payload()[at..window.count as usize * PAGE_BYTES])
     }
 
     /// Records of the current segment after this one do not count.
@@ -210,6 +231,9 @@ impl Replay {
     fn break_here(&mut self) {
         if self.mode == Mode::Chain {
             self.mode = Mode::Survey;
+            self.unreadable = self.window.as_ref().is_some_and(|window| {
+                window.unreadable && window.link == self.link && window.page == self.page
+            });
             self.broken = Some(Break { before: self.last, link: self.link, page: self.page });
         }
         self.page += 1;
@@ -274,7 +298,10 @@ impl Store {
     fn read_window(&mut self, replay: &mut Replay) {
         replay.window = None;
         let page = replay.current.as_ref().map_or(replay.page, |current| current.page);
-        let count = WINDOW_PAGES.min(self.segments.pages_per_segment() - page);
+        let fine = replay.fine.is_some_and(|(link, end)| link == replay.link && page < end);
+        let most = if fine { replay.want } else { WINDOW_PAGES };
+        let count = most.min(self.segments.pages_per_segment() - page);
+        replay.want = 1;
         let Some(buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) else {
             return self.starved();
         };
@@ -291,15 +318,14 @@ impl Store {
         let Some(replay) = &mut self.replay else { return };
         replay.reading = false;
         let (link, page, count) = replay.end_window;
-        match result {
-            Ok(buffer) => replay.window = Some((link, page, count, buffer)),
-            // but its replica is to be rebuilt anyway.
-            Err(_) => {
-                if let Some(mut buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) {
-                    buffer.payload_mut().fill(0);
-                    replay.window = Some((link, page, count, buffer));
-                }
-            }
+        let fine = replay.fine.is_some_and(|(fine, end)| fine == link && page < end);
+        if let Ok(buffer) = result {
+            replay.window = Some(Window { link, page, count, buffer, unreadable: false });
+        } else if count > 1 && !fine {
+            replay.fine = Some((link, page + count));
+        } else if let Some(mut buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) {
+            buffer.payload_mut().fill(0);
+            replay.window = Some(Window { link, page, count, buffer, unreadable: true });
         }
     }
 
@@ -320,10 +346,9 @@ impl Store {
             return Step::Again;
         }
         let Some(bytes) = replay.window_page(replay.page) else { return Step::Read };
-        let whole = bytes.len() >= BATCH_HEADER_PAGES_MAX * PAGE_BYTES
-            || replay.page as usize + bytes.len() / PAGE_BYTES >= pages as usize;
-        let looks = bytes[0..4] == crate::batch::BATCH_MAGIC;
-        if looks && !whole {
+        let wanted = header_pages_wanted(bytes).min(pages - replay.page);
+        if bytes.len() < wanted as usize * PAGE_BYTES {
+            replay.want = wanted;
             return Step::Read;
         }
         let link = replay.links[replay.link];
@@ -418,6 +443,8 @@ impl Store {
             let current = replay.current.as_ref().expect("as above");
             if let Some(seq) = bad_page(current, &replay.header_bytes, replay.page, page, bytes)
                 && seq <= replay.limit_here()
+                // What cannot be read was not torn by a crash: that block is damaged, no more.
+                && replay.window.as_ref().is_some_and(|window| !window.unreadable)
                 && replay.bad.last() != Some(&seq)
             {
                 replay.bad.push(seq);
@@ -477,7 +504,7 @@ impl Store {
         if let Some(broken) = replay.broken
             && !salvaged
         {
-            if broken.before.seq < replay.durable {
+            if broken.before.seq < replay.durable || replay.unreadable {
                 self.forget_index(replay.slot);
                 self.recharge(replay);
                 replay.rewind();
@@ -554,6 +581,15 @@ impl Replay {
         // Look at the same page again, as a survey does.
         self.page -= 1;
     }
+}
+
+/// Pages that the header of a batch takes, if `bytes` begin with one; else one.
+fn header_pages_wanted(bytes: &[u8]) -> u32 {
+    if bytes[0..4] != BATCH_MAGIC {
+        return 1;
+    }
+    let pages = u32_at(bytes, BATCH_LENGTH_OFFSET).div_ceil(4096);
+    pages.clamp(1, u32::try_from(BATCH_HEADER_PAGES_MAX).expect("a few pages"))
 }
 
 /// The seq of the record whose payload in `page` does not match, if one does not.

@@ -465,6 +465,38 @@ fn damage_in_the_log_is_never_served_and_never_cut_off_silently() {
 }
 
 #[test]
+fn a_lost_segment_header_loses_nothing() {
+    for unreadable in [false, true] {
+        let mut shape = shape();
+        shape.flush.idle = Duration::from_hours(1);
+        let mut one = One::new(shape, 256, 11);
+        for number in 0..20 {
+            one.write(number * 8, 8);
+        }
+        one.flush();
+        let disk = &mut one.world.disks[0];
+        let headers: Vec<usize> = (0..disk.media.len() / SIZE)
+            .filter(|page| disk.media[page * SIZE..].starts_with(b"HFSG"))
+            .collect();
+        assert!(!headers.is_empty());
+        let lost = if unreadable { headers.len() } else { 0 };
+        for page in headers {
+            // Either the header rots, or what follows it cannot be read.
+            if unreadable {
+                disk.latent.insert((page + 3) * SIZE / SECTOR);
+            } else {
+                disk.media[page * SIZE + 30] ^= 1;
+            }
+        }
+        one.world.reopen(true).expect("it opens");
+        let info = one.world.store.replica(key()).expect("it is there");
+        assert_eq!(info.state.last.seq.0, one.last);
+        assert!(!info.damaged);
+        assert_eq!(one.check(), lost);
+    }
+}
+
+#[test]
 fn a_block_that_rots_in_the_log_goes_home_as_damaged() {
     let mut one = One::new(shape(), 64, 5);
     one.write(0, 8);

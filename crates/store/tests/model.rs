@@ -155,14 +155,14 @@ impl Test {
         let random = &mut self.world.random;
         let model = &mut self.models[at];
         let last = model.last();
-        let kind = if last.epoch.0 != model.epoch {
-            RecordKind::EpochStart
-        } else {
+        let kind = if last.epoch.0 == model.epoch {
             match random.below(20) {
                 0 => RecordKind::Discard,
                 1 => RecordKind::WriteZeroes,
                 _ => RecordKind::Write,
             }
+        } else {
+            RecordKind::EpochStart
         };
         let most = match kind {
             RecordKind::Write => {
@@ -456,7 +456,10 @@ impl Test {
                 model.sealing = epoch;
                 let key = model.key;
                 self.ask(Asked::Seal(at, epoch), Command::Seal { key, epoch: Epoch(epoch) });
-                self.rest();
+                while self.asked.values().any(|asked| matches!(asked, Asked::Seal(..))) {
+                    assert!(self.world.step() || self.world.tick(), "a seal is answered");
+                    self.answers();
+                }
             }
             78..=80 => {
                 self.rest();
