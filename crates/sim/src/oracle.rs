@@ -29,9 +29,12 @@ struct Register {
 }
 
 impl Register {
-    fn settle(&mut self, at: Stamp, number: u64, value: u64) {
-        self.undecided.retain(|other, _| *other > number);
-        self.settled.push((at, value));
+    /// Write `number` is settled, and before it whatever was submitted earlier: a read that is
+    /// under way may have seen any of that.
+    fn settle(&mut self, at: Stamp, number: u64) {
+        let later = self.undecided.split_off(&(number + 1));
+        let settled = std::mem::replace(&mut self.undecided, later);
+        self.settled.extend(settled.values().map(|write| (at, write.value)));
     }
 
     /// The first settled value that a read submitted at `since` may return.
@@ -71,8 +74,8 @@ impl Oracle {
     pub fn acknowledged(&mut self, block: usize, number: u64) {
         let at = self.stamp();
         let register = &mut self.blocks[block];
-        if let Some(write) = register.undecided.get(&number).copied() {
-            register.settle(at, number, write.value);
+        if register.undecided.contains_key(&number) {
+            register.settle(at, number);
         }
     }
 
@@ -99,7 +102,7 @@ impl Oracle {
         }
         let write = register.undecided.iter().find(|(_, write)| write.value == value);
         if let Some(number) = write.map(|(number, _)| *number) {
-            register.settle(at, number, value);
+            register.settle(at, number);
             register.undecided.retain(|_, write| write.orphaned.is_none_or(|gone| gone >= since));
             return Ok(());
         }

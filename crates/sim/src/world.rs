@@ -81,6 +81,8 @@ struct Guest {
     /// Of a write or discard.
     number: u64,
     submitted: Stamp,
+    /// Whose head has it.
+    process: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,7 +157,7 @@ impl World {
     /// # Panics
     /// With the seed and what was violated.
     pub fn run(mut self) -> Report {
-        let limit = Instant::ZERO + Duration::from_hours(1);
+        let limit = Instant::ZERO + Duration::from_mins(10);
         self.run_until(limit, "to provision", |world| world.provisioned == world.config.servers);
         self.after(0, Event::OpenHead);
         self.after(0, Event::Submit);
@@ -217,7 +219,18 @@ impl World {
                 format!("\n  process {}: {status} {:?}", process.index, status.members)
             })
         });
-        format!("{} requests unanswered{}", self.requests.len(), heads.collect::<String>())
+        let processes = self.processes.iter().map(|process| {
+            let running = process.node.is_some();
+            format!("\n  process {}: running {running}, open {}", process.index, process.open)
+        });
+        format!(
+            "{} requests unanswered, head at process {}, serving {}{}{}",
+            self.requests.len(),
+            self.head_at,
+            self.serving,
+            processes.collect::<String>(),
+            heads.collect::<String>()
+        )
     }
 
     fn event(&mut self, event: Event) {
@@ -280,9 +293,9 @@ impl World {
             return;
         }
         if self.processes[process].head.is_some() {
-            self.serving = false;
+            self.serving &= process != self.head_at;
             // Nobody will answer: the guest's requests are undecided for ever.
-            self.requests.clear();
+            self.requests.retain(|_, guest| guest.process != process);
             self.oracle.orphaned();
         }
         self.settle_writes(process);
@@ -616,7 +629,7 @@ impl World {
         self.next_request += 1;
         let submitted = self.oracle.stamp();
         self.trace(&format!("submit {kind:?} #{number} {lba}+{blocks} {submitted:?}"), lba, blocks);
-        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted });
+        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted, process });
         let count = BlockCount(u32::try_from(blocks).expect("few"));
         let request = BlockRequest { id, lba: Lba(lba), blocks: count, operation };
         let life = self.processes[process].life;
