@@ -101,6 +101,8 @@ pub(crate) struct Reads {
     waiting: VecDeque<u32>,
     /// Waiting for chunk metadata.
     filling: Vec<u32>,
+    /// Memory was short for reading some of that.
+    refill: bool,
     pub(crate) scans: crate::scan::Scans,
 }
 
@@ -192,6 +194,9 @@ impl Store {
                 self.reads.all[id as usize].waits = false;
                 self.start_fragments(id);
             }
+        }
+        if core::mem::take(&mut self.reads.refill) {
+            self.refill_waiters();
         }
         self.pump_scans();
     }
@@ -303,6 +308,7 @@ impl Store {
         let length = ChunkMeta::encoded_bytes(blocks);
         let Some(buffer) = self.take_buffer(length) else {
             self.cache.end_fill(place.location);
+            self.reads.refill = true;
             self.starved();
             return;
         };

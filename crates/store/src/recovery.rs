@@ -495,6 +495,12 @@ impl Store {
             let state = if clean { SegmentState::Clean } else { SegmentState::Full };
             self.segments.set_state(segment, state);
         }
+        self.opening.segment_headers = headers;
+        self.close_assignment();
+    }
+
+    /// What the whole of the segments says of each replica, and which segments are nobody's.
+    fn close_assignment(&mut self) {
         for replica in self.replicas.iter_mut().flatten() {
             let restarted = replica.restarts.iter().map(|restart| restart.ordinal + 1).max();
             replica.next_ordinal = replica
@@ -516,7 +522,6 @@ impl Store {
                 self.segments.free.push_back(u32::try_from(index).expect("32 bits"));
             }
         }
-        self.opening.segment_headers = headers;
     }
 
     /// Replays the next replica's log.

@@ -258,7 +258,9 @@ impl Store {
     /// Begins to replay. One replay is under way at a time.
     pub(crate) fn begin_replay(&mut self, mut replay: Replay) {
         assert!(self.replay.is_none(), "one replay at a time");
-        self.forget_index(replay.slot);
+        if self.phase == Phase::Open {
+            self.forget_index(replay.slot);
+        }
         replay.check_first_link();
         self.replay = Some(replay);
     }

@@ -216,8 +216,9 @@ impl Store {
             }
             Phase::Open => {
                 if self.failed.is_none() {
-                    self.pump_replay();
+                    // In this order: a truncation begins a replay.
                     self.pump_exclusive();
+                    self.pump_replay();
                     self.pump_appends();
                     self.pump_trim();
                     self.pump_flush();

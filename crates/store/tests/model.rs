@@ -408,6 +408,30 @@ impl Test {
         }
     }
 
+    fn seal(&mut self, at: usize) {
+        let model = &mut self.models[at];
+        model.epoch = model.epoch.max(model.sealing) + 1;
+        let epoch = model.epoch;
+        model.sealing = epoch;
+        let key = model.key;
+        self.ask(Asked::Seal(at, epoch), Command::Seal { key, epoch: Epoch(epoch) });
+        while self.asked.values().any(|asked| matches!(asked, Asked::Seal(..))) {
+            assert!(self.world.step() || self.world.tick(), "a seal is answered");
+            self.answers();
+        }
+    }
+
+    fn truncate(&mut self, at: usize) {
+        self.rest();
+        let model = &self.models[at];
+        let keep =
+            model.commit + self.world.random.below(model.log.len() as u64 + 1 - model.commit);
+        let key = model.key;
+        self.ask(Asked::Truncate(at, keep), Command::Truncate { key, keep: Seq(keep) });
+        self.rest();
+        self.models[at].epoch += 1;
+    }
+
     /// Deletes a replica and makes it anew: nothing of the old one may be seen.
     fn remake(&mut self, at: usize) {
         let model = &mut self.models[at];
@@ -449,28 +473,8 @@ impl Test {
                 let (key, commit) = (model.key, Seq(model.commit));
                 self.ask(Asked::Commit, Command::Commit { key, commit });
             }
-            75..=77 => {
-                let model = &mut self.models[at];
-                model.epoch = model.epoch.max(model.sealing) + 1;
-                let epoch = model.epoch;
-                model.sealing = epoch;
-                let key = model.key;
-                self.ask(Asked::Seal(at, epoch), Command::Seal { key, epoch: Epoch(epoch) });
-                while self.asked.values().any(|asked| matches!(asked, Asked::Seal(..))) {
-                    assert!(self.world.step() || self.world.tick(), "a seal is answered");
-                    self.answers();
-                }
-            }
-            78..=80 => {
-                self.rest();
-                let model = &self.models[at];
-                let keep = model.commit
-                    + self.world.random.below(model.log.len() as u64 + 1 - model.commit);
-                let key = model.key;
-                self.ask(Asked::Truncate(at, keep), Command::Truncate { key, keep: Seq(keep) });
-                self.rest();
-                self.models[at].epoch += 1;
-            }
+            75..=77 => self.seal(at),
+            78..=80 => self.truncate(at),
             81..=84 => {
                 let model = &self.models[at];
                 let length = model.log.len() as u64;

@@ -160,6 +160,25 @@ impl Shape {
     }
 }
 
+/// One fast and one mass device, large chunks of neither.
+pub fn shape() -> Shape {
+    Shape {
+        devices: vec![
+            DeviceInfo { bytes: 12 << 20, role: DeviceRole::Fast },
+            DeviceInfo { bytes: 24 << 20, role: DeviceRole::Mass },
+        ],
+        log_bytes: 0,
+        segment_bytes: 512 << 10,
+        chunk_bytes: 64 << 10,
+        flush: FlushPolicy {
+            idle: Duration::from_millis(100),
+            age: Duration::from_millis(500),
+            ..FlushPolicy::default()
+        },
+        buffers: (128, 24),
+    }
+}
+
 pub fn pool_id() -> PoolId {
     PoolId::from_bytes([1; 16])
 }
