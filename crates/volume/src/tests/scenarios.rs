@@ -435,6 +435,29 @@ fn an_opening_whose_source_dies_goes_on_with_the_others() {
 }
 
 #[test]
+fn what_was_acknowledged_outlives_the_power_of_all_members_while_the_head_lives() {
+    for members in [1, 3] {
+        let mut bench = Bench::opened(members);
+        for value in 1..=30 {
+            let write = bench.write(value % 7, value);
+            assert_eq!(bench.status(write), Some(Status::Ok));
+        }
+        for index in 0..members {
+            bench.down(index);
+            assert_eq!(bench.models[index].durable, Seq(1), "nothing was flushed yet");
+            bench.models[index].crash(Seq(1));
+        }
+        bench.up(0..members);
+        bench.pass(1000);
+        for value in 24..=30 {
+            let read = bench.read(value % 7);
+            assert_eq!(bench.value(read), Some(value));
+        }
+        assert_eq!(bench.models[0].durable, Seq(31), "it is settled after a while");
+    }
+}
+
+#[test]
 fn writes_that_hold_every_buffer_do_not_keep_a_member_from_catching_up() {
     let mut bench = Bench::with(3, |config| {
         config.tunables.backlog_records_max = 10;
