@@ -96,8 +96,16 @@ impl Head {
         }
     }
 
-    /// Nobody connected holds the whole tail any more: choose again among those that come.
-    fn seal_again(&mut self) {
+    /// True if a member that answered late has a tail to prefer. It holds nothing that had to
+    /// survive, unless a member of the seal quorum lost its power and with it records that were
+    /// acknowledged but not flushed: then it may have them.
+    pub(crate) fn better_tail(&self, index: usize, state: ReplicaState) -> bool {
+        self.members[index].in_sync() && state.last > self.log.tail()
+    }
+
+    /// Chooses again among those that answer: nobody connected holds the whole tail any more, or
+    /// somebody came with a better one.
+    pub(crate) fn seal_again(&mut self) {
         self.phase = Phase::Sealing { quorum_since: None };
         for index in 0..self.members.len() {
             match self.members[index].mode {

@@ -162,6 +162,7 @@ impl Head {
         self.members[index].enter(Mode::Sealed(state), now);
         match self.phase {
             Phase::Sealing { .. } => {}
+            Phase::Reconciling if self.better_tail(index, state) => self.seal_again(),
             Phase::Reconciling | Phase::Starting | Phase::Serving | Phase::Releasing { .. } => {
                 self.match_member(index, state);
             }

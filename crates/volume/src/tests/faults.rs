@@ -57,7 +57,7 @@ impl World {
         let keep = Seq(floor.0 + self.random.below(lost + 1));
         self.servers[server].model.crash(keep);
         if power {
-            self.oracle.power_lost();
+            self.oracle.power_lost(&self.truth);
         }
         for head in 0..self.heads.len() {
             self.disconnect(head, server);

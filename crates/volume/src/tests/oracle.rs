@@ -42,6 +42,10 @@ pub(super) struct Oracle {
     shown: Vec<Position>,
     /// Per block: the part of it that survives a loss of power.
     durable: Vec<Position>,
+    /// What was written before the last loss of power, and was not durable, may be lost until an
+    /// opening settled it, even if it was seen since: the member that lost it may be the one that
+    /// the next opening hears.
+    fragile: Position,
     /// Acknowledged means durable.
     always_durable: bool,
     pub(super) errors_allowed: bool,
@@ -54,6 +58,7 @@ impl Oracle {
             pending: BTreeMap::new(),
             shown: vec![Position::ZERO; blocks],
             durable: vec![Position::ZERO; blocks],
+            fragile: Position::ZERO,
             always_durable,
             errors_allowed: false,
             answers: Answers::default(),
@@ -72,10 +77,11 @@ impl Oracle {
     }
 
     /// Unsynced data of some member is gone: all that is certain is what was durable.
-    pub(super) fn power_lost(&mut self) {
+    pub(super) fn power_lost(&mut self, truth: &Truth) {
         if self.always_durable {
             return;
         }
+        self.fragile = truth.records.keys().next_back().copied().unwrap_or_default();
         for (shown, durable) in self.shown.iter_mut().zip(&self.durable) {
             *shown = (*shown).min(*durable);
         }
@@ -93,6 +99,7 @@ impl Oracle {
     /// An opening settled everything before it, on media.
     pub(super) fn opened(&mut self) {
         self.durable.clone_from(&self.shown);
+        self.fragile = Position::ZERO;
     }
 
     /// A head went away: what it was asked stays unknown.
@@ -144,7 +151,9 @@ impl Oracle {
 
     fn written(&mut self, pending: &Pending, position: Position, fua: bool) {
         for block in pending.lba..pending.lba + pending.blocks {
-            self.shown[block] = self.shown[block].max(position);
+            if position > self.fragile || fua {
+                self.shown[block] = self.shown[block].max(position);
+            }
             if fua || self.always_durable {
                 self.durable[block] = self.durable[block].max(position);
             }
@@ -168,7 +177,7 @@ impl Oracle {
                 "block {block} shows {seen}, but {} was acknowledged or seen before",
                 pending.floor[place]
             );
-            if value != 0 {
+            if value != 0 && seen > self.fragile {
                 self.shown[block] = self.shown[block].max(seen);
                 if self.always_durable {
                     self.durable[block] = self.durable[block].max(seen);

@@ -458,6 +458,22 @@ fn what_was_acknowledged_outlives_the_power_of_all_members_while_the_head_lives(
 }
 
 #[test]
+fn a_better_tail_that_comes_late_is_taken_as_long_as_nothing_was_begun() {
+    let mut bench = Bench::opened(2);
+    let write = bench.write(1, 1);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    bench.models[1].crash(Seq(1));
+    bench.next_head();
+    bench.up([1]);
+    bench.pass(100);
+    assert_eq!(bench.head.status().phase, HeadPhase::Reconciling);
+    bench.up([0]);
+    bench.pass(100);
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(1));
+}
+
+#[test]
 fn writes_that_hold_every_buffer_do_not_keep_a_member_from_catching_up() {
     let mut bench = Bench::with(3, |config| {
         config.tunables.backlog_records_max = 10;
