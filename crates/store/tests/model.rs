@@ -539,7 +539,12 @@ fn behaves_like_the_model() {
     for seed in first..first + count {
         let result = std::panic::catch_unwind(|| run(seed, 150));
         match result {
-            Ok(number) => crashes += number,
+            Ok(number) => {
+                crashes += number;
+                if seed.is_multiple_of(500) {
+                    println!("seed {seed} done");
+                }
+            }
             Err(panic) => {
                 eprintln!("to reproduce: STORE_SEED={seed} cargo test -p store --test model");
                 std::panic::resume_unwind(panic);
