@@ -123,14 +123,19 @@ fn data_survives_a_cold_restart_of_everything() {
         cluster.kill_all()?;
         cluster.start_all()?;
 
-        // From another server than before.
-        let socket = cluster.export(1, "disk")?;
+        let socket = cluster.export(0, "disk")?;
         let mut guest = Guest::boot(lab, &GuestOptions::new("after").disk("disk", &socket))?;
         check(&mut guest, "/dev/vda")?;
         fio.check_only(&mut guest)?;
+
+        // And from another server than before.
+        guest.unplug("disk")?;
+        cluster.unexport(0, &socket)?;
+        let socket = cluster.export(1, "disk")?;
+        let device = guest.plug(&Disk::new("moved", &socket))?;
+        check(&mut guest, &device)?;
         guest.check_no_complaints()?;
         guest.power_off()?;
-        // And in good order, by SIGTERM.
         cluster.unexport(1, &socket)?;
         cluster.servers().iter().try_for_each(framework::Server::stop)
     });
