@@ -149,6 +149,9 @@ impl Store {
         for id in replica.parked {
             self.fail_read(id, ReplicaError::NoReplica);
         }
+        for answer in replica.answers {
+            self.done(answer.tag, Err(ReplicaError::NoReplica));
+        }
         for (_, tag) in replica.flushes {
             self.done(tag, Err(ReplicaError::NoReplica));
         }
@@ -240,9 +243,6 @@ impl Store {
                 restart: replica.restarts.iter().copied().find(|old| old.previous == state.ordinal),
             })
             .collect();
-        for link in &links {
-            self.segments.uncharge(link.segment);
-        }
         let mut replay = Replay::new(slot, start, keep, links);
         replay.limit = Some(keep);
         self.begin_replay(replay);
@@ -338,6 +338,12 @@ impl Store {
             if state.last_seq == keep.seq {
                 state.last_epoch = keep.epoch;
             }
+        }
+        // Written, and gone before it was on media.
+        while let Some(answer) =
+            self.replica_mut(slot).answers.pop_back_if(|answer| answer.seq > keep.seq)
+        {
+            self.done(answer.tag, Err(ReplicaError::OutOfOrder { last: keep }));
         }
         // A segment after the kept one may have been looked at by a scan.
         self.replica_mut(slot).scan_hint = crate::replica::ScanHint::default();

@@ -474,12 +474,16 @@ impl Store {
                 RecordKind::Discard | RecordKind::WriteZeroes => (0, 1),
                 RecordKind::EpochStart => (0, 0),
             };
-            if self.segments.blocks + u64::from(blocks) > self.index.entries_max() as u64 {
-                // Cannot come from this store: it keeps a budget.
-                replay.broken = Some(Break { before: replay.start, link: 0, page: 1 });
-                return Step::End;
+            // After a truncation, what the segments were charged with before still holds.
+            if self.phase == Phase::Opening {
+                let sum = self.segments.blocks + u64::from(blocks);
+                if sum > self.index.entries_max() as u64 {
+                    // Cannot come from this store: it keeps a budget.
+                    replay.broken = Some(Break { before: replay.start, link: 0, page: 1 });
+                    return Step::End;
+                }
+                self.segments.charge(segment, blocks, zeroes);
             }
-            self.segments.charge(segment, blocks, zeroes);
             self.index_record(replay.slot, header, sector, |block| block_crc(encoded, block));
             replay.last = header.position;
             let state = &mut self.segments.all[segment as usize];
@@ -546,8 +550,10 @@ impl Store {
     }
 
     fn recharge(&mut self, replay: &Replay) {
-        for link in &replay.links {
-            self.segments.uncharge(link.segment);
+        if self.phase == Phase::Opening {
+            for link in &replay.links {
+                self.segments.uncharge(link.segment);
+            }
         }
     }
 

@@ -422,13 +422,20 @@ impl Test {
     }
 
     fn truncate(&mut self, at: usize) {
-        self.rest();
+        if self.world.random.chance(50) {
+            self.rest();
+        }
         let model = &self.models[at];
-        let keep =
-            model.commit + self.world.random.below(model.log.len() as u64 + 1 - model.commit);
+        let above = model.log.len() as u64 + 1 - model.commit;
+        let keep = model.commit + self.world.random.below(above);
         let key = model.key;
         self.ask(Asked::Truncate(at, keep), Command::Truncate { key, keep: Seq(keep) });
-        self.rest();
+        while self.asked.values().any(|asked| matches!(asked, Asked::Truncate(..))) {
+            if !self.world.step() && !self.world.tick() {
+                self.commit_all();
+            }
+            self.answers();
+        }
         self.models[at].epoch += 1;
     }
 
