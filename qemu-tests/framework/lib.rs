@@ -3,7 +3,7 @@
 //! A test is a closure over a [`Lab`]: a working directory whose processes and guests are gone
 //! when it ends, and whose logs and consoles are the failure report.
 //!
-//! * [`Lab`], [`test`]: the directory, the slots that bound how many guests run at once, the report.
+//! * [`Lab`], [`test()`]: the directory, the slots that bound how many guests run at once, the report.
 //! * [`Process`]: a child with a log, killed when dropped.
 //! * [`Guest`]: a virtual machine, and commands run in it ([`Guest::sh`]).
 //! * [`Cluster`]: `holdfastd` servers over one cluster store, and volumes.

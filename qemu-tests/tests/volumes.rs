@@ -1,8 +1,11 @@
 //! Guests on replicated volumes, served by real daemons, some of which die.
 
-use anyhow::{Result, ensure};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use blkio_client::{Client, Operation};
 use framework::fio::{Fio, Verify};
-use framework::{Cluster, Disk, Guest, GuestOptions, Lab, test};
+use framework::{Cluster, Deadline, Disk, Guest, GuestOptions, Lab, test, wait_until};
 
 /// Makes a partition and a file system on the disk, and a file with random bytes and its sum.
 fn fill(guest: &mut Guest, device: &str) -> Result<()> {
@@ -195,4 +198,54 @@ fn a_guest_sees_a_pause_and_no_error_when_its_daemon_is_killed_and_restarted() {
         guest.check_no_complaints()?;
         guest.power_off()
     });
+}
+
+#[test]
+fn an_idle_daemon_costs_next_to_nothing() {
+    test(0, |lab: &Lab| {
+        let cluster = Cluster::start(lab, 3)?;
+        cluster.create_volume("disk", 64, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let mut client = Client::connect(&socket, 8, 128 << 10)?;
+        for block in 0..256_u64 {
+            client.submit(0, Operation::Write, block * (128 << 10), 128 << 10);
+            client.wait(1, Duration::from_secs(30), |done| assert_eq!(done.result, 0))?;
+        }
+        // What is still to be flushed home is work; idleness comes after it.
+        let pid = cluster.servers()[0].pid()?;
+        wait_until("the daemon to idle", Deadline::seconds(60), || {
+            let before = cpu_time(pid)?;
+            let start = Instant::now();
+            // Not a wait for anything: processor time is measured over a stretch of time.
+            std::thread::sleep(Duration::from_secs(2));
+            let spent = cpu_time(pid)?.saturating_sub(before);
+            Ok((spent < start.elapsed() / 100).then_some(()))
+        })?;
+
+        // 64 MiB, the configured buffers, and 24 bytes for each block in the log.
+        let blocks = 32 * 256;
+        let allowed_kib = (64 + 128) * 1024 + blocks * 24 / 1024;
+        let resident_kib = resident_kib(pid)?;
+        eprintln!("resident {resident_kib} KiB of {allowed_kib}");
+        ensure!(resident_kib < allowed_kib, "{resident_kib} KiB resident, {allowed_kib} allowed");
+        Ok(())
+    });
+}
+
+/// Processor time of a process so far, user and system.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let (_name, fields) = stat.rsplit_once(')').context("a process's name in parentheses")?;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+    let ticks = ticks.sum::<Result<u64, _>>()?;
+    // USER_HZ is 100 on every Linux that we run on (proc(5)).
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+/// Memory of a process's own, without the guest's memory that it maps.
+fn resident_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kib.context("RssAnon in kB")?.parse().context("a number of KiB")
 }
