@@ -157,7 +157,7 @@ pub enum Command {
         key: ReplicaKey,
         /// What to append; verified when it was decoded.
         record: Record,
-        /// News of the commit seq.
+        /// News of the commit seq; counts no further than the records that have come.
         commit: Seq,
         /// Answer only when it is on media.
         media: bool,
@@ -198,7 +198,9 @@ pub enum Command {
         /// The last seq to keep.
         keep: Seq,
     },
-    /// Only news of the commit seq. Answered `Done`.
+    /// Only news of the commit seq. Answered `Done`. Send it only to a replica whose log is known
+    /// to be a prefix of the head's: what it covers may go home at once. Counts no further than
+    /// the records that have come.
     Commit {
         /// Which replica.
         key: ReplicaKey,
