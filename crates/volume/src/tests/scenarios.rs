@@ -245,6 +245,8 @@ fn a_volume_of_one_to_five_members_serves_and_is_released() {
         assert_eq!(bench.status(write), Some(Status::Ok));
         let flush = bench.ask(0, 0, Operation::Flush);
         assert_eq!(bench.status(flush), Some(Status::Ok));
+        let on_media = bench.models.iter().filter(|model| model.durable >= Seq(2)).count();
+        assert!(on_media >= base::membership::write_quorum(members));
         let zero = bench.ask(3, 1, Operation::WriteZeroes { fua: true });
         let read = bench.read(3);
         assert_eq!((bench.status(zero), bench.value(read)), (Some(Status::Ok), Some(0)));
