@@ -346,12 +346,11 @@ fn perform(fixture: &mut Fixture, device: ring::DeviceHandle, expected: &mut Exp
             *closing = true;
             reactor.close_after_send(*connection);
         }
+        Step::Pair if expected.open >= 12 => {}
         Step::Pair => {
-            if expected.open < 12 {
-                let (a, b) = fixture.pair();
-                expected.connections.extend([(a, None, false), (b, None, false)]);
-                expected.open += 2;
-            }
+            let (a, b) = fixture.pair();
+            expected.connections.extend([(a, None, false), (b, None, false)]);
+            expected.open += 2;
         }
         Step::Turn => {
             reactor.turn(None, true).unwrap();

@@ -5,6 +5,7 @@
 //! byte pipes, the clock, and the cluster store's answer to who may be head. One seed decides a
 //! run. The [`oracle`] says what reads may return.
 
+mod content;
 pub mod disk;
 mod network;
 pub mod oracle;
