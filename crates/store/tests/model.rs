@@ -329,6 +329,10 @@ impl Test {
                 model.durable = model.durable.min(keep);
             }
             (Asked::Truncate(..), Err(ReplicaError::Trimmed { .. })) => {}
+            (Asked::Append(at, seq, _), Err(ReplicaError::NoReplica)) if self.deleting => {
+                let model = &mut self.models[at];
+                model.log.truncate(model.log.len().min(seq as usize - 1));
+            }
             (_, Err(ReplicaError::NoReplica | ReplicaError::Behind { .. })) if self.deleting => {}
             (_, Ok(body)) => panic!("seed {seed}: the wrong kind of answer: {body:?}"),
             (asked, Err(error)) => panic!("seed {seed}: {asked:?}: {error}"),
