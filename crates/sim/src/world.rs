@@ -42,6 +42,8 @@ pub struct WorldConfig {
     pub durability: Durability,
     /// Print what happens to this block.
     pub trace_block: Option<u64>,
+    /// Counts the process's allocations, for [`Report::node_allocations`].
+    pub allocations: fn() -> u64,
 }
 
 /// What a run did.
@@ -59,6 +61,8 @@ pub struct Report {
     pub simulated: Duration,
     /// Events handled.
     pub events: u64,
+    /// Allocations that nodes made while the second half of the requests was worked on.
+    pub node_allocations: u64,
 }
 
 enum Event {
@@ -337,15 +341,28 @@ impl World {
             return;
         }
         let Some(node) = &mut self.processes[process].node else { return };
+        let before = (self.config.allocations)();
         node.handle(now, input);
+        self.note_allocations(before);
         self.pump(process);
+    }
+
+    fn note_allocations(&mut self, before: u64) {
+        if 2 * self.next_request > self.config.requests && !self.requests.is_empty() {
+            self.report.node_allocations += (self.config.allocations)() - before;
+        }
+    }
+
+    fn next_output(&mut self, process: usize) -> Option<Output> {
+        let before = (self.config.allocations)();
+        let output = self.processes[process].node.as_mut()?.poll_output();
+        self.note_allocations(before);
+        output
     }
 
     /// Performs what a node asks for.
     fn pump(&mut self, process: usize) {
-        while let Some(output) =
-            self.processes[process].node.as_mut().and_then(node::Node::poll_output)
-        {
+        while let Some(output) = self.next_output(process) {
             self.output(process, output);
         }
         let life = self.processes[process].life;
@@ -479,9 +496,11 @@ impl World {
             self.after(delay, Event::Deliver { at, life });
         }
         let now = self.now;
+        let before = (self.config.allocations)();
         if let Some(node) = &mut self.processes[process].node {
             node.handle(now, Input::Sent { connection, bytes: bytes.len() });
         }
+        self.note_allocations(before);
     }
 
     fn deliver(&mut self, at: End, life: u64) {

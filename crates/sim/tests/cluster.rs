@@ -13,6 +13,7 @@ fn config(seed: u64) -> WorldConfig {
         faults: true,
         durability: if seed.is_multiple_of(2) { Durability::Durable } else { Durability::Flush },
         trace_block: number("SIM_BLOCK"),
+        allocations: || 0,
     }
 }
 
@@ -33,6 +34,7 @@ fn a_quiet_cluster_answers_everything() {
                 faults: false,
                 durability: Durability::Flush,
                 trace_block: number("SIM_BLOCK"),
+                allocations: || 0,
             };
             let report = World::new(config).run();
             assert!(report.answered >= 2000, "{servers} servers: {report:?}");
