@@ -250,7 +250,12 @@ impl Attached {
                 )
                 | None => {}
             }
-            book.refresh(self.store.as_ref(), self.plane.as_ref());
+            if book.refresh(self.store.as_ref(), self.plane.as_ref()) {
+                // A head without requests hears of its successor from nobody else.
+                if let Ok(Some(by)) = self.heads.deposed_by(entry) {
+                    return Err(taken_over(entry, &by));
+                }
+            }
         }
         Ok(())
     }
@@ -259,10 +264,7 @@ impl Attached {
     fn ended(&self, entry: &VolumeEntry, why: &str) -> Failure {
         let volume = &entry.volume.name;
         match self.heads.deposed_by(entry) {
-            Ok(Some(by)) => {
-                let text = format!("volume '{volume}' was taken over by {by}");
-                Failure::new(Exit::Superseded, text)
-            }
+            Ok(Some(by)) => taken_over(entry, &by),
             Ok(None) | Err(_) => {
                 Failure::new(Exit::Failed, format!("volume '{volume}' cannot be served: {why}"))
             }
@@ -291,6 +293,11 @@ impl Attached {
     }
 }
 
+fn taken_over(entry: &VolumeEntry, by: &str) -> Failure {
+    let text = format!("volume '{}' was taken over by {by}", entry.volume.name);
+    Failure::new(Exit::Superseded, text)
+}
+
 /// Keeps the data plane's address book: servers come back at other addresses.
 #[derive(Default)]
 struct AddressBook {
@@ -299,16 +306,21 @@ struct AddressBook {
 }
 
 impl AddressBook {
-    /// A store that is away changes nothing: the head goes on with the addresses it has.
-    fn refresh(&mut self, store: &dyn ClusterStore, plane: &dyn DataPlane) {
+    /// True if the store has news. One that is away changes nothing: the head goes on with the
+    /// addresses it has.
+    fn refresh(&mut self, store: &dyn ClusterStore, plane: &dyn DataPlane) -> bool {
         match self.try_refresh(store, plane) {
-            Ok(()) => self.trouble = None,
+            Ok(news) => {
+                self.trouble = None;
+                news
+            }
             Err(error) => {
                 let text = error.to_string();
                 if self.trouble.as_ref() != Some(&text) {
                     tracing::warn!(error = text, "the volume goes on without the cluster store");
                 }
                 self.trouble = Some(text);
+                false
             }
         }
     }
@@ -317,12 +329,13 @@ impl AddressBook {
         &mut self,
         store: &dyn ClusterStore,
         plane: &dyn DataPlane,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let revision = store.revision()?;
-        if self.seen != Some(revision) {
-            heads::address_book(store, plane)?;
-            self.seen = Some(revision);
+        if self.seen == Some(revision) {
+            return Ok(false);
         }
-        Ok(())
+        heads::address_book(store, plane)?;
+        self.seen = Some(revision);
+        Ok(true)
     }
 }

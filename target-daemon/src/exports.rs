@@ -267,8 +267,16 @@ impl Exports {
         }
     }
 
-    /// Starts the wanted exports that do not run.
+    /// Ends the heads that the store says are deposed, and starts the wanted exports that do not
+    /// run.
     pub fn tend(&self) {
+        for entry in self.open_volumes() {
+            // A head without requests hears of its successor from nobody else.
+            if let Ok(Some(by)) = self.heads.deposed_by(&entry) {
+                let why = format!("taken over by {by}");
+                self.head_ended(entry.volume.id, entry.volume.epoch, &why);
+            }
+        }
         let _changing = lock(&self.changing);
         let waiting: Vec<ExportConfig> = self
             .inner()

@@ -180,19 +180,19 @@ impl Heads {
         self.release(entry)
     }
 
-    /// Who the store says holds the volume, if it is not us in this entry's epoch.
+    /// Who the store says has deposed us: it has given out a higher epoch than this entry's, or
+    /// has a tombstone. A store without a record of the volume, or with a lower epoch, was
+    /// replaced or rolled back; that deposes nobody.
     pub fn deposed_by(&self, entry: &VolumeEntry) -> Result<Option<String>, StoreError> {
-        let current = self.store.volume(entry.volume.id)?;
-        Ok(match current {
-            None => Some("nobody: the volume was deleted".to_owned()),
-            Some(current) if current.volume.epoch == entry.volume.epoch => None,
-            Some(current) => Some(
-                current
-                    .volume
-                    .holder
-                    .map_or_else(|| "a holder that released it again".to_owned(), |by| by.name),
-            ),
-        })
+        let Some(current) = self.store.volume(entry.volume.id)? else { return Ok(None) };
+        if current.deleted {
+            return Ok(Some("nobody: the volume was deleted".to_owned()));
+        }
+        if current.volume.epoch <= entry.volume.epoch {
+            return Ok(None);
+        }
+        let by = current.volume.holder.map(|by| by.name);
+        Ok(Some(by.unwrap_or_else(|| "a holder that released it again".to_owned())))
     }
 
     fn still_ours(&self, entry: &VolumeEntry) -> Result<(), HeadError> {

@@ -293,6 +293,12 @@ fn a_deposed_head_ends_and_is_served_again_when_the_volume_is_free() {
     assert_eq!(bench.holder(id).0.as_deref(), Some("attach on host7"), "left alone");
     lease::release(bench.store.as_ref(), id, other.id, taken).unwrap();
     until("serving again", || (state().0 == "open").then_some(()));
+
+    // The same without a word from the members: the store's record is enough.
+    let taken = lease::acquire(bench.store.as_ref(), id, &other, force).unwrap().volume.epoch;
+    until("giving way", || (state().0 == "waiting").then_some(()));
+    lease::release(bench.store.as_ref(), id, other.id, taken).unwrap();
+    until("serving again", || (state().0 == "open").then_some(()));
     assert_eq!(bench.holder(id).0.as_deref(), Some("server a"));
     running.stop();
 }
