@@ -47,7 +47,8 @@ pub enum CommandBody {
         /// Where the data goes.
         buffer: BufferMut,
     },
-    /// Put everything appended so far on media. Answered by [`ReplyBody::Flushed`].
+    /// Put every append that has been answered on media, and what else has been begun. Appends
+    /// that wait for room are not waited for. Answered by [`ReplyBody::Flushed`].
     Flush,
     /// The record at `seq` as it is in the log. Answered by [`ReplyBody::Record`].
     Scan {

@@ -195,7 +195,10 @@ impl Node {
             Input::ReleaseHead(head) => self.heads.handle(now, head.0, volume::Input::Release),
             Input::AbandonHead(head) => self.heads.handle(now, head.0, volume::Input::Abandon),
             Input::StopConnections => {
-                self.target_input(TargetInput::Stop);
+                // A diskless head accepts no connections and has only its peers.
+                if self.server.is_some() {
+                    self.target_input(TargetInput::Stop);
+                }
                 self.peers.stop_all(now);
             }
         }

@@ -782,10 +782,12 @@ impl World {
             lba += blocks;
             self.run_until(bound, "to read everything back", |world| world.requests.is_empty());
         }
-        for process in &self.processes {
-            if let Some(node) = &process.node {
+        for process in 0..self.processes.len() {
+            let life = self.processes[process].life;
+            if let Some(node) = &self.processes[process].node {
                 node.check_invariants();
             }
+            self.input(process, life, Input::StopConnections);
         }
     }
 }

@@ -21,21 +21,25 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+fn quiet(servers: usize, diskless: bool) -> WorldConfig {
+    WorldConfig {
+        seed: 7,
+        servers,
+        diskless,
+        blocks: 512,
+        requests: 2000,
+        faults: false,
+        durability: Durability::Flush,
+        trace_block: number("SIM_BLOCK"),
+        allocations: || 0,
+    }
+}
+
 #[test]
 fn a_quiet_cluster_answers_everything() {
     for servers in [1, 2, 3, 5] {
         for diskless in [false, true] {
-            let config = WorldConfig {
-                seed: 7,
-                servers,
-                diskless,
-                blocks: 512,
-                requests: 2000,
-                faults: false,
-                durability: Durability::Flush,
-                trace_block: number("SIM_BLOCK"),
-                allocations: || 0,
-            };
+            let config = quiet(servers, diskless);
             let report = World::new(config).run();
             assert!(report.answered >= 2000, "{servers} servers: {report:?}");
             assert_eq!(report.heads, 1);
@@ -66,4 +70,14 @@ fn replay() {
         return;
     };
     println!("{:?}", World::new(config(seed)).run());
+}
+
+/// The log of a simulated server holds 16 MiB; the guest writes many times that.
+#[test]
+fn a_small_log_overwritten_many_times_does_not_stop() {
+    for servers in [1, 3] {
+        let config = WorldConfig { servers, requests: 12_000, ..quiet(servers, false) };
+        let report = World::new(config).run();
+        assert!(report.answered >= 12_000, "{servers} servers: {report:?}");
+    }
 }

@@ -176,7 +176,7 @@ pub enum Command {
         /// Where the data goes; dropped on an error.
         buffer: BufferMut,
     },
-    /// Puts everything appended so far on media. Answered `Flushed`.
+    /// Puts every append that has been answered on media. Answered `Flushed`.
     Flush {
         /// Which replica.
         key: ReplicaKey,

@@ -466,7 +466,9 @@ impl Store {
         match self.find_for_change(key) {
             Ok(slot) => {
                 let replica = self.replica_mut(slot);
-                replica.flushes.push_back((replica.queued.seq, tag));
+                // Not what waits for room: room may have to wait for this flush, since only what
+                // heads have had put on media goes home.
+                replica.flushes.push_back((replica.issued.seq, tag));
                 self.settle(slot);
             }
             Err(error) => self.done(tag, Err(error)),
