@@ -784,7 +784,9 @@ impl World {
         }
         for process in 0..self.processes.len() {
             let life = self.processes[process].life;
-            if let Some(node) = &self.processes[process].node {
+            if let Some(node) = self.processes[process].node.as_ref()
+                && self.processes[process].open
+            {
                 node.check_invariants();
             }
             self.input(process, life, Input::StopConnections);
