@@ -140,7 +140,7 @@ impl Reactor {
     }
 
     /// The time, as read when the last turn ended: use it for everything that follows from one
-    /// turn. [`now`](crate::now) reads the clock.
+    /// turn. [`now`](fn@crate::now) reads the clock.
     pub fn now(&self) -> Instant {
         self.now
     }
