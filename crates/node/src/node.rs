@@ -52,6 +52,8 @@ pub struct ServerConfig {
     pub target: TargetConfig,
     /// Buffers of accepted connections.
     pub target_buffers: BufferPool,
+    /// Offer volumes whose head runs here to stock initiators. Nobody is authenticated.
+    pub offer_volumes: bool,
 }
 
 /// Why a head was not made.
@@ -79,6 +81,7 @@ struct Server {
     pool: PoolId,
     store: Store,
     target: Target,
+    offer_volumes: bool,
     service: ReplicaService,
     /// The hosts behind the target's replica sessions.
     sessions: BTreeMap<u64, HolderId>,
@@ -135,6 +138,7 @@ impl Node {
             pool: server.pool,
             store: Store::open(server.store, &server.devices),
             target: Target::new(server.target, server.target_buffers),
+            offer_volumes: server.offer_volumes,
             service: ReplicaService::default(),
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
@@ -750,12 +754,15 @@ impl Node {
         self.outputs.push_back(Output::Head { head: HeadHandle(tag), volume, epoch, event });
     }
 
-    /// Stock initiators that connect to this server may use the volume from now on.
+    /// Stock initiators that connect to this server may use the volume from now on, if that is
+    /// wanted.
     fn offer_volume(&mut self, tag: u64) {
         let entry = self.heads.get_mut(tag).expect("the head spoke");
         entry.opened = true;
         let export = entry.export;
-        if let Some(server) = &mut self.server {
+        if let Some(server) = &mut self.server
+            && server.offer_volumes
+        {
             server.target.handle(self.now, TargetInput::AddVolume(export));
         }
     }

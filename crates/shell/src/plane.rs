@@ -135,6 +135,8 @@ fn prepare(
                 devices: infos,
                 target,
                 target_buffers: pool_of(budget.accepted),
+                // Not before initiators can be authenticated and told of moves.
+                offer_volumes: false,
             };
             (Some(devices), Some(server))
         }

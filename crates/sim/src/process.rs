@@ -120,6 +120,7 @@ impl Process {
             devices: devices(),
             target: TargetConfig::new(server_id(self.index)),
             target_buffers: BufferPool::heap(128, 24),
+            offer_volumes: true,
         });
         self.node = Some(Node::new(NodeConfig {
             host: HolderId::from_bytes(id(self.index, 0x40)),
