@@ -15,6 +15,8 @@ pub struct Stamp(u64);
 #[derive(Clone, Copy, Debug)]
 struct Undecided {
     value: u64,
+    /// The process whose head has it.
+    process: usize,
     /// Its head is gone since then.
     orphaned: Option<Stamp>,
 }
@@ -64,9 +66,9 @@ impl Oracle {
         Stamp(self.now)
     }
 
-    /// Write `number` of `value` was submitted.
-    pub fn submitted(&mut self, block: usize, number: u64, value: u64) {
-        let undecided = Undecided { value, orphaned: None };
+    /// Write `number` of `value` was submitted to the head of `process`.
+    pub fn submitted(&mut self, block: usize, number: u64, value: u64, process: usize) {
+        let undecided = Undecided { value, process, orphaned: None };
         self.blocks[block].undecided.insert(number, undecided);
     }
 
@@ -79,10 +81,11 @@ impl Oracle {
         }
     }
 
-    /// The head of all unanswered writes is gone.
-    pub fn orphaned(&mut self) {
+    /// The head of `process` is gone, and with it whoever could answer its writes.
+    pub fn orphaned(&mut self, process: usize) {
         let at = self.stamp();
-        for write in self.blocks.iter_mut().flat_map(|block| block.undecided.values_mut()) {
+        let writes = self.blocks.iter_mut().flat_map(|block| block.undecided.values_mut());
+        for write in writes.filter(|write| write.process == process) {
             write.orphaned.get_or_insert(at);
         }
     }
@@ -127,7 +130,7 @@ mod tests {
     fn a_read_sees_what_was_settled_while_it_was_under_way() {
         let mut oracle = Oracle::new(1);
         let early = oracle.stamp();
-        oracle.submitted(0, 1, 1);
+        oracle.submitted(0, 1, 1, 0);
         oracle.acknowledged(0, 1);
         assert!(oracle.read(0, early, 0).is_ok());
         let late = oracle.stamp();
@@ -140,8 +143,8 @@ mod tests {
     fn an_undecided_write_is_settled_by_the_first_read_after_its_head_is_gone() {
         for seen in [0, 1] {
             let mut oracle = Oracle::new(1);
-            oracle.submitted(0, 1, 1);
-            oracle.orphaned();
+            oracle.submitted(0, 1, 1, 0);
+            oracle.orphaned(0);
             let stamp = oracle.stamp();
             assert!(oracle.read(0, stamp, seen).is_ok());
             let stamp = oracle.stamp();

@@ -301,7 +301,7 @@ impl World {
             self.serving &= process != self.head_at;
             // Nobody will answer: the guest's requests are undecided for ever.
             self.requests.retain(|_, guest| guest.process != process);
-            self.oracle.orphaned();
+            self.oracle.orphaned(process);
         }
         self.settle_writes(process);
         self.processes[process].stop(power_cut, &mut self.random);
@@ -578,7 +578,7 @@ impl World {
             }
             HeadEvent::Ended => {
                 self.processes[process].head = None;
-                self.oracle.orphaned();
+                self.oracle.orphaned(process);
                 if process == self.head_at {
                     self.serving = false;
                     self.after(1_000_000, Event::OpenHead);
@@ -640,8 +640,8 @@ impl World {
         for block in lba..lba + blocks {
             let block = usize::try_from(block).expect("a small volume");
             match kind {
-                Kind::Write => self.oracle.submitted(block, number, number),
-                Kind::Discard => self.oracle.submitted(block, number, 0),
+                Kind::Write => self.oracle.submitted(block, number, number, process),
+                Kind::Discard => self.oracle.submitted(block, number, 0, process),
                 Kind::Read | Kind::Flush => {}
             }
         }
