@@ -483,7 +483,8 @@ impl Test {
             45..=59 => self.read(at),
             60..=64 => {
                 let model = &self.models[at];
-                let (key, seq) = (model.key, model.log.len() as u64);
+                // What has been answered; what waits for room is not waited for.
+                let (key, seq) = (model.key, model.answered);
                 self.ask(Asked::Flush(at, seq), Command::Flush { key });
             }
             65..=74 => {

@@ -336,7 +336,7 @@ fn requests_in_flight_survive_a_new_back_end() {
     let (front_end, inflight) = driver.set_up(&path, 0, None);
     driver.write(0, 0, 1);
     wait_for("the first write", || driver.used() == [0]);
-    driver.call.read().unwrap();
+    wait_for("the interrupt", || driver.call.read().is_ok());
     backend.shared.stall.store(true, Ordering::Release);
     for head in [3, 6, 9] {
         driver.write(head, head.into(), 7);
@@ -356,7 +356,7 @@ fn requests_in_flight_survive_a_new_back_end() {
     let mut used = driver.used();
     used.sort_unstable();
     assert_eq!(used, [0, 3, 6, 9]);
-    driver.call.read().unwrap();
+    wait_for("the interrupt", || driver.call.read().is_ok());
     driver.write(12, 12, 9);
     wait_for("one more", || driver.used().len() == 5);
     let (base, _) = front_end.get(GET_VRING_BASE, &halves(&[0, 0])).unwrap();
