@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use blkio_client::{Client, Operation};
 use framework::fio::{Fio, Verify};
-use framework::{Cluster, Deadline, Disk, Guest, GuestOptions, Lab, test, wait_until};
+use framework::{Cluster, Deadline, Disk, Guest, GuestOptions, Lab, PoolSizes, test, wait_until};
 
 /// Makes a partition and a file system on the disk, and a file with random bytes and its sum.
 fn fill(guest: &mut Guest, device: &str) -> Result<()> {
@@ -228,6 +228,56 @@ fn an_idle_daemon_costs_next_to_nothing() {
         let resident_kib = resident_kib(pid)?;
         eprintln!("resident {resident_kib} KiB of {allowed_kib}");
         ensure!(resident_kib < allowed_kib, "{resident_kib} KiB resident, {allowed_kib} allowed");
+        Ok(())
+    });
+}
+
+/// The log holds a sixteenth of what is written: it is flushed home and trimmed under load.
+/// `HOLDFAST_PASSES=n` overwrites the volume n times.
+#[test]
+fn a_volume_much_larger_than_the_log_is_overwritten_without_a_stop() {
+    const SLOTS: usize = 8;
+    const PIECE: u64 = 128 << 10;
+    const PIECES: u64 = (4096 << 20) / PIECE;
+    test(0, |lab: &Lab| {
+        let sizes = PoolSizes { fast_mib: 272, mass_mib: 5120, preallocate: false };
+        let cluster = Cluster::start_with(lab, 1, sizes)?;
+        cluster.create_volume("disk", 4096, 1)?;
+        let socket = cluster.export(0, "disk")?;
+        let mut client = Client::connect(&socket, SLOTS, 128 << 10)?;
+        let passes = std::env::var("HOLDFAST_PASSES").ok().and_then(|n| n.parse().ok());
+        let passes: u64 = passes.unwrap_or(1);
+        let stamp = |pass: u64, piece: u64| (pass << 32 | (piece + 1)).to_le_bytes();
+        let mut longest = Duration::ZERO;
+        for pass in 0..passes {
+            let mut free: Vec<usize> = (0..SLOTS).collect();
+            for piece in 0..PIECES {
+                let slot = free.pop().context("a slot is free")?;
+                for block in client.bytes(slot).chunks_exact_mut(4096) {
+                    block[..8].copy_from_slice(&stamp(pass, piece));
+                }
+                client.submit(slot, Operation::Write, piece * PIECE, 128 << 10);
+                if free.is_empty() {
+                    let start = Instant::now();
+                    client.wait(1, Duration::from_secs(30), |done| {
+                        assert_eq!(done.result, 0);
+                        free.push(done.slot);
+                    })?;
+                    longest = longest.max(start.elapsed());
+                }
+            }
+            client.wait(SLOTS - free.len(), Duration::from_secs(30), |done| {
+                assert_eq!(done.result, 0);
+            })?;
+            // A prime step visits pieces all over the volume.
+            for piece in (0..PIECES).step_by(97) {
+                client.submit(0, Operation::Read, piece * PIECE, 128 << 10);
+                client.wait(1, Duration::from_secs(30), |done| assert_eq!(done.result, 0))?;
+                let mut blocks = client.bytes(0).chunks_exact(4096);
+                ensure!(blocks.all(|b| b[..8] == stamp(pass, piece)), "pass {pass} piece {piece}");
+            }
+        }
+        eprintln!("{passes} passes of 4 GiB, the longest wait for a completion: {longest:?}");
         Ok(())
     });
 }
