@@ -104,18 +104,20 @@ impl Heads {
         }
     }
 
-    /// The next output of any head that was handed something.
-    pub(crate) fn poll_output(&mut self) -> Option<(u64, volume::Output)> {
+    /// The next output of any head that was handed something; `None` of a head once, when it has
+    /// said everything.
+    pub(crate) fn poll_output(&mut self) -> Option<(u64, Option<volume::Output>)> {
         while let Some(tag) = self.dirty.last().copied() {
             let Some(entry) = self.heads.get_mut(tag) else {
                 self.dirty.pop();
                 continue;
             };
-            if let Some(output) = entry.head.poll_output() {
-                return Some((tag, output));
+            let output = entry.head.poll_output();
+            if output.is_none() {
+                entry.dirty = false;
+                self.dirty.pop();
             }
-            entry.dirty = false;
-            self.dirty.pop();
+            return Some((tag, output));
         }
         None
     }

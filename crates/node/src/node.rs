@@ -703,6 +703,10 @@ impl Node {
         let mut progress = false;
         while let Some((tag, output)) = self.heads.poll_output() {
             progress = true;
+            let Some(output) = output else {
+                self.bury_if_done(tag);
+                continue;
+            };
             match output {
                 volume::Output::Command { server, tag: command_tag, command } => {
                     self.head_command(tag, server, command_tag, command);
@@ -730,7 +734,6 @@ impl Node {
                 }
                 volume::Output::Resumed => self.head_event(tag, HeadEvent::Resumed),
             }
-            self.bury_if_done(tag);
         }
         progress
     }
@@ -776,6 +779,7 @@ impl Node {
         }
     }
 
+    /// A head that has ended, holds no request and has said everything is gone.
     fn bury_if_done(&mut self, tag: u64) {
         if !self.heads.get(tag).is_some_and(|entry| entry.ended && entry.head.unanswered() == 0) {
             return;
