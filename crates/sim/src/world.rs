@@ -88,6 +88,8 @@ struct Guest {
     submitted: Stamp,
     /// Whose head has it.
     process: usize,
+    /// A newer head served already when it was submitted: it must never take effect.
+    stale: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -611,11 +613,16 @@ impl World {
         };
         let blocks = blocks.min(self.config.blocks);
         let lba = self.random.below(self.config.blocks - blocks + 1);
-        self.submit_request(kind, lba, blocks);
+        // Now and then somebody goes on using a head that was deposed.
+        let process = match self.random.below(4) {
+            0 => self.random.index(self.processes.len()),
+            _ => self.head_at,
+        };
+        self.submit_request(process, kind, lba, blocks);
     }
 
-    fn submit_request(&mut self, kind: Kind, lba: u64, blocks: u64) {
-        let process = self.head_at;
+    fn submit_request(&mut self, process: usize, kind: Kind, lba: u64, blocks: u64) {
+        let stale = self.serving && process != self.head_at;
         let Some(head) = self.processes[process].head else { return };
         let node = self.processes[process].node.as_ref().expect("a head is in a process");
         if node.room(head) == 0 {
@@ -640,6 +647,7 @@ impl World {
         for block in lba..lba + blocks {
             let block = usize::try_from(block).expect("a small volume");
             match kind {
+                Kind::Write | Kind::Discard if stale => {}
                 Kind::Write => self.oracle.submitted(block, number, number, process),
                 Kind::Discard => self.oracle.submitted(block, number, 0, process),
                 Kind::Read | Kind::Flush => {}
@@ -649,7 +657,7 @@ impl World {
         self.next_request += 1;
         let submitted = self.oracle.stamp();
         self.trace(&format!("submit {kind:?} #{number} {lba}+{blocks} {submitted:?}"), lba, blocks);
-        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted, process });
+        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted, process, stale });
         let count = BlockCount(u32::try_from(blocks).expect("few"));
         let request = BlockRequest { id, lba: Lba(lba), blocks: count, operation };
         let life = self.processes[process].life;
@@ -665,6 +673,16 @@ impl World {
             // Given back: it may or may not have landed.
             Status::Superseded => return,
             other => self.fail(&format!("the guest saw an error: {other} for {guest:?}")),
+        }
+        if guest.stale {
+            match guest.kind {
+                // No read grants yet: a deposed head that has not been told reads old data. And what
+                // it acknowledged itself is on media: it may say so.
+                Kind::Read | Kind::Flush => return,
+                Kind::Write | Kind::Discard => {
+                    self.fail(&format!("a deposed head acknowledged {guest:?}"))
+                }
+            }
         }
         self.report.answered += 1;
         self.trace(&format!("answer {guest:?}"), guest.lba, guest.blocks);
@@ -772,7 +790,7 @@ impl World {
         while lba < self.config.blocks {
             let blocks = (self.config.blocks - lba).min(32);
             let before = self.next_request;
-            self.submit_request(Kind::Read, lba, blocks);
+            self.submit_request(self.head_at, Kind::Read, lba, blocks);
             if self.next_request == before {
                 // Members that are behind still hold buffers.
                 let later = self.now + Duration::from_millis(1);
