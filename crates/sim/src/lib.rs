@@ -7,6 +7,7 @@
 
 mod content;
 pub mod disk;
+mod guest;
 mod network;
 pub mod oracle;
 mod process;

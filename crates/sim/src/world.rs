@@ -14,8 +14,9 @@ use node::{ConnectionId, FrontEnd, HeadEvent, Input, Output};
 use store::{DiskId, DiskKind, DiskOperation, DiskResult};
 
 use crate::content::{fill, value_of};
+use crate::guest::{Guest, Kind};
 use crate::network::{End, Network};
-use crate::oracle::{Oracle, Stamp};
+use crate::oracle::Oracle;
 use crate::process::{Process, address, pool_id, server_id};
 use crate::random::Random;
 
@@ -75,29 +76,6 @@ enum Event {
     OpenHead,
     Submit,
     Fault,
-}
-
-/// A request of the guest that is not answered.
-#[derive(Debug)]
-struct Guest {
-    lba: u64,
-    blocks: u64,
-    kind: Kind,
-    /// Of a write or discard.
-    number: u64,
-    submitted: Stamp,
-    /// Whose head has it.
-    process: usize,
-    /// A newer head served already when it was submitted: it must never take effect.
-    stale: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    Discard,
-    Flush,
 }
 
 /// A simulated cluster with one volume and one guest.

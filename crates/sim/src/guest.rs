@@ -1,0 +1,26 @@
+//! Requests of the guest.
+
+use crate::oracle::Stamp;
+
+/// A request of the guest that is not answered.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    pub(crate) lba: u64,
+    pub(crate) blocks: u64,
+    pub(crate) kind: Kind,
+    /// Of a write or discard.
+    pub(crate) number: u64,
+    pub(crate) submitted: Stamp,
+    /// Whose head has it.
+    pub(crate) process: usize,
+    /// A newer head served already when it was submitted: it must never take effect.
+    pub(crate) stale: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+    Discard,
+    Flush,
+}
