@@ -38,6 +38,8 @@ pub struct WorldConfig {
     pub requests: u64,
     /// Processes die, lose connections; heads are replaced.
     pub faults: bool,
+    /// Now and then a disk or the network is a hundred times slower, and members fall behind.
+    pub hiccups: bool,
     /// When a write counts. Only with [`Durability::Durable`] do servers lose power, one at a
     /// time: with [`Durability::Flush`] that may cost what was acknowledged and not flushed.
     pub durability: Durability,
@@ -350,7 +352,7 @@ impl World {
             self.processes[process].node.as_mut().and_then(node::Node::poll_disk)
         {
             let delay = match self.random.below(200) {
-                0 => self.random.between(1_000_000, 20_000_000),
+                0 if self.config.hiccups => self.random.between(1_000_000, 20_000_000),
                 _ => self.random.between(15_000, 120_000),
             };
             let operation = Box::new(operation);
@@ -469,7 +471,7 @@ impl World {
         self.network.send(from, bytes);
         if let Some(at) = self.network.peer(from) {
             let delay = match self.random.below(500) {
-                0 => self.random.between(1_000_000, 30_000_000),
+                0 if self.config.hiccups => self.random.between(1_000_000, 30_000_000),
                 _ => self.random.between(5_000, 60_000),
             };
             let life = self.processes[at.0].life;

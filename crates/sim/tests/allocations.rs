@@ -25,6 +25,7 @@ fn a_request_costs_no_allocation() {
             blocks: 512,
             requests: 4000,
             faults: false,
+            hiccups: false,
             durability: Durability::Flush,
             trace_block: None,
             allocations,
