@@ -37,11 +37,13 @@ pub struct PoolSizes {
     pub mass_mib: u64,
     /// Take the space from the file system now, for measurements.
     pub preallocate: bool,
+    /// The daemon's memory for data under way, in MiB.
+    pub buffers_mib: u64,
 }
 
 impl Default for PoolSizes {
     fn default() -> Self {
-        Self { fast_mib: 512, mass_mib: 1024, preallocate: false }
+        Self { fast_mib: 512, mass_mib: 1024, preallocate: false, buffers_mib: 128 }
     }
 }
 
@@ -108,9 +110,11 @@ impl<'lab> Cluster<'lab> {
         let config = self.lab.directory().join(format!("{name}.toml"));
         let text = format!(
             "name = {name:?}\nstore = {:?}\nlisten = {address:?}\napi = \"{}\"\n\
-             [pool]\nfast = [{fast:?}]\nmass = [{mass:?}]\n[log]\nlevel = \"info\"\n",
+             [pool]\nfast = [{fast:?}]\nmass = [{mass:?}]\n[log]\nlevel = \"info\"\n\
+             [limits]\nbuffers = \"{}M\"\n",
             self.store,
-            api.display()
+            api.display(),
+            sizes.buffers_mib
         );
         std::fs::write(&config, text)?;
         let log = self.lab.log(&format!("holdfastd-{name}"));

@@ -232,6 +232,43 @@ fn an_idle_daemon_costs_next_to_nothing() {
     });
 }
 
+/// Guests share the daemon's buffers. One whose first request finds none must be served once the
+/// others give theirs back, even if nothing else happens then.
+#[test]
+fn a_guest_that_found_no_buffer_is_served_when_others_are_done() {
+    const SLOTS: usize = 200;
+    test(0, |lab: &Lab| {
+        let sizes = PoolSizes { buffers_mib: 16, ..PoolSizes::default() };
+        let cluster = Cluster::start_with(lab, 1, sizes)?;
+        let mut clients = Vec::new();
+        for name in ["greedy1", "greedy2", "greedy3", "modest"] {
+            cluster.create_volume(name, 64, 1)?;
+            let socket = cluster.export(0, name)?;
+            let slots = if name == "modest" { 1 } else { SLOTS };
+            clients.push(Client::connect(&socket, slots, 128 << 10)?);
+        }
+        let mut modest = clients.pop().context("the last one")?;
+        for round in 0..10 {
+            for client in &mut clients {
+                for slot in 0..SLOTS {
+                    client.submit(slot, Operation::Write, (slot as u64) * (128 << 10), 128 << 10);
+                }
+                client.wait(0, Duration::from_secs(30), |_| {})?;
+            }
+            modest.submit(0, Operation::Write, 0, 128 << 10);
+            let mut served = 0;
+            modest
+                .wait(1, Duration::from_secs(20), |_| served += 1)
+                .with_context(|| format!("round {round}: the modest guest was forgotten"))?;
+            for client in &mut clients {
+                let busy = client.busy();
+                client.wait(busy, Duration::from_secs(30), |done| assert_eq!(done.result, 0))?;
+            }
+        }
+        Ok(())
+    });
+}
+
 /// The log holds a sixteenth of what is written: it is flushed home and trimmed under load.
 /// `HOLDFAST_PASSES=n` overwrites the volume n times.
 #[test]
@@ -240,7 +277,7 @@ fn a_volume_much_larger_than_the_log_is_overwritten_without_a_stop() {
     const PIECE: u64 = 128 << 10;
     const PIECES: u64 = (4096 << 20) / PIECE;
     test(0, |lab: &Lab| {
-        let sizes = PoolSizes { fast_mib: 272, mass_mib: 5120, preallocate: false };
+        let sizes = PoolSizes { fast_mib: 272, mass_mib: 5120, ..PoolSizes::default() };
         let cluster = Cluster::start_with(lab, 1, sizes)?;
         cluster.create_volume("disk", 4096, 1)?;
         let socket = cluster.export(0, "disk")?;

@@ -105,6 +105,11 @@ impl Client {
         self.busy.len()
     }
 
+    /// Requests that were handed over and have not been reported as done.
+    pub fn busy(&self) -> usize {
+        self.busy.iter().filter(|busy| **busy).count()
+    }
+
     /// The bytes of a free slot.
     pub fn bytes(&mut self, slot: usize) -> &mut [u8] {
         assert!(!self.busy[slot], "slot {slot} belongs to a request");

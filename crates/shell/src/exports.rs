@@ -21,7 +21,7 @@ struct Export {
     watches: BTreeMap<u16, WatchHandle>,
     /// There may be requests in its rings.
     pending: bool,
-    /// They wait for buffers or for the head: not to be looked at before something came back.
+    /// They wait for buffers or for the head: no reason to look again before something happened.
     blocked: bool,
     /// Replies or a control message came: guests may have to be signalled.
     touched: bool,
@@ -113,6 +113,9 @@ impl Exports {
         if let Some(export) = self.exports.get_mut(&ExportId(front_end.0)) {
             export.device.complete(reply);
             export.touched = true;
+        }
+        // Guests share the buffers: what this one gives back, another may be waiting for.
+        for export in self.exports.values_mut() {
             export.blocked = false;
         }
     }
@@ -126,10 +129,11 @@ impl Exports {
         }
     }
 
-    /// Takes requests out of rings and hands them to the heads.
+    /// Takes requests out of rings and hands them to the heads. Rings that were found blocked are
+    /// tried again: buffers also come free without a reply, when a slow member answers at last.
     pub(crate) fn poll(&mut self, node: &mut Node, now: base::Instant) {
         for (id, export) in &mut self.exports {
-            if !export.pending || export.blocked {
+            if !export.pending {
                 continue;
             }
             let Some(head) = node.head_of(export.spec.volume) else {
@@ -142,6 +146,11 @@ impl Exports {
             export.blocked = submitted.more && submitted.count == 0;
             export.touched = true;
         }
+    }
+
+    /// True if some ring holds requests that were found waiting for something.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.exports.values().any(|export| export.pending && export.blocked)
     }
 
     /// True if some ring may hold requests that need not wait for anything.

@@ -134,7 +134,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Options>>
 fn compare(lab: &Lab, options: &Options) -> Result<()> {
     let size_mib = options.size_mib;
     let mass_mib = size_mib + size_mib / 4;
-    let sizes = PoolSizes { fast_mib: LOG_MIB, mass_mib, preallocate: true };
+    let sizes =
+        PoolSizes { fast_mib: LOG_MIB, mass_mib, preallocate: true, ..PoolSizes::default() };
     let cluster = Cluster::start_with(lab, 1, sizes)?;
     cluster.create_volume("disk", size_mib, 1)?;
     let holdfast = cluster.export(0, "disk")?;
