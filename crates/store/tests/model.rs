@@ -84,6 +84,9 @@ enum Asked {
     Create,
     Append(usize, u64, bool),
     Read(usize, u64, u32, u64),
+    /// A read that was under way when its replica's log was truncated: what it saw may be gone.
+    /// Its session is a deposed one; nobody hears the answer.
+    Overtaken,
     Flush(usize, u64),
     Seal(usize, u64),
     Scan(usize, u64),
@@ -265,7 +268,18 @@ impl Test {
     fn answers(&mut self) {
         for (tag, result) in core::mem::take(&mut self.world.answers) {
             let asked = self.asked.remove(&tag).expect("each command is answered once");
-            self.answer(asked, result);
+            if !matches!(asked, Asked::Overtaken) {
+                self.answer(asked, result);
+            }
+        }
+    }
+
+    /// The reads of a replica that are under way may see what a truncation has taken away.
+    fn overtake_reads(&mut self, at: usize) {
+        for asked in self.asked.values_mut() {
+            if matches!(asked, Asked::Read(reading, ..) if *reading == at) {
+                *asked = Asked::Overtaken;
+            }
         }
     }
 
@@ -327,6 +341,7 @@ impl Test {
                 assert_eq!(last, model.last(), "seed {seed}: truncated");
                 model.answered = model.answered.min(keep);
                 model.durable = model.durable.min(keep);
+                self.overtake_reads(at);
             }
             (Asked::Truncate(..), Err(ReplicaError::Trimmed { .. })) => {}
             (Asked::Append(at, seq, _), Err(ReplicaError::NoReplica)) if self.deleting => {
