@@ -141,7 +141,8 @@ fn a_volume_from_creation_to_deletion() {
     assert_eq!(listed[0]["promised_bytes"], 4_u64 << 30);
 
     let id = shown["id"].as_str().unwrap().parse().unwrap();
-    let other = Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned() };
+    let other =
+        Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned(), repair: false };
     lease::acquire(bench.store.as_ref(), id, &other, Acquire::default()).unwrap();
     bench.run(&["volume", "delete", "disk1"]).refused(4, &["in use by server s9", "--force"]);
     let socket = bench.path("v.sock");

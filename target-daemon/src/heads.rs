@@ -20,7 +20,11 @@ const EPOCH_ATTEMPTS: usize = 4;
 
 /// The holder that a server is.
 pub fn server_holder(server: ServerId, name: &str) -> Holder {
-    Holder { id: HolderId::from_bytes(server.bytes()), name: format!("server {name}") }
+    Holder {
+        id: HolderId::from_bytes(server.bytes()),
+        name: format!("server {name}"),
+        repair: false,
+    }
 }
 
 /// The holder that `holdfast attach` at this socket of this machine is: the same one whenever it
@@ -33,6 +37,7 @@ pub fn attach_holder(socket: &Path) -> Holder {
     Holder {
         id: HolderId::from_bytes(cluster::named_id(name.as_bytes())),
         name: format!("attach on {host} at {}", socket.display()),
+        repair: false,
     }
 }
 

@@ -250,7 +250,11 @@ fn a_volume_held_elsewhere_is_refused_by_name_and_ones_own_is_taken_again() {
     let bench = Bench::new();
     let running = bench.start("");
     let id = bench.volume("v");
-    let other = Holder { id: HolderId::from_bytes([9; 16]), name: "attach on host7".to_owned() };
+    let other = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "attach on host7".to_owned(),
+        repair: false,
+    };
     let store = bench.store.as_ref();
     lease::acquire(store, id, &other, Acquire::default()).unwrap();
     let (status, error) = running.export(&bench, "v", "v.sock");
@@ -259,8 +263,11 @@ fn a_volume_held_elsewhere_is_refused_by_name_and_ones_own_is_taken_again() {
     assert!(running.get("/v1/exports").as_array().unwrap().is_empty(), "not wanted any more");
     lease::release(store, id, other.id, Epoch(1)).unwrap();
     // What kill -9 leaves behind: the lease is this server's.
-    let own =
-        Holder { id: HolderId::from_bytes(bench.server.bytes()), name: "server a".to_owned() };
+    let own = Holder {
+        id: HolderId::from_bytes(bench.server.bytes()),
+        name: "server a".to_owned(),
+        repair: false,
+    };
     lease::acquire(store, id, &own, Acquire::default()).unwrap();
     assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
     assert_eq!(bench.holder(id), (Some("server a".to_owned()), Epoch(3)));
@@ -281,7 +288,11 @@ fn a_deposed_head_ends_and_is_served_again_when_the_volume_is_free() {
     let id = bench.volume("v");
     until("serving", || (state().0 == "open").then_some(()));
 
-    let other = Holder { id: HolderId::from_bytes([9; 16]), name: "attach on host7".to_owned() };
+    let other = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "attach on host7".to_owned(),
+        repair: false,
+    };
     let force = Acquire { force: true, ..Acquire::default() };
     let taken = lease::acquire(bench.store.as_ref(), id, &other, force).unwrap().volume.epoch;
     let epoch = Epoch(taken.0 - 1);

@@ -6,6 +6,7 @@
 
 pub mod buffer;
 pub mod checksum;
+pub mod chunks;
 pub mod ids;
 pub mod limits;
 pub mod membership;
@@ -22,7 +23,10 @@ pub use ids::{
 };
 pub use membership::{Durability, Holder, Member, Policy, Role, ShardRecord, VolumeRecord};
 pub use record::{Record, RecordError, RecordHeader, RecordKind};
-pub use replica::{CommandBody, ReplicaCommand, ReplicaError, ReplicaState, ReplyBody};
+pub use replica::{
+    CommandBody, FillPhase, FillProgress, Health, HelloReason, ReplicaCommand, ReplicaError,
+    ReplicaState, ReplyBody,
+};
 pub use request::{BlockReply, BlockRequest, Operation, RequestId, Status};
 pub use slab::Slab;
 pub use time::Instant;

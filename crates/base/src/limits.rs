@@ -29,6 +29,14 @@ pub const HEAD_REQUESTS_MAX: usize = 1024;
 /// Records that a member may have received and not yet answered, per head session.
 pub const MEMBER_COMMANDS_MAX: usize = 1024;
 
+/// How long a member that answered a head's command delays the answer to a higher Seal, counted
+/// from when the command came, in milliseconds of its own monotonic clock.
+pub const GRANT_MS: u64 = 200;
+
+/// How long a head counts on such a grant, from when it sent the command, in milliseconds of its own
+/// clock. The rest is for clocks that run at different rates.
+pub const GRANT_TRUSTED_MS: u64 = 150;
+
 /// Volumes that one process serves, at most.
 pub const VOLUMES_MAX: usize = 1024;
 
@@ -42,3 +50,4 @@ const _: () = assert!(RECORD_HEADER_BYTES_MAX <= HEADER_BYTES);
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(PAGE_BYTES));
 const _: () = assert!(SMALL_PAYLOAD_BYTES <= PAYLOAD_BYTES_MAX);
 const _: () = assert!(HEAD_REQUESTS_MAX <= MEMBER_COMMANDS_MAX);
+const _: () = assert!(GRANT_TRUSTED_MS + GRANT_MS / 5 < GRANT_MS);

@@ -41,6 +41,9 @@ pub struct Holder {
     pub id: HolderId,
     /// For people: `server a`, or `attach on host7 at /run/vm3.sock`.
     pub name: String,
+    /// It only heals the volume and gives way to anybody at once.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub repair: bool,
 }
 
 /// A volume as the cluster store keeps it. Changed only by compare-and-swap.
@@ -73,12 +76,26 @@ impl VolumeRecord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// Chosen, but its server has not made the replica yet. No head may open the volume.
+    /// Chosen, but its server has not made the replica yet. A volume that was never opened (epoch
+    /// 0) may not be opened while it has such a member; later ones are not waited for.
     Provisioning,
     /// Its acknowledgements count.
     InSync,
     /// Being filled; its acknowledgements do not count.
     CatchingUp,
+    /// No longer a member: its server deletes the replica and then takes this entry out. No head
+    /// has anything to do with it.
+    Leaving,
+}
+
+impl Role {
+    /// True if a head keeps a session with such a member.
+    pub const fn is_served(self) -> bool {
+        match self {
+            Self::InSync | Self::CatchingUp => true,
+            Self::Provisioning | Self::Leaving => false,
+        }
+    }
 }
 
 impl fmt::Display for Role {
@@ -87,6 +104,7 @@ impl fmt::Display for Role {
             Self::Provisioning => "provisioning",
             Self::InSync => "in sync",
             Self::CatchingUp => "catching up",
+            Self::Leaving => "leaving",
         })
     }
 }
@@ -111,6 +129,23 @@ pub struct ShardRecord {
     pub shard: ShardIndex,
     /// Its replicas.
     pub members: Vec<Member>,
+    /// Servers that can take a lost member's place, best first, with room kept for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failover: Vec<ServerId>,
+}
+
+impl ShardRecord {
+    /// The servers of the in-sync set S, in the record's order.
+    pub fn in_sync(&self) -> impl Iterator<Item = ServerId> + Clone {
+        let members = self.members.iter().filter(|member| member.role == Role::InSync);
+        members.map(|member| member.server)
+    }
+}
+
+/// The fewest members in sync that a volume of so many `replicas` may be left with by a change: a
+/// member whose removal would leave fewer stays, dead or not.
+pub const fn in_sync_floor(replicas: u8) -> usize {
+    (replicas as usize).div_ceil(2)
 }
 
 /// Qw(S): acknowledgements that make a write acknowledged, of a set of `in_sync` members.

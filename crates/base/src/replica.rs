@@ -3,7 +3,7 @@
 //! store, `nvme` encodes them as vendor-specific commands.
 
 use crate::buffer::{Buffer, BufferMut};
-use crate::ids::{Epoch, Position, ReplicaKey, Seq};
+use crate::ids::{Epoch, Position, ReplicaKey, Seq, ServerId};
 use crate::record::Record;
 use crate::units::{BlockCount, Lba};
 
@@ -68,6 +68,71 @@ pub enum CommandBody {
     /// The head is leaving in good order; a later Seal need not wait for it.
     /// Answered by [`ReplyBody::Done`].
     Release,
+    /// Renews the session's read grant, as every other admitted command does too; does nothing
+    /// else. Answered by [`ReplyBody::Done`].
+    Renew,
+    /// Says who comes and why; binds the replica for the session without sealing it.
+    /// Answered by [`ReplyBody::Done`].
+    Hello {
+        /// Why.
+        reason: HelloReason,
+        /// The last seq that the head has acknowledged, as far as it knows.
+        acknowledged: Seq,
+    },
+    /// How this server sees another one: silence seen by one is corroborated by another before a
+    /// member is replaced. Answered by [`ReplyBody::Health`].
+    HealthOf {
+        /// The other one.
+        server: ServerId,
+    },
+    /// Fill this replica from `source`'s, directly: the log's tail, or, if `chunks`, first every chunk
+    /// of home that is newer there. Starts the filling, or changes its rate, and says how far it is;
+    /// repeated until it is done. Answered by [`ReplyBody::Filling`].
+    Install {
+        /// A server whose replica is in sync.
+        source: ServerId,
+        /// What this replica lacks is in no log any more. Its own log is dropped: allowed only
+        /// while it does not count for any quorum.
+        chunks: bool,
+        /// Bytes per second, at most; 0: pause.
+        bytes_per_second: u64,
+    },
+    /// Which chunks home has, for a server that fills its replica from this one.
+    /// Answered by [`ReplyBody::Chunks`].
+    List {
+        /// Blocks per chunk of the list: those of the asking server.
+        unit: BlockCount,
+        /// Number of the first chunk of the list.
+        first: u32,
+        /// Where the list goes.
+        buffer: BufferMut,
+    },
+    /// The first run of written blocks at or after `lba` and before `end`, in the version that is
+    /// settled here. Answered by [`ReplyBody::Record`], a write record with its checksums and the
+    /// position of this replica's commit, or by [`ReplyBody::Done`] if there is no such block.
+    Fetch {
+        /// Where to start.
+        lba: Lba,
+        /// Where to stop.
+        end: Lba,
+        /// Where header and payload go.
+        buffer: BufferMut,
+    },
+}
+
+/// Why a session says hello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HelloReason {
+    /// A head opens the volume.
+    Fresh,
+    /// A state message told the head to come here.
+    Told,
+    /// The head's last session ended with an error.
+    IoError,
+    /// The head's last session fell silent.
+    Timeout,
+    /// Another server fills its replica from this one, on behalf of the head of the same epoch.
+    Fill,
 }
 
 impl CommandBody {
@@ -82,6 +147,12 @@ impl CommandBody {
             Self::Truncate { .. } => "Truncate",
             Self::Trim => "Trim",
             Self::Release => "Release",
+            Self::Renew => "Renew",
+            Self::Hello { .. } => "Hello",
+            Self::HealthOf { .. } => "HealthOf",
+            Self::Install { .. } => "Install",
+            Self::List { .. } => "List",
+            Self::Fetch { .. } => "Fetch",
         }
     }
 }
@@ -99,6 +170,50 @@ pub struct ReplicaState {
     pub commit: Seq,
     /// Records at or below this seq are no longer in the log (they are home).
     pub trimmed: Seq,
+    /// It is being filled with chunks: its blocks are neither those of `last` nor of any other
+    /// position. It takes no appends and no reads, and counts for no quorum.
+    pub filling: bool,
+    /// Durable records were lost here: it must be filled anew.
+    pub damaged: bool,
+}
+
+/// How a server sees another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It answers.
+    Healthy,
+    /// It answers late, or refuses some work.
+    Degraded,
+    /// It does not answer.
+    Silent,
+    /// Asked for the first time just now; ask again.
+    Unknown,
+}
+
+/// How far a filling is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FillProgress {
+    /// What it does.
+    pub phase: FillPhase,
+    /// Payload bytes that came from the source.
+    pub copied_bytes: u64,
+    /// Payload bytes that will have come when it is done, as far as is known.
+    pub total_bytes: u64,
+}
+
+/// What a filling does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FillPhase {
+    /// Connects to the source.
+    Connecting,
+    /// Copies chunks.
+    Chunks,
+    /// Copies the log's tail.
+    Log,
+    /// Holds everything the source held when it got there: seal it and go on from its log.
+    Done,
+    /// Cannot go on from this source; what has been copied stays.
+    Failed,
 }
 
 /// The successful answer to a [`ReplicaCommand`].
@@ -118,15 +233,21 @@ pub enum ReplyBody {
         /// Records at or below this seq are on media at this replica.
         durable: Seq,
     },
-    /// To Scan: the record, verified.
+    /// To Scan: the record, verified. To Fetch: a run of blocks.
     Record(Record),
     /// To Truncate: the last position that is left.
     Truncated {
         /// The log's new end.
         last: Position,
     },
-    /// To Trim and Release.
+    /// To Trim, Release, Renew and Hello; to Fetch: there is no such block.
     Done,
+    /// To HealthOf.
+    Health(Health),
+    /// To Install.
+    Filling(FillProgress),
+    /// To List: encoded as [`crate::chunks`] says.
+    Chunks(Buffer),
 }
 
 /// Why a replica refused or failed a command.
@@ -162,6 +283,9 @@ pub enum ReplicaError {
         /// The last seq that is gone.
         trimmed: Seq,
     },
+    /// The replica is being filled and cannot do that yet.
+    #[error("the replica is being filled")]
+    Filling,
     /// The data could not be read or does not match its checksum.
     #[error("the data is damaged here")]
     Damaged,

@@ -58,6 +58,7 @@ pub(crate) fn shard(number: u8) -> ShardRecord {
         volume: VolumeId::from_bytes([number; 16]),
         shard: ShardIndex(0),
         members: vec![Member { server, pool, role: Role::InSync }],
+        failover: Vec::new(),
     }
 }
 
@@ -80,7 +81,11 @@ fn new_volume(name: &str, replicas: u8) -> NewVolume {
 }
 
 fn holder(number: u8) -> Holder {
-    Holder { id: HolderId::from_bytes([number; 16]), name: format!("holder {number}") }
+    Holder {
+        id: HolderId::from_bytes([number; 16]),
+        name: format!("holder {number}"),
+        repair: false,
+    }
 }
 
 fn pool(number: u8) -> PoolId {

@@ -151,7 +151,7 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             epoch: Epoch::NONE,
             holder: None,
         };
-        let shard = ShardRecord { volume: id, shard: ShardIndex(0), members };
+        let shard = ShardRecord { volume: id, shard: ShardIndex(0), members, failover: Vec::new() };
         attempt += 1;
         match store.insert_volume(&volume, &shard, revision) {
             Err(error) if error.is_conflict() && attempt < ATTEMPTS => {}
@@ -209,9 +209,8 @@ pub fn tasks(volumes: &[VolumeEntry], server: ServerId, pool: PoolId) -> Vec<Tas
         let mine = |member: &&base::Member| member.server == server && member.pool == pool;
         let member = entry.shard.members.iter().find(mine)?;
         match (entry.deleted, member.role) {
-            (true, Role::Provisioning | Role::InSync | Role::CatchingUp) => {
-                Some(Task::Remove(entry.clone()))
-            }
+            (true, Role::Provisioning | Role::InSync | Role::CatchingUp)
+            | (true | false, Role::Leaving) => Some(Task::Remove(entry.clone())),
             (false, Role::Provisioning) => Some(Task::Provision(entry.clone())),
             (false, Role::InSync | Role::CatchingUp) => None,
         }
@@ -247,8 +246,8 @@ pub fn provisioned(
     Ok(changed.is_some())
 }
 
-/// Notes that the server's replica of a deleted volume is gone, and purges the tombstone after
-/// the last one.
+/// Notes that the server's replica of a deleted volume, or of one whose member is leaving, is
+/// gone, and purges the tombstone after the last one.
 pub fn removed(
     store: &dyn ClusterStore,
     id: VolumeId,
@@ -257,9 +256,11 @@ pub fn removed(
 ) -> Result<(), StoreError> {
     let changed = change(store, id, |entry| {
         let members = entry.shard.members.len();
-        if entry.deleted {
-            entry.shard.members.retain(|member| member.server != server || member.pool != pool);
-        }
+        let deleted = entry.deleted;
+        entry.shard.members.retain(|member| {
+            let gone = deleted || member.role == Role::Leaving;
+            !gone || member.server != server || member.pool != pool
+        });
         if entry.shard.members.len() == members { Change::Nothing } else { Change::Write }
     });
     match changed {

@@ -38,7 +38,8 @@ fn volume() -> VolumeRecord {
 /// Inserts the volume unless another process did.
 fn insert(store: &dyn ClusterStore) {
     let id = volume().id;
-    let shard = ShardRecord { volume: id, shard: ShardIndex(0), members: Vec::new() };
+    let shard =
+        ShardRecord { volume: id, shard: ShardIndex(0), members: Vec::new(), failover: Vec::new() };
     while store.volume(id).unwrap().is_none() {
         match store.insert_volume(&volume(), &shard, store.revision().unwrap()) {
             Ok(_) => {}
@@ -61,7 +62,11 @@ fn one_process() {
     let store = SqliteStore::open(Path::new(&path), Create::IfMissing).unwrap();
     insert(&store);
     println!("cluster {}", store.cluster_id().unwrap());
-    let me = Holder { id: HolderId::from_bytes(cluster::new_id()), name: "racer".to_owned() };
+    let me = Holder {
+        id: HolderId::from_bytes(cluster::new_id()),
+        name: "racer".to_owned(),
+        repair: false,
+    };
     for _ in 0..EPOCHS_EACH {
         let how = Acquire { force: true, ..Acquire::default() };
         let entry = lease::acquire(&store, volume().id, &me, how).unwrap();

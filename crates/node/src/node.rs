@@ -457,7 +457,17 @@ impl Node {
             CommandBody::Flush => store::Command::Flush { key },
             CommandBody::Scan { seq, buffer } => store::Command::Scan { key, seq, buffer },
             CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
-            CommandBody::Trim | CommandBody::Release => store::Command::Commit { key, commit },
+            CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. } => store::Command::Commit { key, commit },
+            CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => {
+                self.replica_reply(origin, tag, Err(ReplicaError::Invalid));
+                return;
+            }
         };
         let pending = StoreCommand::Replica { key, epoch, origin, tag };
         let tag = server.commands.insert_or_grow(pending);

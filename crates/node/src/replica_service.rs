@@ -92,7 +92,13 @@ impl ReplicaService {
             | CommandBody::Scan { .. }
             | CommandBody::Truncate { .. }
             | CommandBody::Trim
-            | CommandBody::Release => {}
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. }
+            | CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => {}
         }
         if owner.epoch == command.epoch && owner.session.is_some_and(|(holder, _)| holder == origin)
         {

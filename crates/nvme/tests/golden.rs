@@ -212,6 +212,8 @@ fn replica_answers_and_errors() {
         durable: Seq(3),
         commit: Seq(4),
         trimmed: Seq(5),
+        filling: false,
+        damaged: false,
     };
     let bytes = hex(
         "0700000000000000 0100000000000000 0200000000000000 0300000000000000 0400000000000000 \

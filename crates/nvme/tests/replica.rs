@@ -150,6 +150,8 @@ fn random_result(
             durable,
             commit: Seq(random.next()),
             trimmed: Seq(random.next()),
+            filling: false,
+            damaged: false,
         }),
         CommandBody::Append { .. } => ReplyBody::Appended { durable },
         CommandBody::Read { blocks, mut buffer, .. } => {
@@ -168,7 +170,14 @@ fn random_result(
         CommandBody::Truncate { .. } => {
             ReplyBody::Truncated { last: Position::new(Epoch(random.next()), durable) }
         }
-        CommandBody::Trim | CommandBody::Release => ReplyBody::Done,
+        CommandBody::Trim
+        | CommandBody::Release
+        | CommandBody::Renew
+        | CommandBody::Hello { .. }
+        | CommandBody::HealthOf { .. }
+        | CommandBody::Install { .. }
+        | CommandBody::List { .. }
+        | CommandBody::Fetch { .. } => ReplyBody::Done,
     })
 }
 

@@ -521,7 +521,10 @@ impl World {
                 role: Role::InSync,
             })
             .collect();
-        (volume, ShardRecord { volume: VOLUME, shard: ShardIndex(0), members })
+        (
+            volume,
+            ShardRecord { volume: VOLUME, shard: ShardIndex(0), members, failover: Vec::new() },
+        )
     }
 
     fn open_head(&mut self) {

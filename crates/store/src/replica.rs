@@ -169,6 +169,8 @@ impl Replica {
             durable: self.durable,
             commit: self.commit,
             trimmed: self.trimmed.seq,
+            filling: false,
+            damaged: self.damaged,
         }
     }
 

@@ -265,6 +265,7 @@ impl Head {
             | ReplicaError::OutOfOrder { .. }
             | ReplicaError::Trimmed { .. }
             | ReplicaError::DeviceFailed
+            | ReplicaError::Filling
             | ReplicaError::Disconnected => {
                 if self.members[index].follows() {
                     self.member_failed(index, failure);

@@ -77,6 +77,7 @@ impl Head {
             | ReplicaError::OutOfOrder { .. }
             | ReplicaError::Behind { .. }
             | ReplicaError::Trimmed { .. }
+            | ReplicaError::Filling
             | ReplicaError::Damaged
             | ReplicaError::Invalid
             | ReplicaError::Disconnected => self.reset(index, Some(error)),

@@ -101,6 +101,12 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out.opcode = opcode::RELEASE;
             out
         }
+        CommandBody::Renew
+        | CommandBody::Hello { .. }
+        | CommandBody::HealthOf { .. }
+        | CommandBody::Install { .. }
+        | CommandBody::List { .. }
+        | CommandBody::Fetch { .. } => out,
     }
 }
 
@@ -275,6 +281,8 @@ pub fn decode_state(bytes: &[u8]) -> ReplicaState {
         durable: Seq(u64_at(bytes, 24)),
         commit: Seq(u64_at(bytes, 32)),
         trimmed: Seq(u64_at(bytes, 40)),
+        filling: false,
+        damaged: false,
     }
 }
 
@@ -291,6 +299,7 @@ pub fn encode_error(error: ReplicaError) -> (StatusCode, u64, Option<Position>) 
         ReplicaError::DeviceFailed => (StatusCode::vendor(0xc7, false), 0, None),
         ReplicaError::Invalid => (StatusCode::vendor(0xc8, false), 0, None),
         ReplicaError::Disconnected => (StatusCode::vendor(0xc9, true), 0, None),
+        ReplicaError::Filling => (StatusCode::vendor(0xca, true), 0, None),
     }
 }
 
@@ -312,6 +321,7 @@ pub fn decode_error(
         0x7c6 => ReplicaError::Damaged,
         0x7c7 => ReplicaError::DeviceFailed,
         0x7c9 => ReplicaError::Disconnected,
+        0x7ca => ReplicaError::Filling,
         _ => ReplicaError::Invalid,
     })
 }

@@ -90,7 +90,14 @@ impl Initiator {
             CommandBody::Flush => (Answer::Flushed, None, None),
             CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
             CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
-            CommandBody::Trim | CommandBody::Release => (Answer::Done, None, None),
+            CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. }
+            | CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => (Answer::Done, None, None),
         };
         let capacity = buffer.as_ref().map_or(0, base::BufferMut::capacity);
         let bytes_max = match answer {

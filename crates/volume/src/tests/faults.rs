@@ -28,7 +28,14 @@ impl World {
             CommandBody::Scan { .. } => Some(ReplicaError::Damaged),
             CommandBody::Seal => Some(ReplicaError::NoReplica),
             CommandBody::Truncate { .. } => Some(ReplicaError::Disconnected),
-            CommandBody::Trim | CommandBody::Release => Some(ReplicaError::NotSealed),
+            CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. }
+            | CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => Some(ReplicaError::NotSealed),
         }
     }
 

@@ -120,6 +120,8 @@ impl Model {
             durable: self.durable,
             commit: self.commit,
             trimmed: self.trimmed,
+            filling: false,
+            damaged: false,
         }
     }
 
@@ -173,7 +175,14 @@ impl Model {
             CommandBody::Flush => Effect::Flush { seq: self.last().seq },
             CommandBody::Scan { seq, buffer } => self.scan(seq, buffer),
             CommandBody::Truncate { keep } => self.truncate(truth, keep),
-            CommandBody::Trim | CommandBody::Release => Effect::Answer(Ok(ReplyBody::Done)),
+            CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. } => Effect::Answer(Ok(ReplyBody::Done)),
+            CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => Effect::Answer(Err(ReplicaError::Invalid)),
         }
     }
 

@@ -45,6 +45,7 @@ fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadConfig {
             volume: id,
             shard: ShardIndex(0),
             members: (0..members).map(member).collect(),
+            failover: Vec::new(),
         },
         epoch: Epoch(epoch),
         local: Some(server(0)),

@@ -238,6 +238,7 @@ impl World {
                 volume: id,
                 shard: ShardIndex(0),
                 members: (0..settings.members).map(member).collect(),
+                failover: Vec::new(),
             },
             epoch: self.epoch,
             local: (!self.epoch.0.is_multiple_of(4))
