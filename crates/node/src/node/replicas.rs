@@ -1,0 +1,141 @@
+//! Commands for this server's replicas, and what the store has to say.
+
+use base::{CommandBody, Epoch, ReplicaCommand, ReplicaError, ReplyBody};
+use nvme::target::Input as TargetInput;
+use nvme::{SessionId, Tag};
+
+use super::{Node, StoreCommand};
+use crate::io::Output;
+use crate::replica_service::Origin;
+
+impl Node {
+    pub(super) fn control(&mut self, pending: StoreCommand, tag: u64, command: store::Command) {
+        let Some(server) = &mut self.server else {
+            let result = Err(ReplicaError::NoReplica);
+            self.outputs.push_back(Output::ControlDone { tag, result });
+            return;
+        };
+        let tag = server.commands.insert_or_grow(pending);
+        server.store.handle(self.now, store::Input::Command { tag, command });
+    }
+
+    /// A command for a replica of this server, from whomever.
+    pub(super) fn replica_command(&mut self, origin: Origin, tag: u64, command: ReplicaCommand) {
+        let Some(server) = &mut self.server else {
+            self.replica_reply(origin, tag, Err(ReplicaError::NoReplica));
+            return;
+        };
+        let client = match origin {
+            Origin::Local { .. } => Some(self.host),
+            Origin::Remote { session } => server.sessions.get(&session).copied(),
+        };
+        let admitted = match client {
+            Some(client) => server.service.admit(&command, origin, client),
+            None => Err(ReplicaError::NotSealed),
+        };
+        if let Err(error) = admitted {
+            self.replica_reply(origin, tag, Err(error));
+            return;
+        }
+        let ReplicaCommand { key, epoch, commit, body } = command;
+        let command = match body {
+            CommandBody::Seal => store::Command::Seal { key, epoch },
+            CommandBody::Append { record, media } => {
+                store::Command::Append { key, record, commit, media }
+            }
+            CommandBody::Read { lba, blocks, covers, buffer } => {
+                store::Command::Read { key, lba, blocks, covers, buffer }
+            }
+            CommandBody::Flush => store::Command::Flush { key },
+            CommandBody::Scan { seq, buffer } => store::Command::Scan { key, seq, buffer },
+            CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
+            CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::Renew
+            | CommandBody::Hello { .. } => store::Command::Commit { key, commit },
+            CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => {
+                self.replica_reply(origin, tag, Err(ReplicaError::Invalid));
+                return;
+            }
+        };
+        let pending = StoreCommand::Replica { key, epoch, origin, tag };
+        let tag = server.commands.insert_or_grow(pending);
+        server.store.handle(self.now, store::Input::Command { tag, command });
+    }
+
+    pub(super) fn replica_reply(
+        &mut self,
+        origin: Origin,
+        tag: u64,
+        result: Result<ReplyBody, ReplicaError>,
+    ) {
+        match origin {
+            Origin::Local { head } => {
+                let Some(server) = self.heads.get(head).and_then(|entry| entry.local) else {
+                    return;
+                };
+                self.heads.handle(self.now, head, volume::Input::Reply { server, tag, result });
+            }
+            Origin::Remote { session } => {
+                let input = TargetInput::ReplicaReply {
+                    session: SessionId(session),
+                    tag: Tag(tag),
+                    result,
+                };
+                self.target_input(input);
+            }
+        }
+    }
+
+    pub(super) fn store_done(&mut self, tag: u64, result: Result<ReplyBody, ReplicaError>) {
+        let server = self.server.as_mut().expect("a store answers");
+        let command = server.commands.remove(tag).expect("a store answers each command once");
+        match command {
+            StoreCommand::Replica { key, epoch, origin, tag } => {
+                let result = server.service.gate(key, epoch, origin, result);
+                self.replica_reply(origin, tag, result);
+            }
+            StoreCommand::Create { key, tag } => {
+                if result.is_ok() {
+                    let sealed = server.store.replica(key).map_or(Epoch::NONE, |r| r.state.sealed);
+                    server.service.add_if_new(key, sealed);
+                }
+                self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
+            }
+            StoreCommand::Delete { key, tag } => {
+                if result.is_ok() {
+                    server.service.remove(key);
+                }
+                self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
+            }
+        }
+    }
+
+    pub(super) fn drain_store(&mut self) -> bool {
+        let mut progress = false;
+        while let Some(output) = self.server.as_mut().and_then(|s| s.store.poll_output()) {
+            progress = true;
+            match output {
+                store::Output::Opened(result) => {
+                    let server = self.server.as_mut().expect("a store speaks");
+                    if result.is_ok() {
+                        for (key, info) in server.store.replicas() {
+                            server.service.add_if_new(key, info.state.sealed);
+                        }
+                    }
+                    self.outputs.push_back(Output::PoolOpened(result));
+                }
+                store::Output::Disk(operation) => self.disk.push_back(operation),
+                store::Output::Done { tag, result } => self.store_done(tag, result),
+                store::Output::Failed(failure) => {
+                    self.outputs.push_back(Output::PoolFailed(failure));
+                }
+                store::Output::Notice(notice) => self.outputs.push_back(Output::PoolNotice(notice)),
+            }
+        }
+        progress
+    }
+}
