@@ -246,6 +246,12 @@ impl Attached {
                     Event::Superseded { .. }
                     | Event::Unopenable { .. }
                     | Event::Opened { .. }
+                    | Event::MemberDown { .. }
+                    | Event::MemberUp { .. }
+                    | Event::MemberSlow { .. }
+                    | Event::FillStarted { .. }
+                    | Event::FillDone { .. }
+                    | Event::Degraded { .. }
                     | Event::PoolFailed { .. },
                 )
                 | None => {}

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base::{
-    BlockSize, ClusterId, Epoch, HolderId, PoolId, ReplicaKey, ReplicaState, Role, Seq, ServerId,
-    ShardRecord, VolumeId, VolumeRecord,
+    BlockSize, ClusterId, Epoch, FillProgress, Health, HolderId, PoolId, ReplicaKey, ReplicaState,
+    Role, Seq, ServerId, ShardRecord, VolumeId, VolumeRecord,
 };
 
 /// What a data plane is started with. It is fixed for the life of the process.
@@ -196,6 +196,75 @@ pub enum OpenError {
     Control(#[from] ControlError),
 }
 
+/// Why a head did not begin or follow a change of its members. Nothing has changed in it.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// Not now: a member of the new set has not caught up, another change is open, it is still
+    /// opening. Worth another try.
+    #[error("the members cannot be changed now: {reason}")]
+    NotNow {
+        /// What stands in the way.
+        reason: String,
+    },
+    /// Not in this way: the record is none that the head could ever take.
+    #[error("the members cannot be changed so: {reason}")]
+    Refused {
+        /// Why not.
+        reason: String,
+    },
+    /// The head of the volume here is of another epoch.
+    #[error("the head of volume {volume} runs in {epoch}")]
+    OtherEpoch {
+        /// The volume.
+        volume: VolumeId,
+        /// The running head's epoch.
+        epoch: Epoch,
+    },
+    /// The data plane refused.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// A state message to the heads that have a session here: what they should know before an I/O
+/// tells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateNotice {
+    /// The replica that it is about; `None`: the whole server, so every session.
+    pub key: Option<ReplicaKey>,
+    /// What there is to know.
+    pub news: StateNews,
+}
+
+/// What a [`StateNotice`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateNews {
+    /// This server goes away in good order.
+    Draining {
+        /// How long it stays.
+        deadline: Duration,
+        /// Who takes the replica's place, if that is known.
+        successor: Option<ServerId>,
+    },
+    /// It stays after all.
+    Back,
+    /// One of the failover servers of the volume. A new set is told as one notice for each.
+    FailoverServer {
+        /// The server.
+        server: ServerId,
+        /// How it is.
+        health: Health,
+        /// Which of the set, from 0.
+        index: u8,
+        /// How many there are.
+        count: u8,
+    },
+    /// A failover server can no longer be used.
+    FailoverUnavailable {
+        /// Which.
+        server: ServerId,
+    },
+}
+
 /// A replica to make: geometry of one shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplicaSpec {
@@ -265,6 +334,54 @@ pub enum Event {
         epoch: Epoch,
         /// The higher epoch.
         sealed: Epoch,
+    },
+    /// No session to a server that heads here have members on.
+    MemberDown {
+        /// The server.
+        server: ServerId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// There is a session to that server again.
+    MemberUp {
+        /// The server.
+        server: ServerId,
+    },
+    /// A member answers far later than the others, or no longer does.
+    MemberSlow {
+        /// The volume.
+        volume: VolumeId,
+        /// The member's server.
+        server: ServerId,
+        /// It is slow now.
+        slow: bool,
+    },
+    /// A member is being filled from another one.
+    FillStarted {
+        /// The volume.
+        volume: VolumeId,
+        /// The member's server.
+        server: ServerId,
+        /// Where the data comes from.
+        source: ServerId,
+    },
+    /// A filling is complete: the member follows the log.
+    FillDone {
+        /// The volume.
+        volume: VolumeId,
+        /// The member's server.
+        server: ServerId,
+        /// Bytes that were copied.
+        copied_bytes: u64,
+    },
+    /// A member's server says that it does not work as it should.
+    Degraded {
+        /// The volume.
+        volume: VolumeId,
+        /// The member's server.
+        server: ServerId,
+        /// How, for people.
+        reason: String,
     },
     /// A pending head has opened.
     Opened {
@@ -373,8 +490,51 @@ pub struct HeadStatus {
     pub commit: Seq,
     /// Requests accepted and not answered.
     pub in_flight: u32,
+    /// A change of its in-sync set is open: it acknowledges what has quorum in both sets.
+    pub change_open: bool,
+    /// What it has answered since it was made.
+    pub traffic: Traffic,
     /// Its members.
     pub members: Vec<MemberStatus>,
+}
+
+/// What a head has answered. Only grows in the life of a head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Reads.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Nanoseconds from arrival to answer of reads, summed.
+    pub read_latency_ns: u64,
+    /// Writes, discards and write-zeroes.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Nanoseconds from arrival to answer of writes, summed.
+    pub write_latency_ns: u64,
+    /// Requests of any kind that ended in an error.
+    pub errors: u64,
+}
+
+/// What a head does with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemberMode {
+    /// No session to its server.
+    Down,
+    /// Seals, or compares its log with the head's.
+    Opening,
+    /// Is copied the log records it lacks.
+    CatchingUp,
+    /// Is filled by another member.
+    Filling,
+    /// Gets every record as it is written.
+    Live,
+    /// What it lacks is in no log any more, or its data is damaged or contradicts what was
+    /// acknowledged: it must be filled.
+    NeedsFill,
+    /// It refuses or fails; tried again.
+    Failed,
 }
 
 /// A member as its head sees it.
@@ -392,6 +552,24 @@ pub struct MemberStatus {
     pub last: Seq,
     /// The last seq it has on media.
     pub durable: Seq,
+    /// What the head does with it.
+    pub mode: MemberMode,
+    /// How long it has been in that mode.
+    pub mode_for: Duration,
+    /// It follows the log and holds every acknowledged record.
+    pub caught_up: bool,
+    /// For how long it has been far slower than the others.
+    pub slow_for: Option<Duration>,
+    /// Its server has said that it goes away.
+    pub draining: bool,
+    /// Its server has said that a device of its pool has failed.
+    pub device_failed: bool,
+    /// Its server has said that it does not work as it should, for people.
+    pub degraded: Option<String>,
+    /// How another member's server sees its server, if one was asked.
+    pub others_say: Option<Health>,
+    /// How far its filling is.
+    pub filling: Option<FillProgress>,
     /// Why it is not reachable, or how far behind it is, for people.
     pub note: Option<String>,
 }
@@ -477,6 +655,32 @@ pub trait DataPlane: Send + Sync {
     /// is ended as it is: requests that were not decided stay unanswered. Returns once the head
     /// is gone, whichever way; only with [`ControlError::Deadline`] it may still run.
     fn close_head(&self, volume: VolumeId, drain: Duration) -> Result<(), ControlError>;
+
+    /// Begins a change of the in-sync set of the head in `epoch`, before the cluster store's record
+    /// is made to say so: from then on, what it acknowledges has quorum in both sets. Members that
+    /// are about to have what the new set needs are waited for, up to `wait`. The change stays
+    /// open until [`DataPlane::members_changed`] says what the record is.
+    fn change_members(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        wait: Duration,
+    ) -> Result<(), ChangeError>;
+
+    /// The cluster store's record of the head's members is this now, still in `epoch`. Ends an open
+    /// change, whichever of its two sets the record names, and adopts members that do not count.
+    /// A record that names another set ends the head. The same record again changes nothing.
+    fn members_changed(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        wait: Duration,
+    ) -> Result<(), ChangeError>;
+
+    /// Tells the heads that have sessions here.
+    fn publish(&self, notice: &StateNotice) -> Result<(), ControlError>;
 
     /// Serves a volume on a socket. Listens when this returns. The head may still be opening or
     /// stalled: guests' requests wait.

@@ -10,11 +10,13 @@
 //! * `message` — messages to the thread, and waiting for answers.
 //! * `worker` — the thread's loop.
 //! * `connections`, `exports`, `pool` — sockets, guests' devices, the pool's devices.
+//! * `members` — changes of members, state messages.
 //! * `report` — status and metrics.
 
 mod connections;
 pub mod control;
 mod exports;
+mod members;
 mod message;
 mod plane;
 mod pool;

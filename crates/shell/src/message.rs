@@ -3,13 +3,13 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use base::{ReplicaKey, VolumeId};
+use base::{Epoch, ReplicaKey, ShardRecord, VolumeId};
 use ring::{Sender, TrySendError};
 use vhost_blk::DeviceConfig;
 
 use crate::control::{
-    ControlError, ExportSpec, HeadSpec, MetricFamily, OpenError, Opening, ReplicaSpec,
-    ServerAddress, Status,
+    ChangeError, ControlError, ExportSpec, HeadSpec, MetricFamily, OpenError, Opening, ReplicaSpec,
+    ServerAddress, StateNotice, Status,
 };
 
 /// Messages that may wait for the data-plane thread.
@@ -45,6 +45,19 @@ pub(crate) enum Message {
         drain: Duration,
         answer: Answer<Result<(), ControlError>>,
     },
+    ChangeMembers {
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: ShardRecord,
+        answer: Answer<Result<(), ChangeError>>,
+    },
+    MembersChanged {
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: ShardRecord,
+        answer: Answer<Result<(), ChangeError>>,
+    },
+    Publish(StateNotice),
     AddExport {
         spec: ExportSpec,
         answer: Answer<Result<(ExportId, DeviceConfig), ControlError>>,

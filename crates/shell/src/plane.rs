@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use base::{BufferPool, ReplicaKey, VolumeId};
+use base::{BufferPool, Epoch, ReplicaKey, ShardRecord, VolumeId};
 use node::{Node, NodeConfig, ServerConfig};
 use nvme::TargetConfig;
 use ring::{Reactor, SocketAddress, SocketOptions};
@@ -14,13 +14,18 @@ use vhost_blk::{Listener, ListenerError, SinkClosed};
 use volume::Tunables;
 
 use crate::control::{
-    ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, HeadPhase, HeadSpec, MetricFamily,
-    OpenError, Opening, ReplicaSpec, ReplicaStatus, ServerAddress, StartError, Status,
+    ChangeError, ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, HeadPhase, HeadSpec,
+    MetricFamily, OpenError, Opening, ReplicaSpec, ReplicaStatus, ServerAddress, StartError,
+    StateNotice, Status,
 };
 use crate::message::{ExportId, MAIL_MAX, Mail, Message};
 use crate::pool::Devices;
 use crate::report::STATUS_WAIT;
 use crate::worker::{Parts, Worker};
+
+/// How soon a change of members that has to wait is tried again: a member that is about to have
+/// caught up has within a few round trips.
+const CHANGE_RETRY: Duration = Duration::from_millis(5);
 
 /// How long a message of a vhost-user control thread may wait for a full mailbox.
 const VHOST_WAIT: Duration = Duration::from_secs(5);
@@ -280,6 +285,48 @@ impl DataPlane for Plane {
             drain,
             answer,
         })?
+    }
+
+    fn change_members(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        wait: Duration,
+    ) -> Result<(), ChangeError> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let shard = shard.clone();
+            let asked = self.mail.ask("change the members", STATUS_WAIT, |answer| {
+                Message::ChangeMembers { volume, epoch, shard, answer }
+            })?;
+            match asked {
+                Err(ChangeError::NotNow { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(CHANGE_RETRY);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn members_changed(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        wait: Duration,
+    ) -> Result<(), ChangeError> {
+        let shard = shard.clone();
+        self.mail.ask("adopt the members", wait, |answer| Message::MembersChanged {
+            volume,
+            epoch,
+            shard,
+            answer,
+        })?
+    }
+
+    fn publish(&self, notice: &StateNotice) -> Result<(), ControlError> {
+        self.mail.send("publish a state message", Message::Publish(*notice), STATUS_WAIT)
     }
 
     fn start_export(&self, spec: &ExportSpec, wait: Duration) -> Result<(), ControlError> {

@@ -2,15 +2,13 @@
 
 use std::time::Duration;
 
-use base::Role;
-use node::metrics::{Counters, LATENCY_BOUNDS_NS, OperationKind};
-use volume::MemberMode;
-
 use crate::control::{
-    HeadPhase, HeadStatus, MemberStatus, MetricFamily, MetricSample, MetricValue, PoolStatus,
-    ReplicaSpec, ReplicaStatus, Status,
+    HeadPhase, HeadStatus, MemberMode, MemberStatus, MetricFamily, MetricSample, MetricValue,
+    PoolStatus, ReplicaSpec, ReplicaStatus, Status, Traffic,
 };
 use crate::worker::{HeadState, Worker};
+use base::Role;
+use node::metrics::{Counters, LATENCY_BOUNDS_NS, OperationKind};
 
 impl Worker {
     pub(crate) fn status(&self) -> Status {
@@ -49,7 +47,7 @@ impl Worker {
     fn head_status(&self) -> Vec<HeadStatus> {
         self.node
             .heads()
-            .filter_map(|(handle, volume, status, _)| {
+            .filter_map(|(handle, volume, status, counters)| {
                 let state = self.heads.get(&volume)?;
                 let local = self.node.local_member(handle);
                 Some(HeadStatus {
@@ -59,22 +57,43 @@ impl Worker {
                     last: status.last.seq,
                     commit: status.commit,
                     in_flight: u32::try_from(status.in_flight + status.queued).unwrap_or(u32::MAX),
+                    change_open: false,
+                    traffic: traffic(counters),
                     members: status
                         .members
                         .iter()
-                        .map(|member| MemberStatus {
-                            server: member.server,
-                            role: member.role,
-                            local: local == Some(member.server),
-                            reachable: member.mode == MemberMode::Live,
-                            last: member.last,
-                            durable: member.durable,
-                            note: note(member),
-                        })
+                        .map(|member| self.member(member, local, status.commit))
                         .collect(),
                 })
             })
             .collect()
+    }
+
+    fn member(
+        &self,
+        member: &volume::MemberStatus,
+        local: Option<base::ServerId>,
+        commit: base::Seq,
+    ) -> MemberStatus {
+        let mode = mode(member.mode);
+        MemberStatus {
+            server: member.server,
+            role: member.role,
+            local: local == Some(member.server),
+            reachable: mode == MemberMode::Live,
+            last: member.last,
+            durable: member.durable,
+            mode,
+            mode_for: self.reactor.now().since(member.since),
+            caught_up: mode == MemberMode::Live && member.last >= commit,
+            slow_for: None,
+            draining: false,
+            device_failed: false,
+            degraded: None,
+            others_say: None,
+            filling: None,
+            note: note(member),
+        }
     }
 
     fn phase(&self, state: &HeadState, status: &volume::HeadStatus) -> HeadPhase {
@@ -180,6 +199,39 @@ fn histogram(counters: &Counters, kind: OperationKind) -> MetricValue {
     }
 }
 
+fn mode(mode: volume::MemberMode) -> MemberMode {
+    match mode {
+        volume::MemberMode::Down => MemberMode::Down,
+        volume::MemberMode::Sealing | volume::MemberMode::Reconciling => MemberMode::Opening,
+        volume::MemberMode::CatchingUp => MemberMode::CatchingUp,
+        volume::MemberMode::Live => MemberMode::Live,
+        volume::MemberMode::TooFarBehind | volume::MemberMode::Diverged => MemberMode::NeedsFill,
+        volume::MemberMode::Failed(_) => MemberMode::Failed,
+    }
+}
+
+fn traffic(counters: &Counters) -> Traffic {
+    let mut traffic = Traffic::default();
+    for kind in OperationKind::ALL {
+        let of = counters.of(kind);
+        traffic.errors += of.errors;
+        match kind {
+            OperationKind::Read => {
+                traffic.reads += of.requests;
+                traffic.read_bytes += of.bytes;
+                traffic.read_latency_ns += of.latency_sum_ns;
+            }
+            OperationKind::Write | OperationKind::Discard | OperationKind::WriteZeroes => {
+                traffic.writes += of.requests;
+                traffic.write_bytes += of.bytes;
+                traffic.write_latency_ns += of.latency_sum_ns;
+            }
+            OperationKind::Flush => {}
+        }
+    }
+    traffic
+}
+
 /// What an opening waits for.
 pub(crate) fn opening_reason(status: &volume::HeadStatus) -> String {
     if let Some(stall) = &status.stall {
@@ -192,8 +244,8 @@ pub(crate) fn opening_reason(status: &volume::HeadStatus) -> String {
 
 fn note(member: &volume::MemberStatus) -> Option<String> {
     match (member.mode, member.lag) {
-        (MemberMode::Live, None | Some(0)) => None,
-        (MemberMode::Live, Some(lag)) => Some(format!("{lag} records behind")),
+        (volume::MemberMode::Live, None | Some(0)) => None,
+        (volume::MemberMode::Live, Some(lag)) => Some(format!("{lag} records behind")),
         (mode, Some(lag)) => Some(format!("{mode}, {lag} records behind")),
         (mode, None) => Some(mode.to_string()),
     }

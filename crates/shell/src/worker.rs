@@ -244,16 +244,28 @@ impl Worker {
                 None
             }
             Output::Peer { server, down } => {
-                match down {
-                    None => tracing::info!(%server, "connected to server"),
-                    Some(reason) => tracing::debug!(%server, "no session with server: {reason}"),
-                }
+                self.peer_event(server, down);
                 None
             }
         };
         if let Some(input) = input {
             self.node.handle(now, input);
         }
+    }
+
+    fn peer_event(&self, server: base::ServerId, down: Option<nvme::initiator::DownReason>) {
+        let event = match down {
+            None => {
+                tracing::info!(%server, "connected to server");
+                Event::MemberUp { server }
+            }
+            Some(reason) => {
+                tracing::debug!(%server, "no session with server: {reason}");
+                Event::MemberDown { server, reason: reason.to_string() }
+            }
+        };
+        // Nobody listens any more only when everything ends.
+        let _ = self.events.send(event);
     }
 
     fn disk(&mut self, operation: store::DiskOperation) {
@@ -302,6 +314,13 @@ impl Worker {
             Message::SetServers(servers) => self.set_servers(&servers),
             Message::OpenHead { spec, answer } => self.open_head(*spec, answer),
             Message::CloseHead { volume, drain, answer } => self.close_head(volume, drain, answer),
+            Message::ChangeMembers { volume, epoch, shard, answer } => {
+                drop(answer.try_send(self.change_members(volume, epoch, &shard)));
+            }
+            Message::MembersChanged { volume, epoch, shard, answer } => {
+                drop(answer.try_send(self.members_changed(volume, epoch, &shard)));
+            }
+            Message::Publish(notice) => self.publish(notice),
             Message::AddExport { spec, answer } => {
                 let result = self.add_export(spec);
                 let added = result.as_ref().ok().map(|(export, _)| *export);

@@ -9,12 +9,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use base::{
-    ClusterId, Epoch, PoolId, ReplicaKey, ReplicaState, Seq, ServerId, ShardIndex, VolumeId,
+    ClusterId, Epoch, PoolId, ReplicaKey, ReplicaState, Seq, ServerId, ShardIndex, ShardRecord,
+    VolumeId,
 };
 use shell::control::{
-    ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, ExportStatus, HeadPhase, HeadSpec,
-    HeadStatus, MemberStatus, MetricFamily, OpenError, Opening, PoolConfig, PoolDevices,
-    PoolStatus, ReplicaSpec, ReplicaStatus, ServerAddress, StartError, Status,
+    ChangeError, ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, ExportStatus,
+    HeadPhase, HeadSpec, HeadStatus, MemberMode, MemberStatus, MetricFamily, OpenError, Opening,
+    PoolConfig, PoolDevices, PoolStatus, ReplicaSpec, ReplicaStatus, ServerAddress, StartError,
+    StateNotice, Status, Traffic,
 };
 use store::{DeviceInfo, DeviceRole, FormatConfig};
 
@@ -134,6 +136,8 @@ impl DataPlane for FakePlane {
             last: Seq(1),
             commit: Seq(1),
             in_flight: 0,
+            change_open: false,
+            traffic: Traffic::default(),
             members: spec
                 .shard
                 .members
@@ -145,6 +149,15 @@ impl DataPlane for FakePlane {
                     reachable: true,
                     last: Seq(1),
                     durable: Seq(1),
+                    mode: MemberMode::Live,
+                    mode_for: Duration::ZERO,
+                    caught_up: true,
+                    slow_for: None,
+                    draining: false,
+                    device_failed: false,
+                    degraded: None,
+                    others_say: None,
+                    filling: None,
                     note: None,
                 })
                 .collect(),
@@ -224,6 +237,45 @@ impl DataPlane for FakePlane {
             Some(_) => Ok(()),
             None => Err(ControlError::NoHead(volume)),
         }
+    }
+
+    fn change_members(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        _wait: Duration,
+    ) -> Result<(), ChangeError> {
+        let mut inner = self.inner()?;
+        inner.log.push(format!("change_members {volume}"));
+        let head = inner.heads.get_mut(&volume).ok_or(ControlError::NoHead(volume))?;
+        if head.volume.epoch != epoch {
+            return Err(ChangeError::OtherEpoch { volume, epoch: head.volume.epoch });
+        }
+        assert_eq!(shard.volume, volume);
+        Ok(())
+    }
+
+    fn members_changed(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        shard: &ShardRecord,
+        _wait: Duration,
+    ) -> Result<(), ChangeError> {
+        let mut inner = self.inner()?;
+        let head = inner.heads.get_mut(&volume).ok_or(ControlError::NoHead(volume))?;
+        if head.volume.epoch != epoch {
+            return Err(ChangeError::OtherEpoch { volume, epoch: head.volume.epoch });
+        }
+        head.shard = shard.clone();
+        inner.log.push(format!("members_changed {volume}"));
+        Ok(())
+    }
+
+    fn publish(&self, notice: &StateNotice) -> Result<(), ControlError> {
+        self.inner()?.log.push(format!("publish {:?}", notice.news));
+        Ok(())
     }
 
     fn start_export(&self, spec: &ExportSpec, _wait: Duration) -> Result<(), ControlError> {
