@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
-use base::{BlockReply, BufferPool, VolumeId};
-use node::{FrontEnd, HeadHandle, Input, Node};
+use base::{BlockReply, BlockRequest, BufferPool, VolumeId};
+use node::{FrontEnd, Input, Node};
 use ring::{Reactor, Token, WatchHandle};
 use vhost_blk::{Control, Device, DeviceConfig, Event};
 
@@ -31,6 +31,8 @@ struct Export {
 pub(crate) struct Exports {
     exports: BTreeMap<ExportId, Export>,
     next: u64,
+    /// Requests out of one device's rings on their way to the node. Empty between polls.
+    taken: Vec<BlockRequest>,
 }
 
 /// A token of a kick eventfd: export and queue.
@@ -40,7 +42,7 @@ fn kick_token(export: ExportId, queue: u16) -> Token {
 
 impl Exports {
     pub(crate) fn new() -> Self {
-        Self { exports: BTreeMap::new(), next: 1 }
+        Self { exports: BTreeMap::new(), next: 1, taken: Vec::with_capacity(TURN_BUDGET) }
     }
 
     /// Makes the device of a new export.
@@ -131,7 +133,11 @@ impl Exports {
 
     /// Takes requests out of rings and hands them to the heads. Rings that were found blocked are
     /// tried again: buffers also come free without a reply, when a slow member answers at last.
-    pub(crate) fn poll(&mut self, node: &mut Node, now: base::Instant) {
+    ///
+    /// The clock is read after requests were taken, not before. This process may be stopped at
+    /// any point and resumed seconds later; a request that a guest made after that must not be
+    /// judged by a time at which this head still had its read grants.
+    pub(crate) fn poll(&mut self, node: &mut Node, reactor: &mut Reactor) {
         for (id, export) in &mut self.exports {
             if !export.pending {
                 continue;
@@ -141,10 +147,18 @@ impl Exports {
                 continue;
             };
             let budget = TURN_BUDGET.min(node.room(head));
-            let submitted = submit(&mut export.device, budget, node, now, head, FrontEnd(id.0));
-            export.pending = submitted.more;
-            export.blocked = submitted.more && submitted.count == 0;
+            let taken = &mut self.taken;
+            export.pending = export.device.poll(budget, &mut |request| taken.push(request));
+            export.blocked = export.pending && taken.is_empty();
             export.touched = true;
+            if taken.is_empty() {
+                continue;
+            }
+            let now = reactor.now_precise();
+            for request in taken.drain(..) {
+                let front_end = FrontEnd(id.0);
+                node.handle(now, Input::Request { head, front_end, request });
+            }
         }
     }
 
@@ -170,27 +184,6 @@ impl Exports {
             export.device.flush_notifications();
         }
     }
-}
-
-struct Submitted {
-    count: usize,
-    more: bool,
-}
-
-fn submit(
-    device: &mut Device,
-    budget: usize,
-    node: &mut Node,
-    now: base::Instant,
-    head: HeadHandle,
-    front_end: FrontEnd,
-) -> Submitted {
-    let mut count = 0;
-    let more = device.poll(budget, &mut |request| {
-        count += 1;
-        node.handle(now, Input::Request { head, front_end, request });
-    });
-    Submitted { count, more }
 }
 
 impl Export {

@@ -127,11 +127,11 @@ impl Worker {
                 break;
             }
             self.abandon_overdue();
-            self.exports.poll(&mut self.node, self.reactor.now());
+            self.exports.poll(&mut self.node, &mut self.reactor);
             self.drain_node();
             if self.exports.is_blocked() {
                 // Draining may have freed what they wait for, and nothing else need happen after.
-                self.exports.poll(&mut self.node, self.reactor.now());
+                self.exports.poll(&mut self.node, &mut self.reactor);
                 self.drain_node();
             }
             self.exports.finish_turn(&mut self.reactor);
