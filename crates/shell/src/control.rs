@@ -19,6 +19,8 @@ use base::{
     Role, Seq, ServerId, ShardRecord, VolumeId, VolumeRecord,
 };
 
+pub use node::metrics::LATENCY_BOUNDS_NS;
+
 /// What a data plane is started with. It is fixed for the life of the process.
 #[derive(Clone, Debug)]
 pub struct DataPlaneConfig {
@@ -490,6 +492,8 @@ pub struct HeadStatus {
     pub commit: Seq,
     /// Requests accepted and not answered.
     pub in_flight: u32,
+    /// Of these, those that wait to be begun.
+    pub queued: u32,
     /// A change of its in-sync set is open: it acknowledges what has quorum in both sets.
     pub change_open: bool,
     /// What it has answered since it was made.
@@ -502,19 +506,23 @@ pub struct HeadStatus {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Reads.
-    pub reads: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Nanoseconds from arrival to answer of reads, summed.
-    pub read_latency_ns: u64,
+    pub reads: KindTraffic,
     /// Writes, discards and write-zeroes.
-    pub writes: u64,
-    /// Bytes written.
-    pub write_bytes: u64,
-    /// Nanoseconds from arrival to answer of writes, summed.
-    pub write_latency_ns: u64,
-    /// Requests of any kind that ended in an error.
+    pub writes: KindTraffic,
+}
+
+/// What a head has answered of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KindTraffic {
+    /// Requests.
+    pub requests: u64,
+    /// Of these, those that ended in an error.
     pub errors: u64,
+    /// Bytes of those that ended well.
+    pub bytes: u64,
+    /// Answers by latency: bucket i has those up to [`LATENCY_BOUNDS_NS`]`[i]`, the last one the
+    /// rest.
+    pub latency_counts: [u64; LATENCY_BOUNDS_NS.len() + 1],
 }
 
 /// What a head does with a member.
@@ -546,12 +554,16 @@ pub struct MemberStatus {
     pub role: Role,
     /// It is in this process.
     pub local: bool,
+    /// There is a session to its server.
+    pub connected: bool,
     /// Its commands are answered: connected and sealed by this head.
     pub reachable: bool,
     /// The last seq it has.
     pub last: Seq,
     /// The last seq it has on media.
     pub durable: Seq,
+    /// Records behind the head's newest; `None` while unknown.
+    pub lag: Option<u64>,
     /// What the head does with it.
     pub mode: MemberMode,
     /// How long it has been in that mode.

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use crate::control::{
-    HeadPhase, HeadStatus, MemberMode, MemberStatus, MetricFamily, MetricSample, MetricValue,
-    PoolStatus, ReplicaSpec, ReplicaStatus, Status, Traffic,
+    HeadPhase, HeadStatus, LATENCY_BOUNDS_NS, MemberMode, MemberStatus, MetricFamily, MetricSample,
+    MetricValue, PoolStatus, ReplicaSpec, ReplicaStatus, Status, Traffic,
 };
 use crate::worker::{HeadState, Worker};
 use base::Role;
-use node::metrics::{Counters, LATENCY_BOUNDS_NS, OperationKind};
+use node::metrics::{Counters, OperationKind};
 
 impl Worker {
     pub(crate) fn status(&self) -> Status {
@@ -57,6 +57,7 @@ impl Worker {
                     last: status.last.seq,
                     commit: status.commit,
                     in_flight: u32::try_from(status.in_flight + status.queued).unwrap_or(u32::MAX),
+                    queued: u32::try_from(status.queued).unwrap_or(u32::MAX),
                     change_open: false,
                     traffic: traffic(counters),
                     members: status
@@ -80,9 +81,11 @@ impl Worker {
             server: member.server,
             role: member.role,
             local: local == Some(member.server),
+            connected: member.connected,
             reachable: mode == MemberMode::Live,
             last: member.last,
             durable: member.durable,
+            lag: member.lag,
             mode,
             mode_for: self.reactor.now().since(member.since),
             caught_up: mode == MemberMode::Live && member.last >= commit,
@@ -213,20 +216,19 @@ fn mode(mode: volume::MemberMode) -> MemberMode {
 fn traffic(counters: &Counters) -> Traffic {
     let mut traffic = Traffic::default();
     for kind in OperationKind::ALL {
-        let of = counters.of(kind);
-        traffic.errors += of.errors;
-        match kind {
-            OperationKind::Read => {
-                traffic.reads += of.requests;
-                traffic.read_bytes += of.bytes;
-                traffic.read_latency_ns += of.latency_sum_ns;
-            }
+        let sum = match kind {
+            OperationKind::Read => &mut traffic.reads,
             OperationKind::Write | OperationKind::Discard | OperationKind::WriteZeroes => {
-                traffic.writes += of.requests;
-                traffic.write_bytes += of.bytes;
-                traffic.write_latency_ns += of.latency_sum_ns;
+                &mut traffic.writes
             }
-            OperationKind::Flush => {}
+            OperationKind::Flush => continue,
+        };
+        let of = counters.of(kind);
+        sum.requests += of.requests;
+        sum.errors += of.errors;
+        sum.bytes += of.bytes;
+        for (sum, count) in sum.latency_counts.iter_mut().zip(of.latency_counts) {
+            *sum += count;
         }
     }
     traffic
