@@ -118,6 +118,15 @@ impl Counters {
     }
 }
 
+/// What is counted of a node as a whole. Of a diskless one everything is zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeCounters {
+    /// Seals whose answers wait, at this moment, for the read grant of a deposed head to run out.
+    pub seals_held: usize,
+    /// Seals whose answers have ever waited for that.
+    pub seals_waited: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,21 @@
 //! The servers that heads of this node have members on: one initiator each, shared by all heads.
 
 use core::net::SocketAddr;
+use core::time::Duration;
 use std::collections::BTreeMap;
 
-use base::{BufferPool, HolderId, Instant, ReplicaCommand, ServerId, Slab};
+use base::{BufferPool, Health, HolderId, Instant, ReplicaCommand, ServerId, Slab};
 use nvme::{Initiator, InitiatorConfig, Subsystem, Tag};
+
+/// Servers that are watched only because a head asked how they are, at most.
+const PROBES_MAX: usize = 64;
+/// How long a server is watched after a head has asked.
+const PROBE_FOR: Duration = Duration::from_secs(30);
+/// A server with a session that has not been heard of for this long is silent. Keep Alives come
+/// more often.
+const SILENT_AFTER: Duration = Duration::from_millis(2500);
+/// A server that was never reached counts as silent after this long.
+const UNREACHED_AFTER: Duration = Duration::from_secs(1);
 
 /// A command that a peer has not answered.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +30,7 @@ pub(crate) struct Peer {
     pub(crate) server: ServerId,
     pub(crate) initiator: Initiator,
     pub(crate) up: bool,
+    created: Instant,
     /// Heads with a member there. At zero the peer is stopped.
     heads: u32,
     /// Its outputs have to be taken.
@@ -34,6 +46,8 @@ pub(crate) struct Peers {
     addresses: BTreeMap<ServerId, SocketAddr>,
     peers: Slab<Peer>,
     by_server: BTreeMap<ServerId, u64>,
+    /// Servers that a head asked about, with when to stop watching them.
+    probes: BTreeMap<ServerId, Instant>,
     dirty: Vec<u64>,
     /// Scratch of `tick`.
     due: Vec<u64>,
@@ -50,6 +64,7 @@ impl Peers {
             addresses: BTreeMap::new(),
             peers: Slab::with_capacity(16),
             by_server: BTreeMap::new(),
+            probes: BTreeMap::new(),
             dirty: Vec::with_capacity(16),
             due: Vec::with_capacity(16),
             outgoing: Slab::with_capacity(4096),
@@ -97,7 +112,15 @@ impl Peers {
         let subsystem = Subsystem::Replica(server);
         let config = InitiatorConfig::new(self.host, address, subsystem, self.jitter_seed);
         let initiator = Initiator::new(config, self.buffers.clone());
-        let peer = Peer { server, initiator, up: false, heads: 1, dirty: false, stopped: false };
+        let peer = Peer {
+            server,
+            initiator,
+            up: false,
+            created: now,
+            heads: 1,
+            dirty: false,
+            stopped: false,
+        };
         let tag = self.peers.insert_or_grow(peer);
         self.by_server.insert(server, tag);
         self.handle(now, tag, nvme::initiator::Input::Tick);
@@ -111,6 +134,26 @@ impl Peers {
         peer.heads -= 1;
         if peer.heads == 0 {
             self.stop(now, tag);
+        }
+    }
+
+    /// How a server is, as seen from here; it is watched from now on for a while.
+    pub(crate) fn health(&mut self, now: Instant, server: ServerId) -> Health {
+        if let Some(until) = self.probes.get_mut(&server) {
+            *until = now + PROBE_FOR;
+        } else if self.probes.len() < PROBES_MAX && self.is_addressable(server) {
+            self.probes.insert(server, now + PROBE_FOR);
+            self.retain(now, server);
+        }
+        let peer = self.by_server.get(&server).and_then(|tag| self.peers.get(*tag));
+        match peer {
+            None => Health::Unknown,
+            Some(peer) if peer.up => {
+                let silent = now.since(peer.initiator.last_heard()) >= SILENT_AFTER;
+                if silent { Health::Silent } else { Health::Healthy }
+            }
+            Some(peer) if now.since(peer.created) < UNREACHED_AFTER => Health::Unknown,
+            Some(_) => Health::Silent,
         }
     }
 
@@ -128,6 +171,7 @@ impl Peers {
                 self.stop(now, tag);
             }
         }
+        self.probes.clear();
         self.addresses.clear();
     }
 
@@ -187,6 +231,10 @@ impl Peers {
 
     /// Lets every initiator whose time has come act.
     pub(crate) fn tick(&mut self, now: Instant) {
+        while let Some(server) = self.probes.iter().find(|(_, at)| **at <= now).map(|(s, _)| *s) {
+            self.probes.remove(&server);
+            self.release(now, server);
+        }
         self.due.extend(
             self.peers
                 .iter()
@@ -200,6 +248,7 @@ impl Peers {
 
     /// When some initiator wants to be called.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.peers.iter().filter_map(|(_, peer)| peer.initiator.next_deadline()).min()
+        let peers = self.peers.iter().filter_map(|(_, peer)| peer.initiator.next_deadline()).min();
+        base::time::earliest(peers, self.probes.values().min().copied())
     }
 }

@@ -8,6 +8,7 @@ mod volumes;
 use core::net::SocketAddr;
 use std::collections::{BTreeMap, VecDeque};
 
+use base::time::earliest;
 use base::{
     BufferPool, Epoch, HolderId, Instant, PoolId, ReplicaKey, RequestId, ServerId, ShardRecord,
     Slab, VolumeId, VolumeRecord,
@@ -19,7 +20,7 @@ use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 
 use crate::heads::Heads;
 use crate::io::{ConnectionId, FrontEnd, HeadHandle, Input, Output};
-use crate::metrics::{Counters, OperationKind};
+use crate::metrics::{Counters, NodeCounters, OperationKind};
 use crate::peers::Peers;
 use crate::replica_service::{Origin, ReplicaService};
 
@@ -218,6 +219,7 @@ impl Node {
             progress |= self.drain_peers();
             progress |= self.drain_heads();
             progress |= self.drain_store();
+            progress |= self.drain_service();
             if !progress {
                 return None;
             }
@@ -234,10 +236,11 @@ impl Node {
     /// When to come back with [`Input::Tick`] if nothing happens before.
     pub fn next_deadline(&self) -> Option<Instant> {
         let server = self.server.as_ref().and_then(|server| {
-            base::time::earliest(server.store.next_deadline(), server.target.next_deadline())
+            let machines = earliest(server.store.next_deadline(), server.target.next_deadline());
+            earliest(machines, server.service.next_deadline())
         });
-        let rest = base::time::earliest(self.heads.next_deadline(), self.peers.next_deadline());
-        base::time::earliest(server, rest)
+        let rest = earliest(self.heads.next_deadline(), self.peers.next_deadline());
+        earliest(server, rest)
     }
 
     /// Replaces the address book that heads find their remote members by.
@@ -352,6 +355,13 @@ impl Node {
         self.peers.is_up(server)
     }
 
+    /// What was counted of the node as a whole.
+    pub fn counters(&self) -> NodeCounters {
+        let Some(server) = &self.server else { return NodeCounters::default() };
+        let (seals_held, seals_waited) = server.service.seals_held();
+        NodeCounters { seals_held, seals_waited }
+    }
+
     /// Asserts what must hold between any two calls. For tests and the simulator.
     pub fn check_invariants(&self) {
         for (_, entry) in self.heads.iter() {
@@ -367,6 +377,7 @@ impl Node {
         if let Some(server) = &mut self.server {
             server.store.handle(now, store::Input::Tick);
             server.target.handle(now, TargetInput::Tick);
+            server.service.tick(now);
         }
         self.peers.tick(now);
         self.heads.tick(now);

@@ -1,6 +1,6 @@
 //! Commands for this server's replicas, and what the store has to say.
 
-use base::{CommandBody, Epoch, ReplicaCommand, ReplicaError, ReplyBody};
+use base::{CommandBody, Epoch, Health, ReplicaCommand, ReplicaError, ReplyBody};
 use nvme::target::Input as TargetInput;
 use nvme::{SessionId, Tag};
 
@@ -30,7 +30,7 @@ impl Node {
             Origin::Remote { session } => server.sessions.get(&session).copied(),
         };
         let admitted = match client {
-            Some(client) => server.service.admit(&command, origin, client),
+            Some(client) => server.service.admit(self.now, &command, origin, client),
             None => Err(ReplicaError::NotSealed),
         };
         if let Err(error) = admitted {
@@ -49,14 +49,21 @@ impl Node {
             CommandBody::Flush => store::Command::Flush { key },
             CommandBody::Scan { seq, buffer } => store::Command::Scan { key, seq, buffer },
             CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
-            CommandBody::Trim
-            | CommandBody::Release
-            | CommandBody::Renew
-            | CommandBody::Hello { .. } => store::Command::Commit { key, commit },
-            CommandBody::HealthOf { .. }
-            | CommandBody::Install { .. }
-            | CommandBody::List { .. }
-            | CommandBody::Fetch { .. } => {
+            CommandBody::Trim | CommandBody::Release => store::Command::Commit { key, commit },
+            CommandBody::Renew | CommandBody::Hello { .. } => {
+                self.replica_reply(origin, tag, Ok(ReplyBody::Done));
+                return;
+            }
+            CommandBody::HealthOf { server: asked } => {
+                let health = if asked == server.server {
+                    Health::Healthy
+                } else {
+                    self.peers.health(self.now, asked)
+                };
+                self.replica_reply(origin, tag, Ok(ReplyBody::Health(health)));
+                return;
+            }
+            CommandBody::Install { .. } | CommandBody::List { .. } | CommandBody::Fetch { .. } => {
                 self.replica_reply(origin, tag, Err(ReplicaError::Invalid));
                 return;
             }
@@ -90,18 +97,33 @@ impl Node {
         }
     }
 
-    pub(super) fn store_done(&mut self, tag: u64, result: Result<ReplyBody, ReplicaError>) {
+    /// Answers that have waited for a grant to run out.
+    pub(super) fn drain_service(&mut self) -> bool {
+        let mut progress = false;
+        while let Some((origin, tag, result)) =
+            self.server.as_mut().and_then(|server| server.service.poll_answer())
+        {
+            progress = true;
+            self.replica_reply(origin, tag, result);
+        }
+        progress
+    }
+
+    fn store_done(&mut self, tag: u64, result: Result<ReplyBody, ReplicaError>) {
         let server = self.server.as_mut().expect("a store answers");
         let command = server.commands.remove(tag).expect("a store answers each command once");
         match command {
             StoreCommand::Replica { key, epoch, origin, tag } => {
-                let result = server.service.gate(key, epoch, origin, result);
-                self.replica_reply(origin, tag, result);
+                let from = (origin, tag);
+                let result = server.service.gate(self.now, (key, epoch), from, result);
+                if let Some(result) = result {
+                    self.replica_reply(origin, tag, result);
+                }
             }
             StoreCommand::Create { key, tag } => {
                 if result.is_ok() {
                     let sealed = server.store.replica(key).map_or(Epoch::NONE, |r| r.state.sealed);
-                    server.service.add_if_new(key, sealed);
+                    server.service.add_if_new(self.now, key, sealed);
                 }
                 self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
             }
@@ -123,7 +145,7 @@ impl Node {
                     let server = self.server.as_mut().expect("a store speaks");
                     if result.is_ok() {
                         for (key, info) in server.store.replicas() {
-                            server.service.add_if_new(key, info.state.sealed);
+                            server.service.add_if_new(self.now, key, info.state.sealed);
                         }
                     }
                     self.outputs.push_back(Output::PoolOpened(result));

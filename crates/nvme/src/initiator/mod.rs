@@ -368,6 +368,11 @@ impl Initiator {
         self.outbox.pop()
     }
 
+    /// When the peer was last heard of.
+    pub fn last_heard(&self) -> Instant {
+        self.last_heard
+    }
+
     /// When to call [`Initiator::handle`] with [`Input::Tick`] if nothing happens before.
     pub fn next_deadline(&self) -> Option<Instant> {
         let deadline = match &self.state {
