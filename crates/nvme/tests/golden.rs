@@ -4,8 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use base::{
-    BlockCount, BlockSize, BufferPool, CommandBody, Epoch, Lba, Position, Record, RecordHeader,
-    RecordKind, ReplicaCommand, ReplicaError, ReplicaKey, ReplicaState, Seq, ShardIndex, VolumeId,
+    BlockCount, BlockSize, BufferPool, CommandBody, Epoch, HelloReason, Lba, Position, Record,
+    RecordHeader, RecordKind, ReplicaCommand, ReplicaError, ReplicaKey, ReplicaState, Seq,
+    ServerId, ShardIndex, VolumeId,
 };
 use nvme::codec::command::{Command, Completion, Sgl};
 use nvme::codec::fabrics::{self, Connect};
@@ -138,7 +139,7 @@ const COMMON: &str = "40 0000 05000000 1100000000000000 2200000000000000";
 
 #[test]
 fn replica_commands() {
-    let pool = BufferPool::heap(2, 2);
+    let pool = BufferPool::heap(2, 4);
     let key = command(CommandBody::Flush).key;
     let header = RecordHeader {
         key,
@@ -153,12 +154,14 @@ fn replica_commands() {
     let record = Record::encode(header, pool.take(4096).unwrap());
     let small = pool.take(4096).unwrap();
     let large = pool.take(128 * 1024).unwrap();
+    let (list, run) = (pool.take(128 * 1024).unwrap(), pool.take(128 * 1024).unwrap());
+    let other = ServerId::from_bytes([7; 16]);
     let answer = "0000000000000000";
     let table = [
         (
             CommandBody::Seal,
             format!(
-                "c2 {COMMON} {answer} 30000000 0000005a 30313233343536373839616263646566 03000000 00000000"
+                "c2 {COMMON} {answer} 38000000 0000005a 30313233343536373839616263646566 03000000 00000000"
             ),
         ),
         (
@@ -189,6 +192,41 @@ fn replica_commands() {
         ),
         (CommandBody::Trim, format!("da {COMMON} {answer} 10000000 0000005a (00*24)")),
         (CommandBody::Release, format!("de {COMMON} {answer} 10000000 0000005a (00*24)")),
+        (CommandBody::Renew, format!("ee {COMMON} {answer} 10000000 0000005a (00*24)")),
+        (
+            CommandBody::Hello { reason: HelloReason::IoError, acknowledged: Seq(0x33) },
+            format!(
+                "ea {COMMON} {answer} 10000000 0000005a (00*8) 3300000000000000 (00*4) 03000000"
+            ),
+        ),
+        (
+            CommandBody::Hello { reason: HelloReason::Fill, acknowledged: Seq::ZERO },
+            format!(
+                "ea {COMMON} {answer} 10000000 0000005a 30313233343536373839616263646566 03000000 05000000"
+            ),
+        ),
+        (
+            CommandBody::HealthOf { server: other },
+            format!(
+                "f2 {COMMON} {answer} 10000000 0000005a 07070707070707070707070707070707 (00*8)"
+            ),
+        ),
+        (
+            CommandBody::Install { source: other, chunks: true, bytes_per_second: 1025 },
+            format!(
+                "e6 {COMMON} {answer} 20000000 0000005a 07070707070707070707070707070707 02000000 01000000"
+            ),
+        ),
+        (
+            CommandBody::List { unit: BlockCount(256), first: 9, buffer: list },
+            format!("f6 {COMMON} {answer} 00000200 0000005a 00010000 09000000 (00*16)"),
+        ),
+        (
+            CommandBody::Fetch { lba: Lba(0x44), end: Lba(0x55), buffer: run },
+            format!(
+                "e2 {COMMON} {answer} 00100200 0000005a 4400000000000000 5500000000000000 (00*8)"
+            ),
+        ),
     ];
     for (body, expected) in table {
         let name = body.name();
@@ -212,12 +250,12 @@ fn replica_answers_and_errors() {
         durable: Seq(3),
         commit: Seq(4),
         trimmed: Seq(5),
-        filling: false,
-        damaged: false,
+        filling: true,
+        damaged: true,
     };
     let bytes = hex(
         "0700000000000000 0100000000000000 0200000000000000 0300000000000000 0400000000000000 \
-         0500000000000000",
+         0500000000000000 0300000000000000",
     );
     assert_eq!(replica::encode_state(&state)[..], bytes);
     assert_eq!(replica::decode_state(&bytes), state);
@@ -232,6 +270,7 @@ fn replica_answers_and_errors() {
         (ReplicaError::DeviceFailed, 0x47c7, 0, None),
         (ReplicaError::Invalid, 0x47c8, 0, None),
         (ReplicaError::Disconnected, 0x07c9, 0, None),
+        (ReplicaError::Filling, 0x07ca, 0, None),
     ];
     for (error, status, result, detail) in errors {
         assert_eq!(replica::encode_error(error), (StatusCode(status), result, detail));

@@ -2,184 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod commands;
 mod net;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use base::{
-    BlockCount, BlockSize, BufferPool, CommandBody, Epoch, Lba, Position, Record, RecordHeader,
-    RecordKind, ReplicaCommand, ReplicaError, ReplicaKey, ReplicaState, ReplyBody, Seq, ShardIndex,
-    VolumeId,
+    BlockCount, BlockSize, BufferPool, CommandBody, Epoch, HelloReason, Lba, Position, Record,
+    RecordHeader, RecordKind, ReplicaCommand, ReplicaError, ReplicaKey, ReplicaState, ReplyBody,
+    Seq,
 };
-use net::{Net, Random, SERVER};
+use commands::{key, random_command, random_result, result_summary, summary};
+use net::{Net, SERVER};
 use nvme::initiator::{DownReason, Input, Output};
 use nvme::state::StateMessage;
 use nvme::{SessionId, Subsystem, Tag, target};
-
-fn key(number: u64) -> ReplicaKey {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&number.to_le_bytes());
-    ReplicaKey { volume: VolumeId::from_bytes(bytes), shard: ShardIndex(0) }
-}
-
-fn record(random: &mut Random, pool: &BufferPool, key: ReplicaKey, epoch: Epoch) -> Record {
-    let block_size = if random.chance(2) { BlockSize::B512 } else { BlockSize::B4096 };
-    let kind = match random.below(6) {
-        0 => RecordKind::Discard,
-        1 => RecordKind::WriteZeroes,
-        2 => RecordKind::EpochStart,
-        _ => RecordKind::Write,
-    };
-    let blocks = match kind {
-        RecordKind::Write => match random.below(3) {
-            0 => 1,
-            1 => 128 * 1024 / block_size.bytes(),
-            _ => 1 + u32::try_from(random.below(u64::from(131_072 / block_size.bytes()))).unwrap(),
-        },
-        RecordKind::Discard | RecordKind::WriteZeroes => 7,
-        RecordKind::EpochStart => 0,
-    };
-    let header = RecordHeader {
-        key,
-        position: Position::new(epoch, Seq(1 + random.below(1 << 40))),
-        previous_epoch: Epoch(1),
-        kind,
-        block_size,
-        lba: Lba(if kind == RecordKind::EpochStart { 0 } else { random.below(1 << 30) }),
-        blocks: BlockCount(blocks),
-        fua: random.chance(2),
-    };
-    let mut buffer = pool.take(header.payload_bytes()).unwrap();
-    let fill = u8::try_from(random.below(256)).unwrap();
-    buffer.payload_mut().fill(fill);
-    Record::encode(header, buffer)
-}
-
-/// A command without its buffers, to compare.
-fn summary(command: &ReplicaCommand) -> String {
-    let ReplicaCommand { key, epoch, commit, body } = command;
-    let body = match body {
-        CommandBody::Append { record, media } => format!(
-            "Append {:?} {:08x} {media}",
-            record.header(),
-            base::checksum::crc32c(record.payload().bytes())
-        ),
-        CommandBody::Read { lba, blocks, covers, .. } => {
-            format!("Read {lba} {blocks:?} {covers}")
-        }
-        CommandBody::Scan { seq, .. } => format!("Scan {seq}"),
-        CommandBody::Truncate { keep } => format!("Truncate {keep}"),
-        other => other.name().to_owned(),
-    };
-    format!("{key} {epoch} {commit} {body}")
-}
-
-fn result_summary(result: &Result<ReplyBody, ReplicaError>) -> String {
-    match result {
-        Ok(ReplyBody::Data(data)) => {
-            format!("Data {} {:08x}", data.len(), base::checksum::crc32c(data.bytes()))
-        }
-        Ok(ReplyBody::Record(record)) => format!(
-            "Record {:?} {:08x}",
-            record.header(),
-            base::checksum::crc32c(record.payload().bytes())
-        ),
-        other => format!("{other:?}"),
-    }
-}
-
-fn random_command(random: &mut Random, pool: &BufferPool) -> Option<ReplicaCommand> {
-    let key = key(random.below(5));
-    let epoch = Epoch(3 + random.below(4));
-    let commit = Seq(random.next() >> 20);
-    let body = match random.below(16) {
-        0..6 => CommandBody::Append {
-            record: record(random, pool, key, epoch),
-            media: random.chance(2),
-        },
-        6..10 => {
-            let blocks = 1 + u32::try_from(random.below(32)).unwrap();
-            let buffer = pool.take(usize::try_from(blocks).unwrap() * 4096)?;
-            let lba = Lba(random.next() >> 8);
-            CommandBody::Read {
-                lba,
-                blocks: BlockCount(blocks),
-                covers: Seq(random.next()),
-                buffer,
-            }
-        }
-        10 => CommandBody::Flush,
-        11 => CommandBody::Scan { seq: Seq(random.next()), buffer: pool.take(128 * 1024)? },
-        12 => CommandBody::Truncate { keep: Seq(random.next()) },
-        13 => CommandBody::Trim,
-        _ => CommandBody::Seal,
-    };
-    Some(ReplicaCommand { key, epoch, commit, body })
-}
-
-fn random_error(random: &mut Random) -> ReplicaError {
-    let position = Position::new(Epoch(random.next()), Seq(random.next()));
-    match random.below(9) {
-        0 => ReplicaError::Superseded { sealed: Epoch(random.next()) },
-        1 => ReplicaError::NotSealed,
-        2 => ReplicaError::NoReplica,
-        3 => ReplicaError::OutOfOrder { last: position },
-        4 => ReplicaError::Behind { last: position },
-        5 => ReplicaError::Trimmed { trimmed: Seq(random.next()) },
-        6 => ReplicaError::Damaged,
-        7 => ReplicaError::DeviceFailed,
-        _ => ReplicaError::Invalid,
-    }
-}
-
-/// Any answer that belongs to the command.
-fn random_result(
-    random: &mut Random,
-    pool: &BufferPool,
-    command: ReplicaCommand,
-) -> Result<ReplyBody, ReplicaError> {
-    if random.chance(5) {
-        return Err(random_error(random));
-    }
-    let durable = Seq(random.next());
-    Ok(match command.body {
-        CommandBody::Seal => ReplyBody::Sealed(ReplicaState {
-            sealed: Epoch(random.next()),
-            last: Position::new(Epoch(random.next()), Seq(random.next())),
-            durable,
-            commit: Seq(random.next()),
-            trimmed: Seq(random.next()),
-            filling: false,
-            damaged: false,
-        }),
-        CommandBody::Append { .. } => ReplyBody::Appended { durable },
-        CommandBody::Read { blocks, mut buffer, .. } => {
-            let block_bytes = if random.chance(2) { 512 } else { 4096 };
-            let bytes = usize::try_from(blocks.0).unwrap() * block_bytes;
-            if bytes > buffer.capacity() {
-                return Err(ReplicaError::Invalid);
-            }
-            buffer.payload_mut()[..bytes].fill(u8::try_from(random.below(256)).unwrap());
-            ReplyBody::Data(buffer.freeze().payload(bytes))
-        }
-        CommandBody::Flush => ReplyBody::Flushed { durable },
-        CommandBody::Scan { .. } => {
-            ReplyBody::Record(record(random, pool, command.key, command.epoch))
-        }
-        CommandBody::Truncate { .. } => {
-            ReplyBody::Truncated { last: Position::new(Epoch(random.next()), durable) }
-        }
-        CommandBody::Trim
-        | CommandBody::Release
-        | CommandBody::Renew
-        | CommandBody::Hello { .. }
-        | CommandBody::HealthOf { .. }
-        | CommandBody::Install { .. }
-        | CommandBody::List { .. }
-        | CommandBody::Fetch { .. } => ReplyBody::Done,
-    })
-}
 
 struct Run {
     net: Net,
@@ -201,7 +39,9 @@ struct Run {
 impl Run {
     fn new(mut net: Net) -> Self {
         net.up();
-        Self::connecting(net)
+        let mut run = Self::connecting(net);
+        run.collect();
+        run
     }
 
     fn connecting(net: Net) -> Self {
@@ -230,7 +70,10 @@ impl Run {
             self.net.at_initiator(Input::Command { tag, command });
             return;
         }
-        if matches!(command.body, CommandBody::Seal) {
+        if matches!(
+            command.body,
+            CommandBody::Seal | CommandBody::Hello { reason: HelloReason::Fill, .. }
+        ) {
             self.sealed.insert(command.key);
         }
         if self.sealed.contains(&command.key) {

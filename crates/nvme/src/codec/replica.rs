@@ -7,8 +7,9 @@
 //! follows it may be sent without a pause.
 
 use base::{
-    BlockCount, BlockSize, CommandBody, Epoch, Lba, Position, ReplicaCommand, ReplicaError,
-    ReplicaKey, ReplicaState, Seq, ShardIndex, VolumeId,
+    BlockCount, BlockSize, CommandBody, Epoch, FillPhase, FillProgress, Health, HelloReason, Lba,
+    Position, ReplicaCommand, ReplicaError, ReplicaKey, ReplicaState, Seq, ServerId, ShardIndex,
+    VolumeId,
 };
 
 use super::command::{Command, Sgl};
@@ -18,7 +19,11 @@ use super::{put, take, u32_at, u64_at};
 /// Handles are 1 to this.
 pub const HANDLES_MAX: u32 = 4096;
 /// Bytes of Seal's answer.
-pub const STATE_BYTES: usize = 48;
+pub const STATE_BYTES: usize = 56;
+/// Bytes of Install's answer.
+pub const PROGRESS_BYTES: usize = 32;
+/// The least room for List's answer: its header and one chunk.
+pub const LIST_BYTES_MIN: usize = 64;
 /// Bytes of a position: answer of Truncate, detail of some errors.
 pub const POSITION_BYTES: usize = 16;
 
@@ -40,9 +45,26 @@ pub mod opcode {
     pub const TRIM: u8 = 0xda;
     /// Release.
     pub const RELEASE: u8 = 0xde;
+    /// Fetch.
+    pub const FETCH: u8 = 0xe2;
+    /// Install.
+    pub const INSTALL: u8 = 0xe6;
+    /// Hello.
+    pub const HELLO: u8 = 0xea;
+    /// Renew.
+    pub const RENEW: u8 = 0xee;
+    /// Health-of.
+    pub const HEALTH_OF: u8 = 0xf2;
+    /// List.
+    pub const LIST: u8 = 0xf6;
 }
 
 const FLAG_MEDIA: u32 = 1;
+const FLAG_CHUNKS: u32 = 1;
+const STATE_FILLING: u64 = 1;
+const STATE_DAMAGED: u64 = 2;
+/// Bytes per unit of Install's rate.
+const RATE_UNIT: u64 = 1024;
 
 /// The 64 bytes of `command` for `handle`, without command id; data of Append in-capsule.
 pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
@@ -55,11 +77,7 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
         CommandBody::Seal => {
             out.opcode = opcode::SEAL;
             out.sgl = answer(STATE_BYTES);
-            let volume = command.key.volume.bytes();
-            for (index, word) in out.cdw10[..4].iter_mut().enumerate() {
-                *word = u32_at(&volume, 4 * index);
-            }
-            out.cdw10[4] = command.key.shard.0;
+            put_key(&mut out, command.key);
             out
         }
         CommandBody::Append { record, media } => {
@@ -101,12 +119,80 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out.opcode = opcode::RELEASE;
             out
         }
-        CommandBody::Renew
-        | CommandBody::Hello { .. }
-        | CommandBody::HealthOf { .. }
-        | CommandBody::Install { .. }
-        | CommandBody::List { .. }
-        | CommandBody::Fetch { .. } => out,
+        CommandBody::Renew => {
+            out.opcode = opcode::RENEW;
+            out
+        }
+        CommandBody::Hello { reason, acknowledged } => {
+            out.opcode = opcode::HELLO;
+            if *reason == HelloReason::Fill {
+                put_key(&mut out, command.key);
+            } else {
+                out = out.with_wide(1, acknowledged.0);
+            }
+            out.cdw10[5] = reason_code(*reason);
+            out
+        }
+        CommandBody::HealthOf { server } => {
+            out.opcode = opcode::HEALTH_OF;
+            put_id(&mut out, server.bytes());
+            out
+        }
+        CommandBody::Install { source, chunks, bytes_per_second } => {
+            out.opcode = opcode::INSTALL;
+            out.sgl = answer(PROGRESS_BYTES);
+            put_id(&mut out, source.bytes());
+            let rate = bytes_per_second.div_ceil(RATE_UNIT);
+            out.cdw10[4] = u32::try_from(rate).unwrap_or(u32::MAX);
+            out.cdw10[5] = if *chunks { FLAG_CHUNKS } else { 0 };
+            out
+        }
+        CommandBody::List { unit, first, buffer } => {
+            out.opcode = opcode::LIST;
+            out.sgl = answer(buffer.capacity().min(base::limits::PAYLOAD_BYTES_MAX));
+            out.cdw10[0] = unit.0;
+            out.cdw10[1] = *first;
+            out
+        }
+        CommandBody::Fetch { lba, end, buffer: _ } => {
+            out.opcode = opcode::FETCH;
+            out.sgl = answer(base::limits::HEADER_BYTES + base::limits::PAYLOAD_BYTES_MAX);
+            out.with_wide(0, lba.0).with_wide(1, end.0)
+        }
+    }
+}
+
+fn put_id(out: &mut Command, id: [u8; 16]) {
+    for (index, word) in out.cdw10[..4].iter_mut().enumerate() {
+        *word = u32_at(&id, 4 * index);
+    }
+}
+
+fn take_id(command: &Command) -> [u8; 16] {
+    let mut id = [0; 16];
+    for (index, word) in command.cdw10[..4].iter().enumerate() {
+        put(&mut id, 4 * index, &word.to_le_bytes());
+    }
+    id
+}
+
+fn put_key(out: &mut Command, key: ReplicaKey) {
+    put_id(out, key.volume.bytes());
+    out.cdw10[4] = key.shard.0;
+}
+
+fn take_key(command: &Command) -> ReplicaKey {
+    let volume = VolumeId::from_bytes(take_id(command));
+    ReplicaKey { volume, shard: ShardIndex(command.cdw10[4]) }
+}
+
+const fn reason_code(reason: HelloReason) -> u32 {
+    match reason {
+        HelloReason::Fresh => 1,
+        HelloReason::Told => 2,
+        HelloReason::IoError => 3,
+        HelloReason::Timeout => 4,
+        HelloReason::Fill => 5,
     }
 }
 
@@ -122,8 +208,8 @@ pub fn is_read_length(blocks: BlockCount, bytes: usize) -> bool {
     bytes == blocks.bytes(BlockSize::B512) || bytes == blocks.bytes(BlockSize::B4096)
 }
 
-/// DW0 and DW1 of a successful Read: CRC32C of the data, and a bit that says so. Read data is
-/// not a record, which would carry its own checksums.
+/// DW0 and DW1 of a successful Read or List: CRC32C of the data, and a bit that says so. Such data
+/// is not a record, which would carry its own checksums.
 pub fn read_result(crc: u32) -> u64 {
     u64::from(crc) | (1 << 32)
 }
@@ -176,6 +262,47 @@ pub enum Request {
     Trim,
     /// Release.
     Release,
+    /// Renew.
+    Renew,
+    /// Hello.
+    Hello {
+        /// Why.
+        reason: HelloReason,
+        /// What the head has acknowledged; zero for fills.
+        acknowledged: Seq,
+        /// What the handle means from now on: for fills, which never seal.
+        bind: Option<ReplicaKey>,
+    },
+    /// Health-of.
+    HealthOf {
+        /// Which server.
+        server: ServerId,
+    },
+    /// Install.
+    Install {
+        /// From where.
+        source: ServerId,
+        /// Chunks first.
+        chunks: bool,
+        /// Rate; 0: pause.
+        bytes_per_second: u64,
+    },
+    /// List.
+    List {
+        /// Blocks per chunk.
+        unit: BlockCount,
+        /// The first chunk.
+        first: u32,
+        /// Bytes that the initiator has room for.
+        bytes: usize,
+    },
+    /// Fetch.
+    Fetch {
+        /// Where to start.
+        lba: Lba,
+        /// Where to stop.
+        end: Lba,
+    },
 }
 
 /// Decodes and checks a replica command (its epoch, commit and handle are `cdw2`, `metadata`
@@ -183,14 +310,7 @@ pub enum Request {
 pub fn decode(command: &Command) -> Result<Request, StatusCode> {
     let length = usize::try_from(command.sgl.length()).unwrap_or(usize::MAX);
     let request = match command.opcode {
-        opcode::SEAL => {
-            let mut volume = [0; 16];
-            for (index, word) in command.cdw10[..4].iter().enumerate() {
-                put(&mut volume, 4 * index, &word.to_le_bytes());
-            }
-            let shard = ShardIndex(command.cdw10[4]);
-            Request::Seal { key: ReplicaKey { volume: VolumeId::from_bytes(volume), shard } }
-        }
+        opcode::SEAL => Request::Seal { key: take_key(command) },
         opcode::APPEND => return decode_append(command, length),
         opcode::READ => {
             let blocks = BlockCount(command.cdw10[4]);
@@ -209,21 +329,62 @@ pub fn decode(command: &Command) -> Result<Request, StatusCode> {
         opcode::TRUNCATE => Request::Truncate { keep: Seq(command.wide(1)) },
         opcode::TRIM => Request::Trim,
         opcode::RELEASE => Request::Release,
+        opcode::RENEW => Request::Renew,
+        opcode::HELLO => decode_hello(command)?,
+        opcode::HEALTH_OF => Request::HealthOf { server: ServerId::from_bytes(take_id(command)) },
+        opcode::INSTALL => Request::Install {
+            source: ServerId::from_bytes(take_id(command)),
+            chunks: command.cdw10[5] & FLAG_CHUNKS != 0,
+            bytes_per_second: u64::from(command.cdw10[4]) * RATE_UNIT,
+        },
+        opcode::LIST => {
+            if command.cdw10[0] == 0 {
+                return Err(StatusCode::INVALID_FIELD);
+            }
+            let (unit, first) = (BlockCount(command.cdw10[0]), command.cdw10[1]);
+            Request::List { unit, first, bytes: length.min(base::limits::PAYLOAD_BYTES_MAX) }
+        }
+        opcode::FETCH => Request::Fetch { lba: Lba(command.wide(0)), end: Lba(command.wide(1)) },
         _ => return Err(StatusCode::INVALID_OPCODE),
     };
     let needed = match request {
         Request::Seal { .. } => STATE_BYTES,
         Request::Append { .. } | Request::Read { .. } => 0,
-        Request::Scan { .. } => base::limits::HEADER_BYTES + base::limits::PAYLOAD_BYTES_MAX,
-        Request::Flush | Request::Truncate { .. } | Request::Trim | Request::Release => {
-            POSITION_BYTES
+        Request::Scan { .. } | Request::Fetch { .. } => {
+            base::limits::HEADER_BYTES + base::limits::PAYLOAD_BYTES_MAX
         }
+        Request::Install { .. } => PROGRESS_BYTES,
+        Request::List { .. } => LIST_BYTES_MIN,
+        Request::Flush
+        | Request::Truncate { .. }
+        | Request::Trim
+        | Request::Release
+        | Request::Renew
+        | Request::Hello { .. }
+        | Request::HealthOf { .. } => POSITION_BYTES,
     };
     match command.sgl {
         Sgl::Transport { .. } if length >= needed => Ok(request),
         Sgl::Transport { .. } => Err(StatusCode::SGL_LENGTH_INVALID),
         Sgl::InCapsule { .. } | Sgl::Other => Err(StatusCode::SGL_TYPE_INVALID),
     }
+}
+
+fn decode_hello(command: &Command) -> Result<Request, StatusCode> {
+    let reason = match command.cdw10[5] {
+        1 => HelloReason::Fresh,
+        2 => HelloReason::Told,
+        3 => HelloReason::IoError,
+        4 => HelloReason::Timeout,
+        5 => HelloReason::Fill,
+        _ => return Err(StatusCode::INVALID_FIELD),
+    };
+    Ok(if reason == HelloReason::Fill {
+        let bind = Some(take_key(command));
+        Request::Hello { reason, acknowledged: Seq::ZERO, bind }
+    } else {
+        Request::Hello { reason, acknowledged: Seq(command.wide(1)), bind: None }
+    })
 }
 
 fn decode_append(command: &Command, length: usize) -> Result<Request, StatusCode> {
@@ -270,6 +431,9 @@ pub fn encode_state(state: &ReplicaState) -> [u8; STATE_BYTES] {
     put(&mut out, 24, &state.durable.0.to_le_bytes());
     put(&mut out, 32, &state.commit.0.to_le_bytes());
     put(&mut out, 40, &state.trimmed.0.to_le_bytes());
+    let filling = if state.filling { STATE_FILLING } else { 0 };
+    let damaged = if state.damaged { STATE_DAMAGED } else { 0 };
+    put(&mut out, 48, &(filling | damaged).to_le_bytes());
     out
 }
 
@@ -281,8 +445,58 @@ pub fn decode_state(bytes: &[u8]) -> ReplicaState {
         durable: Seq(u64_at(bytes, 24)),
         commit: Seq(u64_at(bytes, 32)),
         trimmed: Seq(u64_at(bytes, 40)),
-        filling: false,
-        damaged: false,
+        filling: u64_at(bytes, 48) & STATE_FILLING != 0,
+        damaged: u64_at(bytes, 48) & STATE_DAMAGED != 0,
+    }
+}
+
+/// The bytes of Install's answer.
+pub fn encode_progress(progress: &FillProgress) -> [u8; PROGRESS_BYTES] {
+    let phase: u64 = match progress.phase {
+        FillPhase::Connecting => 1,
+        FillPhase::Chunks => 2,
+        FillPhase::Log => 3,
+        FillPhase::Done => 4,
+        FillPhase::Failed => 5,
+    };
+    let mut out = [0; PROGRESS_BYTES];
+    put(&mut out, 0, &phase.to_le_bytes());
+    put(&mut out, 8, &progress.copied_bytes.to_le_bytes());
+    put(&mut out, 16, &progress.total_bytes.to_le_bytes());
+    out
+}
+
+/// Install's answer; `None` if it names no phase that is known.
+pub fn decode_progress(bytes: &[u8]) -> Option<FillProgress> {
+    let phase = match u64_at(bytes, 0) {
+        1 => FillPhase::Connecting,
+        2 => FillPhase::Chunks,
+        3 => FillPhase::Log,
+        4 => FillPhase::Done,
+        5 => FillPhase::Failed,
+        _ => return None,
+    };
+    let (copied_bytes, total_bytes) = (u64_at(bytes, 8), u64_at(bytes, 16));
+    Some(FillProgress { phase, copied_bytes, total_bytes })
+}
+
+/// DW0 of a successful Health-of.
+pub const fn health_code(health: Health) -> u64 {
+    match health {
+        Health::Healthy => 1,
+        Health::Degraded => 2,
+        Health::Silent => 3,
+        Health::Unknown => 4,
+    }
+}
+
+/// The health that DW0 states; what is not known is [`Health::Unknown`].
+pub const fn health_from_code(code: u64) -> Health {
+    match code {
+        1 => Health::Healthy,
+        2 => Health::Degraded,
+        3 => Health::Silent,
+        _ => Health::Unknown,
     }
 }
 

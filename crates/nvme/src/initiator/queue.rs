@@ -21,10 +21,17 @@ const SLOT_MASK: u16 = (1 << SLOT_BITS) - 1;
 pub(super) enum Answer {
     Sealed,
     Appended,
-    Data { blocks: BlockCount },
+    Data {
+        blocks: BlockCount,
+    },
     Flushed,
     Record,
+    /// A record, or nothing.
+    Run,
     Truncated,
+    Progress,
+    Health,
+    Chunks,
     Done,
 }
 
@@ -192,7 +199,7 @@ impl Entry {
             Work::Block(_) => None,
         };
         let small = match answer {
-            Some(Answer::Sealed) => length <= SMALL_DATA_BYTES,
+            Some(Answer::Sealed | Answer::Progress) => length <= SMALL_DATA_BYTES,
             Some(_) => length == POSITION_BYTES,
             None => false,
         };
@@ -203,7 +210,7 @@ impl Entry {
             return None;
         }
         let end = self.received + length;
-        if answer == Some(Answer::Record) {
+        if let Some(Answer::Record | Answer::Run) = answer {
             return self.place_record(length);
         }
         if end > self.bytes_max {

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 
 use base::checksum::crc32c;
-use base::{CommandBody, Epoch, Record, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq};
+use base::{
+    CommandBody, Epoch, HelloReason, Record, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody,
+    Seq,
+};
 
 use super::queue::{Answer, Entry, Replica, Work};
 use super::{DownReason, End, Initiator, Output, Side};
 use crate::codec::command::{Command, Completion};
-use crate::codec::replica::{self, HANDLES_MAX, POSITION_BYTES, STATE_BYTES};
+use crate::codec::replica::{self, HANDLES_MAX, POSITION_BYTES, PROGRESS_BYTES, STATE_BYTES};
 use crate::codec::status::StatusCode;
 use crate::io::Tag;
 use crate::nqn::Subsystem;
@@ -66,7 +69,10 @@ impl Initiator {
     pub(super) fn send_replica(&mut self, tag: Tag, command: ReplicaCommand) {
         let handle = if !matches!(self.config.subsystem, Subsystem::Replica(_)) {
             Err(ReplicaError::NoReplica)
-        } else if matches!(command.body, CommandBody::Seal) {
+        } else if matches!(
+            command.body,
+            CommandBody::Seal | CommandBody::Hello { reason: HelloReason::Fill, .. }
+        ) {
             self.handles.bind(command.key, command.epoch).ok_or(ReplicaError::Invalid)
         } else {
             self.handles.find(command.key).ok_or(ReplicaError::NotSealed)
@@ -93,11 +99,11 @@ impl Initiator {
             CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew
-            | CommandBody::Hello { .. }
-            | CommandBody::HealthOf { .. }
-            | CommandBody::Install { .. }
-            | CommandBody::List { .. }
-            | CommandBody::Fetch { .. } => (Answer::Done, None, None),
+            | CommandBody::Hello { .. } => (Answer::Done, None, None),
+            CommandBody::HealthOf { .. } => (Answer::Health, None, None),
+            CommandBody::Install { .. } => (Answer::Progress, None, None),
+            CommandBody::List { buffer, .. } => (Answer::Chunks, Some(buffer), None),
+            CommandBody::Fetch { buffer, .. } => (Answer::Run, Some(buffer), None),
         };
         let capacity = buffer.as_ref().map_or(0, base::BufferMut::capacity);
         let bytes_max = match answer {
@@ -106,7 +112,11 @@ impl Initiator {
             | Answer::Appended
             | Answer::Flushed
             | Answer::Record
+            | Answer::Run
             | Answer::Truncated
+            | Answer::Progress
+            | Answer::Health
+            | Answer::Chunks
             | Answer::Done => capacity,
         };
         let work = Work::Replica(Replica { tag, key, epoch, answer });
@@ -180,7 +190,11 @@ fn body(
         Answer::Truncated if small.len() == POSITION_BYTES => {
             ReplyBody::Truncated { last: replica::decode_position(small) }
         }
-        Answer::Sealed | Answer::Truncated => return Err(incomplete),
+        Answer::Progress if small.len() >= PROGRESS_BYTES => {
+            ReplyBody::Filling(replica::decode_progress(small).ok_or(incomplete)?)
+        }
+        Answer::Sealed | Answer::Truncated | Answer::Progress => return Err(incomplete),
+        Answer::Health => ReplyBody::Health(replica::health_from_code(result)),
         Answer::Appended => ReplyBody::Appended { durable: Seq(result) },
         Answer::Flushed => ReplyBody::Flushed { durable: Seq(result) },
         Answer::Done => ReplyBody::Done,
@@ -195,7 +209,16 @@ fn body(
             }
             ReplyBody::Data(data)
         }
-        Answer::Record => {
+        Answer::Chunks => {
+            let bytes = entry.received;
+            let data = entry.buffer.ok_or(incomplete)?.freeze().payload(bytes);
+            if replica::read_result(crc32c(data.bytes())) != result {
+                return Err(DownReason::Protocol("a list was corrupted on the way"));
+            }
+            ReplyBody::Chunks(data)
+        }
+        Answer::Run if entry.received == 0 => ReplyBody::Done,
+        Answer::Record | Answer::Run => {
             if entry.received == 0 {
                 return Err(incomplete);
             }

@@ -68,10 +68,18 @@ pub(super) struct Append {
 pub(super) enum Answer {
     Sealed,
     Appended,
-    Data { blocks: BlockCount, bytes: usize },
+    Data {
+        blocks: BlockCount,
+        bytes: usize,
+    },
     Flushed,
     Record,
+    /// A record, or nothing.
+    Run,
     Truncated,
+    Progress,
+    Health,
+    Chunks,
     Done,
 }
 

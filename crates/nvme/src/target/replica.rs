@@ -36,13 +36,17 @@ pub(super) fn on_command(
     }
     let buffer_bytes = match request {
         Request::Append { payload_bytes, .. } => Some(payload_bytes),
-        Request::Read { bytes, .. } => Some(bytes),
-        Request::Scan { .. } => Some(base::limits::PAYLOAD_BYTES_MAX),
+        Request::Read { bytes, .. } | Request::List { bytes, .. } => Some(bytes),
+        Request::Scan { .. } | Request::Fetch { .. } => Some(base::limits::PAYLOAD_BYTES_MAX),
         Request::Seal { .. }
         | Request::Flush
         | Request::Truncate { .. }
         | Request::Trim
-        | Request::Release => None,
+        | Request::Release
+        | Request::Renew
+        | Request::Hello { .. }
+        | Request::HealthOf { .. }
+        | Request::Install { .. } => None,
     };
     let mut buffer = None;
     if let Some(bytes) = buffer_bytes {
@@ -78,7 +82,7 @@ fn run(
     buffer: Option<BufferMut>,
 ) {
     let Some(session) = core.sessions.get_mut(&id) else { return };
-    if let Request::Seal { key } = request
+    if let Request::Seal { key } | Request::Hello { bind: Some(key), .. } = request
         && !session.bind(command.nsid, key)
     {
         refuse(connection, core, command.id, ReplicaError::Invalid);
@@ -100,9 +104,28 @@ fn run(
         (Request::Truncate { keep }, _) => (CommandBody::Truncate { keep }, Answer::Truncated),
         (Request::Trim, _) => (CommandBody::Trim, Answer::Done),
         (Request::Release, _) => (CommandBody::Release, Answer::Done),
-        (Request::Append { .. } | Request::Read { .. } | Request::Scan { .. }, _) => {
-            unreachable!("appends go another way, and reads and scans have a buffer")
+        (Request::Renew, _) => (CommandBody::Renew, Answer::Done),
+        (Request::Hello { reason, acknowledged, bind: _ }, _) => {
+            (CommandBody::Hello { reason, acknowledged }, Answer::Done)
         }
+        (Request::HealthOf { server }, _) => (CommandBody::HealthOf { server }, Answer::Health),
+        (Request::Install { source, chunks, bytes_per_second }, _) => {
+            (CommandBody::Install { source, chunks, bytes_per_second }, Answer::Progress)
+        }
+        (Request::List { unit, first, bytes: _ }, Some(buffer)) => {
+            (CommandBody::List { unit, first, buffer }, Answer::Chunks)
+        }
+        (Request::Fetch { lba, end }, Some(buffer)) => {
+            (CommandBody::Fetch { lba, end, buffer }, Answer::Run)
+        }
+        (
+            Request::Append { .. }
+            | Request::Read { .. }
+            | Request::Scan { .. }
+            | Request::List { .. }
+            | Request::Fetch { .. },
+            _,
+        ) => unreachable!("appends go another way, and what is answered with data has a buffer"),
     };
     let generation = core.next_generation();
     let slot = connection.commands.insert(command.id, generation, Work::Replica(answer));
@@ -202,14 +225,27 @@ pub(super) fn reply(
                 refuse(connection, core, id, ReplicaError::Invalid);
             }
         }
-        (ReplyBody::Record(record), Answer::Record) => {
+        (ReplyBody::Record(record), Answer::Record | Answer::Run) => {
             let parts = [record.header_bytes(), record.payload()];
             connection.complete_with_parts(outbox, id, &parts);
         }
         (ReplyBody::Truncated { last }, Answer::Truncated) => {
             connection.complete_with_bytes(outbox, id, &replica::encode_position(last));
         }
-        (ReplyBody::Done, Answer::Done) => connection.complete(outbox, id, success, 0),
+        (ReplyBody::Done, Answer::Done | Answer::Run) => {
+            connection.complete(outbox, id, success, 0);
+        }
+        (ReplyBody::Filling(progress), Answer::Progress) => {
+            connection.complete_with_bytes(outbox, id, &replica::encode_progress(&progress));
+        }
+        (ReplyBody::Health(health), Answer::Health) => {
+            connection.complete(outbox, id, success, replica::health_code(health));
+        }
+        (ReplyBody::Chunks(list), Answer::Chunks) => {
+            let crc = crc32c(list.bytes());
+            connection.send_data(outbox, id, 0, FLAG_LAST, Data::Parts(&[&list]), list.len());
+            connection.complete(outbox, id, success, replica::read_result(crc));
+        }
         (body, answer) => panic!("{body:?} is not an answer to a command that wants {answer:?}"),
     }
 }
