@@ -14,6 +14,7 @@ pub mod record;
 pub mod replica;
 pub mod request;
 pub mod slab;
+pub mod state;
 pub mod time;
 pub mod units;
 
@@ -29,5 +30,6 @@ pub use replica::{
 };
 pub use request::{BlockReply, BlockRequest, Operation, RequestId, Status};
 pub use slab::Slab;
+pub use state::{DegradedReason, StateMessage};
 pub use time::Instant;
 pub use units::{BlockCount, BlockSize, Lba};

@@ -204,6 +204,13 @@ pub enum HeadEvent {
     },
     /// They no longer wait.
     Resumed,
+    /// A member is far slower than the others, or is no longer.
+    MemberSlow {
+        /// Its server.
+        server: ServerId,
+        /// It is.
+        slow: bool,
+    },
     /// Another head sealed a higher epoch. It is gone after [`HeadEvent::Ended`].
     Superseded {
         /// That epoch.

@@ -5,6 +5,8 @@
 //! tables. A reader skips entries whose kind or values it does not know, so that a newer server
 //! may say more; a layout that an older reader would misread gets another version.
 
+pub use base::{DegradedReason, Health, StateMessage};
+
 use base::{Epoch, ReplicaKey, ServerId, ShardIndex, VolumeId};
 
 use crate::codec::{put, take, u16_at, u32_at, u64_at};
@@ -21,88 +23,6 @@ pub const ENTRY_BYTES: usize = 64;
 pub const STATE_ENTRIES_MAX: usize = 63;
 /// Bytes of the log page.
 pub const LOG_BYTES: usize = ENTRY_BYTES * (STATE_ENTRIES_MAX + 1);
-
-/// Health of a server as another server sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
-    /// It answers.
-    Healthy,
-    /// It answers late, or refuses some work.
-    Degraded,
-    /// It is silent.
-    Silent,
-}
-
-/// Why a replica is degraded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DegradedReason {
-    /// A device answers far too slowly.
-    SlowDevice,
-    /// A device failed; acknowledgements have stopped.
-    FailedDevice,
-    /// The log is nearly full.
-    LogFull,
-    /// Damaged data was found.
-    Damage,
-}
-
-/// A state message of a server to a head or initiator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StateMessage {
-    /// This server goes away in good order.
-    Draining {
-        /// Milliseconds left.
-        deadline_ms: u64,
-        /// The server that takes over; nil if there is none yet.
-        successor: ServerId,
-    },
-    /// This replica works, but not as it should.
-    Degraded {
-        /// Why.
-        reason: DegradedReason,
-    },
-    /// A higher epoch was sealed.
-    Superseded {
-        /// The sealed epoch.
-        epoch: Epoch,
-    },
-    /// This replica is being filled.
-    CatchingUp {
-        /// 0 to 100.
-        percent: u8,
-    },
-    /// This replica has caught up.
-    InSync,
-    /// One server of the volume's failover set. A new set is told as one message for each
-    /// server, `index` counting from 0 up to `count - 1`.
-    FailoverServer {
-        /// The server.
-        server: ServerId,
-        /// As this server sees it.
-        health: Health,
-        /// Which of the set.
-        index: u8,
-        /// How many there are.
-        count: u8,
-    },
-    /// A failover server can no longer be used.
-    FailoverUnavailable {
-        /// Which.
-        server: ServerId,
-    },
-    /// This server limits the volume.
-    Throttled {
-        /// Bytes per second; 0: no longer limited.
-        bytes_per_second: u64,
-    },
-    /// The volume has a new size.
-    Resized {
-        /// In bytes.
-        size_bytes: u64,
-    },
-    /// What an earlier message announced is over.
-    Back,
-}
 
 /// A message and the replica it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,87 +46,84 @@ pub enum StateLogError {
     Version(u16),
 }
 
-impl Health {
-    const fn code(self) -> u8 {
-        match self {
-            Self::Healthy => 1,
-            Self::Degraded => 2,
-            Self::Silent => 3,
-        }
-    }
-
-    const fn from_code(code: u8) -> Option<Self> {
-        match code {
-            1 => Some(Self::Healthy),
-            2 => Some(Self::Degraded),
-            3 => Some(Self::Silent),
-            _ => None,
-        }
+const fn health_code(health: Health) -> u8 {
+    match health {
+        Health::Healthy => 1,
+        Health::Degraded => 2,
+        Health::Silent => 3,
+        Health::Unknown => 4,
     }
 }
 
-impl DegradedReason {
-    const fn code(self) -> u64 {
-        match self {
-            Self::SlowDevice => 1,
-            Self::FailedDevice => 2,
-            Self::LogFull => 3,
-            Self::Damage => 4,
-        }
-    }
-
-    const fn from_code(code: u64) -> Option<Self> {
-        match code {
-            1 => Some(Self::SlowDevice),
-            2 => Some(Self::FailedDevice),
-            3 => Some(Self::LogFull),
-            4 => Some(Self::Damage),
-            _ => None,
-        }
+const fn health_from_code(code: u8) -> Option<Health> {
+    match code {
+        1 => Some(Health::Healthy),
+        2 => Some(Health::Degraded),
+        3 => Some(Health::Silent),
+        4 => Some(Health::Unknown),
+        _ => None,
     }
 }
 
-impl StateMessage {
-    /// Kind, value and server as they are sent.
-    fn parts(self) -> (u16, u64, ServerId) {
-        let nil = ServerId::from_bytes([0; 16]);
-        match self {
-            Self::Draining { deadline_ms, successor } => (1, deadline_ms, successor),
-            Self::Degraded { reason } => (2, reason.code(), nil),
-            Self::Superseded { epoch } => (3, epoch.0, nil),
-            Self::CatchingUp { percent } => (4, u64::from(percent), nil),
-            Self::InSync => (5, 0, nil),
-            Self::FailoverServer { server, health, index, count } => {
-                (6, u64::from_le_bytes([health.code(), index, count, 0, 0, 0, 0, 0]), server)
-            }
-            Self::FailoverUnavailable { server } => (7, 0, server),
-            Self::Throttled { bytes_per_second } => (8, bytes_per_second, nil),
-            Self::Resized { size_bytes } => (9, size_bytes, nil),
-            Self::Back => (10, 0, nil),
-        }
+const fn reason_code(reason: DegradedReason) -> u64 {
+    match reason {
+        DegradedReason::SlowDevice => 1,
+        DegradedReason::FailedDevice => 2,
+        DegradedReason::LogFull => 3,
+        DegradedReason::Damage => 4,
     }
+}
 
-    fn from_parts(kind: u16, value: u64, server: ServerId) -> Option<Self> {
-        match kind {
-            1 => Some(Self::Draining { deadline_ms: value, successor: server }),
-            2 => DegradedReason::from_code(value).map(|reason| Self::Degraded { reason }),
-            3 => Some(Self::Superseded { epoch: Epoch(value) }),
-            4 => u8::try_from(value)
-                .ok()
-                .filter(|&percent| percent <= 100)
-                .map(|percent| Self::CatchingUp { percent }),
-            5 => Some(Self::InSync),
-            6 => {
-                let [health, index, count, ..] = value.to_le_bytes();
-                let health = Health::from_code(health)?;
-                Some(Self::FailoverServer { server, health, index, count })
-            }
-            7 => Some(Self::FailoverUnavailable { server }),
-            8 => Some(Self::Throttled { bytes_per_second: value }),
-            9 => Some(Self::Resized { size_bytes: value }),
-            10 => Some(Self::Back),
-            _ => None,
+const fn reason_from_code(code: u64) -> Option<DegradedReason> {
+    match code {
+        1 => Some(DegradedReason::SlowDevice),
+        2 => Some(DegradedReason::FailedDevice),
+        3 => Some(DegradedReason::LogFull),
+        4 => Some(DegradedReason::Damage),
+        _ => None,
+    }
+}
+
+/// Kind, value and server as they are sent.
+fn parts(message: StateMessage) -> (u16, u64, ServerId) {
+    let nil = ServerId::from_bytes([0; 16]);
+    match message {
+        StateMessage::Draining { deadline_ms, successor } => (1, deadline_ms, successor),
+        StateMessage::Degraded { reason } => (2, reason_code(reason), nil),
+        StateMessage::Superseded { epoch } => (3, epoch.0, nil),
+        StateMessage::CatchingUp { percent } => (4, u64::from(percent), nil),
+        StateMessage::InSync => (5, 0, nil),
+        StateMessage::FailoverServer { server, health, index, count } => {
+            let value = [health_code(health), index, count, 0, 0, 0, 0, 0];
+            (6, u64::from_le_bytes(value), server)
         }
+        StateMessage::FailoverUnavailable { server } => (7, 0, server),
+        StateMessage::Throttled { bytes_per_second } => (8, bytes_per_second, nil),
+        StateMessage::Resized { size_bytes } => (9, size_bytes, nil),
+        StateMessage::Back => (10, 0, nil),
+    }
+}
+
+fn from_parts(kind: u16, value: u64, server: ServerId) -> Option<StateMessage> {
+    match kind {
+        1 => Some(StateMessage::Draining { deadline_ms: value, successor: server }),
+        2 => reason_from_code(value).map(|reason| StateMessage::Degraded { reason }),
+        3 => Some(StateMessage::Superseded { epoch: Epoch(value) }),
+        4 => u8::try_from(value)
+            .ok()
+            .filter(|&percent| percent <= 100)
+            .map(|percent| StateMessage::CatchingUp { percent }),
+        5 => Some(StateMessage::InSync),
+        6 => {
+            let [health, index, count, ..] = value.to_le_bytes();
+            let health = health_from_code(health)?;
+            Some(StateMessage::FailoverServer { server, health, index, count })
+        }
+        7 => Some(StateMessage::FailoverUnavailable { server }),
+        8 => Some(StateMessage::Throttled { bytes_per_second: value }),
+        9 => Some(StateMessage::Resized { size_bytes: value }),
+        10 => Some(StateMessage::Back),
+        _ => None,
     }
 }
 
@@ -217,7 +134,7 @@ pub fn encode_log<'a>(entries: impl Iterator<Item = &'a StateEntry>) -> [u8; LOG
     for entry in entries.take(STATE_ENTRIES_MAX) {
         count += 1;
         let at = &mut out[usize::from(count) * ENTRY_BYTES..][..ENTRY_BYTES];
-        let (kind, value, server) = entry.message.parts();
+        let (kind, value, server) = parts(entry.message);
         put(at, 0, &entry.number.to_le_bytes());
         if let Some(key) = entry.key {
             put(at, 8, &key.volume.bytes());
@@ -246,7 +163,7 @@ pub fn decode_log(bytes: &[u8], mut each: impl FnMut(StateEntry)) -> Result<(), 
     let count = usize::from(u16_at(bytes, 6));
     for at in bytes.chunks_exact(ENTRY_BYTES).skip(1).take(count) {
         let server = ServerId::from_bytes(take(at, 40));
-        let Some(message) = StateMessage::from_parts(u16_at(at, 28), u64_at(at, 32), server) else {
+        let Some(message) = from_parts(u16_at(at, 28), u64_at(at, 32), server) else {
             continue;
         };
         let key = ReplicaKey {

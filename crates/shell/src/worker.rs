@@ -499,6 +499,12 @@ impl Worker {
                 tracing::warn!(%volume, %epoch, "requests wait: {reason}");
             }
             HeadEvent::Resumed => tracing::info!(%volume, %epoch, "requests go on"),
+            HeadEvent::MemberSlow { server, slow: true } => {
+                tracing::warn!(%volume, %epoch, %server, "a member is far slower than the others");
+            }
+            HeadEvent::MemberSlow { server, slow: false } => {
+                tracing::info!(%volume, %epoch, %server, "a member is no longer slow");
+            }
             HeadEvent::Superseded { sealed } => {
                 tracing::warn!(
                     %volume, %epoch, %sealed,

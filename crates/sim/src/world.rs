@@ -569,7 +569,10 @@ impl World {
                     self.after(1_000_000, Event::OpenHead);
                 }
             }
-            HeadEvent::Stalled { .. } | HeadEvent::Resumed | HeadEvent::Released => {}
+            HeadEvent::Stalled { .. }
+            | HeadEvent::Resumed
+            | HeadEvent::MemberSlow { .. }
+            | HeadEvent::Released => {}
         }
     }
 

@@ -7,7 +7,7 @@ use base::membership::{seal_quorum, write_quorum};
 use base::time::earliest;
 use base::{
     BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Policy, Position,
-    ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId,
+    ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId, StateMessage,
 };
 
 use crate::config::{DEPTH_EXPECTED, HeadConfig, HeadError, Tunables};
@@ -47,6 +47,13 @@ pub enum Input {
     /// A front end's request. At most [`base::limits::HEAD_REQUESTS_MAX`] are begun; as many more
     /// wait; what is beyond comes back as [`Output::Returned`]. See [`Head::room`].
     Request(BlockRequest),
+    /// A member's server says something about itself, or about its replica of this shard.
+    State {
+        /// Who says it.
+        server: ServerId,
+        /// What.
+        message: StateMessage,
+    },
     /// Finish what was accepted, tell the members, end. Requests from now on are returned.
     Release,
     /// End now: what is unanswered is returned. For a shell that must stop while there is no quorum.
@@ -95,6 +102,13 @@ pub enum Output {
     },
     /// The stall is over.
     Resumed,
+    /// A member is far slower than the others, or is no longer. Said once per change.
+    MemberSlow {
+        /// Its server.
+        server: ServerId,
+        /// It is.
+        slow: bool,
+    },
 }
 
 /// The single writer of a shard at an epoch.
@@ -225,6 +239,7 @@ impl Head {
             Input::MemberUp { server } => self.member_up(server),
             Input::MemberDown { server } => self.member_down(server),
             Input::Reply { server, tag, result } => self.reply(server, tag, result),
+            Input::State { server, message } => self.state_message(server, message),
             Input::Request(request) => self.accept(request),
             Input::Release => self.release(),
             Input::Abandon => self.end(HeadPhase::Abandoned, Output::Abandoned),

@@ -44,6 +44,7 @@ mod ending;
 mod flush;
 mod gate;
 mod head;
+mod health;
 mod inflight;
 mod log;
 mod matching;
@@ -60,4 +61,4 @@ mod tests;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};
-pub use status::{HeadPhase, HeadStatus, MemberMode, MemberStatus, Stall, StallReason};
+pub use status::{Draining, HeadPhase, HeadStatus, MemberMode, MemberStatus, Stall, StallReason};

@@ -6,6 +6,7 @@ use base::limits::MEMBER_COMMANDS_MAX;
 use base::{Epoch, Instant, ReplicaError, ReplicaState, Role, Seq, ServerId};
 
 use crate::catchup::CatchUp;
+use crate::health::MemberHealth;
 use crate::log::pinned;
 use crate::matching::Matching;
 use crate::status::MemberMode;
@@ -92,6 +93,7 @@ pub(crate) struct Member {
     pub(crate) backoff: Duration,
     pub(crate) release_sent: bool,
     pub(crate) release_answered: bool,
+    pub(crate) health: MemberHealth,
 }
 
 impl Member {
@@ -119,6 +121,7 @@ impl Member {
             backoff,
             release_sent: false,
             release_answered: false,
+            health: MemberHealth::new(now),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::tag::{Kind, parse};
 pub(crate) type Answer = Result<ReplyBody, ReplicaError>;
 
 impl Head {
-    fn member_index(&self, server: ServerId) -> Option<usize> {
+    pub(crate) fn member_index(&self, server: ServerId) -> Option<usize> {
         self.members.iter().position(|member| member.server == server)
     }
 
@@ -28,6 +28,7 @@ impl Head {
         member.backoff = backoff;
         member.told_commit = Seq::ZERO;
         member.release_sent = false;
+        member.health.session_up();
         member.enter(Mode::Resting { error: None, until: now }, now);
     }
 
@@ -42,6 +43,7 @@ impl Head {
         member.session += 1;
         member.outstanding = 0;
         member.release_answered = member.release_sent;
+        member.health.session_down(now);
         member.enter(Mode::Down, now);
         self.reads_lost(index);
         self.donor_lost(index);
@@ -134,6 +136,7 @@ impl Head {
             Kind::Truncate => self.truncate_answered(index, &result),
             Kind::Trim => self.trim_answered(index, &result),
             Kind::Release => self.members[index].release_answered = true,
+            Kind::Renew | Kind::Hello | Kind::HealthOf => {}
         }
     }
 
@@ -159,6 +162,7 @@ impl Head {
             return;
         }
         let now = self.now;
+        self.members[index].health.answered();
         self.members[index].trimmed = state.trimmed;
         self.members[index].enter(Mode::Sealed(state), now);
         match self.phase {

@@ -97,6 +97,14 @@ impl Head {
                 last: if follows { member.acked } else { Seq::ZERO },
                 durable: if follows { member.durable() } else { Seq::ZERO },
                 lag: follows.then(|| last.seq.0 - member.acked.0),
+                down_since: member.health.down_since,
+                others_say: member.health.others_say,
+                draining: member.health.draining,
+                degraded: member.health.degraded,
+                throttled: member.health.throttled,
+                slow_since: None,
+                read_latency: None,
+                append_latency: None,
             }
         };
         HeadStatus {

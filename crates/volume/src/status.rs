@@ -1,9 +1,10 @@
 //! What a head tells people and metrics about itself. Made on demand, not on the data path.
 
 use core::fmt;
+use core::time::Duration;
 
 use base::membership::Role;
-use base::{Epoch, Instant, Position, Seq, ServerId};
+use base::{DegradedReason, Epoch, Health, Instant, Position, Seq, ServerId};
 
 /// Where a head is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +55,14 @@ pub enum StallReason {
     },
     /// No in-sync member that holds the newest data can be read.
     NoReader,
+    /// Too few in-sync members confirm that this head has not been deposed, so what was read may
+    /// be out of date.
+    NoGrant {
+        /// In-sync members that have confirmed it lately.
+        granted: usize,
+        /// How many are needed.
+        needed: usize,
+    },
 }
 
 impl fmt::Display for StallReason {
@@ -67,6 +76,9 @@ impl fmt::Display for StallReason {
             }
             Self::Unanswered { seq } => write!(f, "members do not answer the write at {seq}"),
             Self::NoReader => f.write_str("no reachable member holds the newest data"),
+            Self::NoGrant { granted, needed } => {
+                write!(f, "{granted} members confirm this head, {needed} needed to read")
+            }
         }
     }
 }
@@ -135,6 +147,31 @@ pub struct MemberStatus {
     pub durable: Seq,
     /// Records behind the head's newest; `None` while unknown.
     pub lag: Option<u64>,
+    /// Since when it has answered nothing; `None` while it answers.
+    pub down_since: Option<Instant>,
+    /// What other members' servers say of its server, while it is down.
+    pub others_say: Option<Health>,
+    /// Its server goes away in good order.
+    pub draining: Option<Draining>,
+    /// What its server says is wrong with it.
+    pub degraded: Option<DegradedReason>,
+    /// Its server limits the volume to so many bytes per second.
+    pub throttled: Option<u64>,
+    /// Since when it is far slower than the others.
+    pub slow_since: Option<Instant>,
+    /// How long it takes to answer a read: a smoothed mean; `None` while unknown.
+    pub read_latency: Option<Duration>,
+    /// How long it takes to answer a write.
+    pub append_latency: Option<Duration>,
+}
+
+/// A server's announcement that it goes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draining {
+    /// When it will be gone.
+    pub until: Instant,
+    /// The server that takes over, if there is one.
+    pub successor: Option<ServerId>,
 }
 
 /// A head as people and metrics see it.

@@ -12,6 +12,9 @@ pub(crate) enum Kind {
     Truncate,
     Trim,
     Release,
+    Renew,
+    Hello,
+    HealthOf,
 }
 
 const KIND_SHIFT: u32 = 60;
@@ -31,6 +34,9 @@ impl Kind {
             Self::Truncate => 6,
             Self::Trim => 7,
             Self::Release => 8,
+            Self::Renew => 9,
+            Self::Hello => 10,
+            Self::HealthOf => 11,
         }
     }
 
@@ -44,6 +50,9 @@ impl Kind {
             6 => Some(Self::Truncate),
             7 => Some(Self::Trim),
             8 => Some(Self::Release),
+            9 => Some(Self::Renew),
+            10 => Some(Self::Hello),
+            11 => Some(Self::HealthOf),
             _ => None,
         }
     }

@@ -105,6 +105,9 @@ impl Node {
                     self.head_event(tag, HeadEvent::Stalled { reason, since });
                 }
                 volume::Output::Resumed => self.head_event(tag, HeadEvent::Resumed),
+                volume::Output::MemberSlow { server, slow } => {
+                    self.head_event(tag, HeadEvent::MemberSlow { server, slow });
+                }
             }
         }
         progress

@@ -335,6 +335,7 @@ impl World {
             }
             Output::Stalled { .. } => self.count("stalled"),
             Output::Resumed => self.count("resumed"),
+            Output::MemberSlow { .. } => self.count("member slow"),
         }
     }
 
