@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use base::{
     BlockSize, ClusterId, Epoch, FillProgress, Health, HolderId, PoolId, ReplicaKey, ReplicaState,
-    Role, Seq, ServerId, ShardRecord, VolumeId, VolumeRecord,
+    Role, Seq, ServerId, ShardRecord, StateMessage, VolumeId, VolumeRecord,
 };
 
 pub use node::metrics::LATENCY_BOUNDS_NS;
@@ -234,37 +234,7 @@ pub struct StateNotice {
     /// The replica that it is about; `None`: the whole server, so every session.
     pub key: Option<ReplicaKey>,
     /// What there is to know.
-    pub news: StateNews,
-}
-
-/// What a [`StateNotice`] says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StateNews {
-    /// This server goes away in good order.
-    Draining {
-        /// How long it stays.
-        deadline: Duration,
-        /// Who takes the replica's place, if that is known.
-        successor: Option<ServerId>,
-    },
-    /// It stays after all.
-    Back,
-    /// One of the failover servers of the volume. A new set is told as one notice for each.
-    FailoverServer {
-        /// The server.
-        server: ServerId,
-        /// How it is.
-        health: Health,
-        /// Which of the set, from 0.
-        index: u8,
-        /// How many there are.
-        count: u8,
-    },
-    /// A failover server can no longer be used.
-    FailoverUnavailable {
-        /// Which.
-        server: ServerId,
-    },
+    pub message: StateMessage,
 }
 
 /// A replica to make: geometry of one shard.

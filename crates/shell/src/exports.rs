@@ -223,7 +223,7 @@ impl Export {
             Event::Stopped => {
                 tracing::info!(socket = %self.spec.socket.display(), "the guest stopped the disk");
             }
-            Event::Superseded => tracing::warn!(
+            Event::Superseded => tracing::info!(
                 socket = %self.spec.socket.display(),
                 "requests wait: this process is no longer the volume's head"
             ),

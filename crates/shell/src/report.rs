@@ -77,6 +77,7 @@ impl Worker {
         commit: base::Seq,
     ) -> MemberStatus {
         let mode = mode(member.mode);
+        let now = self.reactor.now();
         MemberStatus {
             server: member.server,
             role: member.role,
@@ -87,13 +88,13 @@ impl Worker {
             durable: member.durable,
             lag: member.lag,
             mode,
-            mode_for: self.reactor.now().since(member.since),
+            mode_for: now.since(member.down_since.unwrap_or(member.since)),
             caught_up: mode == MemberMode::Live && member.last >= commit,
-            slow_for: None,
-            draining: false,
-            device_failed: false,
-            degraded: None,
-            others_say: None,
+            slow_for: member.slow_since.map(|since| now.since(since)),
+            draining: member.draining.is_some(),
+            device_failed: member.degraded == Some(base::DegradedReason::FailedDevice),
+            degraded: member.degraded.map(|reason| reason.to_string()),
+            others_say: member.others_say,
             filling: None,
             note: note(member),
         }

@@ -499,14 +499,17 @@ impl Worker {
                 tracing::warn!(%volume, %epoch, "requests wait: {reason}");
             }
             HeadEvent::Resumed => tracing::info!(%volume, %epoch, "requests go on"),
-            HeadEvent::MemberSlow { server, slow: true } => {
-                tracing::warn!(%volume, %epoch, %server, "a member is far slower than the others");
-            }
-            HeadEvent::MemberSlow { server, slow: false } => {
-                tracing::info!(%volume, %epoch, %server, "a member is no longer slow");
+            HeadEvent::MemberSlow { server, slow } => {
+                if slow {
+                    tracing::warn!(%volume, %epoch, %server, "a member is far slower than others");
+                } else {
+                    tracing::info!(%volume, %epoch, %server, "a member is no longer slow");
+                }
+                let _ = self.events.send(Event::MemberSlow { volume, server, slow });
             }
             HeadEvent::Superseded { sealed } => {
-                tracing::warn!(
+                // Whoever opened the head says what became of the volume.
+                tracing::info!(
                     %volume, %epoch, %sealed,
                     "another head has taken the volume; this one accepts and acknowledges nothing more"
                 );

@@ -277,7 +277,7 @@ impl DataPlane for FakePlane {
     }
 
     fn publish(&self, notice: &StateNotice) -> Result<(), ControlError> {
-        self.inner()?.log.push(format!("publish {:?}", notice.news));
+        self.inner()?.log.push(format!("publish {:?}", notice.message));
         Ok(())
     }
 
