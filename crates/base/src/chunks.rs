@@ -11,6 +11,9 @@ use crate::ids::{Epoch, Position, Seq};
 /// In place of the next chunk's number: the list is at its end.
 pub const NO_MORE: u32 = u32::MAX;
 
+/// In place of a chunk's newest seq: not known, and above all that are.
+pub const UNKNOWN: Seq = Seq(u64::MAX);
+
 const HEADER_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 12;
 
@@ -30,7 +33,8 @@ pub struct ListHeader {
 pub struct ListEntry {
     /// Its number, in the units that were asked for.
     pub chunk: u32,
-    /// The newest record in it.
+    /// The newest record in it, or a higher number: what a replica holds of the chunk is as good if
+    /// it has every record through this one. [`UNKNOWN`]: copy it whatever is there.
     pub newest: Seq,
 }
 

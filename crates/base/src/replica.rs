@@ -292,6 +292,9 @@ pub enum ReplicaError {
     /// A device of this server's pool has failed; it acknowledges nothing more.
     #[error("a device of the pool has failed")]
     DeviceFailed,
+    /// This server's pool has no room for the replica that is being filled.
+    #[error("the pool has no free space")]
+    NoSpace,
     /// The command or its record is not valid: wrong volume, range, block size or checksum.
     #[error("invalid command")]
     Invalid,

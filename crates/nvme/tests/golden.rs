@@ -271,6 +271,7 @@ fn replica_answers_and_errors() {
         (ReplicaError::Invalid, 0x47c8, 0, None),
         (ReplicaError::Disconnected, 0x07c9, 0, None),
         (ReplicaError::Filling, 0x07ca, 0, None),
+        (ReplicaError::NoSpace, 0x07cb, 0, None),
     ];
     for (error, status, result, detail) in errors {
         assert_eq!(replica::encode_error(error), (StatusCode(status), result, detail));

@@ -4,8 +4,8 @@ use core::fmt;
 use core::time::Duration;
 
 use base::{
-    BlockCount, BlockSize, Buffer, BufferMut, BufferPool, ClusterId, Epoch, Lba, PoolId, Record,
-    ReplicaError, ReplicaKey, ReplicaState, ReplyBody, Seq, ServerId,
+    BlockCount, BlockSize, Buffer, BufferMut, BufferPool, ClusterId, Epoch, Lba, PoolId, Position,
+    Record, ReplicaError, ReplicaKey, ReplicaState, ReplyBody, Seq, ServerId,
 };
 
 use crate::label::LabelError;
@@ -207,7 +207,85 @@ pub enum Command {
         /// Nothing at or below it is ever truncated.
         commit: Seq,
     },
+    /// Which chunks home has, for a server that fills its replica from this one. Answered
+    /// `Chunks`, as [`base::chunks`] encodes them: every unit that has a block in home is listed,
+    /// with a number that is at least that of the newest record in it.
+    List {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Blocks per chunk of the asker: a power of two, 64 KiB to 4 MiB.
+        unit: BlockCount,
+        /// The first unit of the list.
+        first: u32,
+        /// Where the list goes.
+        buffer: BufferMut,
+    },
+    /// The first run of written blocks in `lba..end`, at most 4 MiB, as they are settled here.
+    /// Answered `Record`, or `Done` if there is none. See the module `fetch` for which version it
+    /// is and what its position says.
+    Fetch {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Where to start.
+        lba: Lba,
+        /// Where to stop.
+        end: Lba,
+        /// Where it goes; dropped on an error.
+        buffer: BufferMut,
+    },
+    /// Begins to fill the replica, or goes on. Its log is dropped, its home kept, except that of
+    /// a damaged replica; from now on, and after a crash too, it is filling. What was staged and
+    /// not committed is forgotten. Durable when answered with `Done`.
+    FillBegin {
+        /// Which replica.
+        key: ReplicaKey,
+    },
+    /// Begins a new version of a chunk, all absent; the old one stays until the new one is
+    /// committed. At most [`FILL_CHUNKS_MAX`] at a time. Answered `Done`; `NoSpace`.
+    FillChunk {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Which chunk, in units of [`Store::chunk_unit`](crate::Store::chunk_unit).
+        chunk: u32,
+        /// What the source's list says of it.
+        newest: Seq,
+    },
+    /// Puts a run of blocks into the chunk that was begun and holds it. Within a chunk, runs come
+    /// in the order of their addresses. Answered `Done`, in any order, when the run has been
+    /// taken and its buffer is free.
+    FillData {
+        /// Which replica.
+        key: ReplicaKey,
+        /// A write record from a peer, decoded: its blocks match its checksums.
+        record: Record,
+    },
+    /// The chunk has all its blocks: answered `Done` when it counts instead of the old one,
+    /// durably. Those that come together share their syncs. No more data may come.
+    FillCommit {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Which chunk.
+        chunk: u32,
+    },
+    /// The source does not have the chunk: forgets it, durably when answered with `Done`.
+    FillFree {
+        /// Which replica.
+        key: ReplicaKey,
+        /// Which chunk.
+        chunk: u32,
+    },
+    /// Every chunk is as new as the source's list said: the replica is filled, and its log begins
+    /// after `position`. Durable when answered with `Done`. `Invalid` while a chunk is staged.
+    FillEnd {
+        /// Which replica.
+        key: ReplicaKey,
+        /// The trimmed position of the source's first list.
+        position: Position,
+    },
 }
+
+/// Chunks of a replica that a filling may have begun and not committed, at most.
+pub const FILL_CHUNKS_MAX: usize = 8;
 
 impl Command {
     /// The replica it is for.
@@ -221,7 +299,15 @@ impl Command {
             | Self::Flush { key }
             | Self::Scan { key, .. }
             | Self::Truncate { key, .. }
-            | Self::Commit { key, .. } => *key,
+            | Self::Commit { key, .. }
+            | Self::List { key, .. }
+            | Self::Fetch { key, .. }
+            | Self::FillBegin { key }
+            | Self::FillChunk { key, .. }
+            | Self::FillData { key, .. }
+            | Self::FillCommit { key, .. }
+            | Self::FillFree { key, .. }
+            | Self::FillEnd { key, .. } => *key,
         }
     }
 }

@@ -182,9 +182,12 @@ impl ChunkMeta {
 
 const LEAF: usize = 512;
 
-/// Chunk number → place, 8 bytes each, in leaves made when first needed.
+/// A chunk's place, packed, and its newest seq.
+type Cell = (u64, u64);
+
+/// Chunk number → place, 16 bytes each, in leaves made when first needed.
 pub(crate) struct ChunkMap {
-    leaves: Vec<Option<Box<[u64; LEAF]>>>,
+    leaves: Vec<Option<Box<[Cell; LEAF]>>>,
     count: usize,
 }
 
@@ -204,11 +207,12 @@ impl ChunkMap {
         Self::unpack(leaf[chunk as usize % LEAF])
     }
 
-    fn unpack(value: u64) -> Option<ChunkPlace> {
+    fn unpack((value, newest): Cell) -> Option<ChunkPlace> {
         // location + 1 in the low 31 bits, so that zero is nowhere.
         let location = u32::try_from(value & 0x7fff_ffff).expect("masked").checked_sub(1)?;
         let version = u32::try_from(value >> 32).expect("shifted");
-        Some(ChunkPlace { location, slot: u8::from(value >> 31 & 1 != 0), version })
+        let slot = u8::from(value >> 31 & 1 != 0);
+        Some(ChunkPlace { location, slot, version, newest: Seq(newest) })
     }
 
     /// Sets a chunk's place; gives the old one.
@@ -217,13 +221,14 @@ impl ChunkMap {
         if place.is_none() && leaf.is_none() {
             return None;
         }
-        let leaf = leaf.get_or_insert_with(|| Box::new([0; LEAF]));
+        let leaf = leaf.get_or_insert_with(|| Box::new([(0, 0); LEAF]));
         let cell = &mut leaf[chunk as usize % LEAF];
         let old = Self::unpack(*cell);
-        *cell = place.map_or(0, |place| {
-            u64::from(place.version) << 32
+        *cell = place.map_or((0, 0), |place| {
+            let packed = u64::from(place.version) << 32
                 | u64::from(place.slot) << 31
-                | u64::from(place.location + 1)
+                | u64::from(place.location + 1);
+            (packed, place.newest.0)
         });
         self.count = self.count + usize::from(place.is_some()) - usize::from(old.is_some());
         old
@@ -367,7 +372,8 @@ mod tests {
         let mut taken = Vec::new();
         for chunk in (0..2800).step_by(41) {
             let location = space.allocate().expect("69 of 70");
-            let place = ChunkPlace { location, slot: u8::from(chunk % 2 == 1), version: !chunk };
+            let (slot, newest) = (u8::from(chunk % 2 == 1), Seq(u64::from(chunk) * 3));
+            let place = ChunkPlace { location, slot, version: !chunk, newest };
             assert_eq!(map.set(chunk, Some(place)), None);
             assert_eq!(map.place(chunk), Some(place));
             taken.push((chunk, place));

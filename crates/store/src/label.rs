@@ -3,7 +3,7 @@
 //! | offset | bytes | field |
 //! |---|---|---|
 //! | 0 | 8 | magic `HFPOOL\r\n` |
-//! | 8 | 4 | version, 1 |
+//! | 8 | 4 | version, 2 |
 //! | 12 | 4 | CRC32C of the page with this field zero |
 //! | 16 | 16 | pool id |
 //! | 32 | 16 | cluster id |
@@ -38,7 +38,7 @@ use crate::layout::{
 /// First bytes of a label.
 pub(crate) const MAGIC: [u8; 8] = *b"HFPOOL\r\n";
 /// The version of the whole disk format.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 const CRC_OFFSET: usize = 12;
 
 /// Whose a device is.
@@ -83,6 +83,15 @@ pub enum LabelError {
     /// Made by a newer version.
     #[error("its format is version {found}, this build knows {VERSION}: use a newer build")]
     Newer {
+        /// The label's version.
+        found: u32,
+    },
+    /// Made by an older version.
+    #[error(
+        "its format is version {found}, this build knows {VERSION} only: format it anew and let \
+         its replicas be rebuilt from their peers"
+    )]
+    Older {
         /// The label's version.
         found: u32,
     },
@@ -215,8 +224,10 @@ impl Label {
         if word(CRC_OFFSET) != crc32c_without(page, CRC_OFFSET) {
             return Err(LabelError::Damaged);
         }
-        if word(8) != VERSION {
-            return Err(LabelError::Newer { found: word(8) });
+        match word(8) {
+            VERSION => {}
+            found @ 0..VERSION => return Err(LabelError::Older { found }),
+            found => return Err(LabelError::Newer { found }),
         }
         let label = Self {
             pool: PoolId::from_bytes(id(16)),
@@ -309,7 +320,7 @@ mod tests {
             },
         };
         let mut expected = Vec::new();
-        expected.extend_from_slice(b"HFPOOL\r\n\x01\0\0\0\0\0\0\0");
+        expected.extend_from_slice(b"HFPOOL\r\n\x02\0\0\0\0\0\0\0");
         for id in 1..=3 {
             expected.extend_from_slice(&[id; 16]);
         }

@@ -16,6 +16,7 @@ mod bytes;
 mod cache;
 mod extents;
 mod facts;
+mod fill;
 mod flush;
 mod home;
 mod index;
@@ -33,8 +34,9 @@ mod store;
 mod wave;
 
 pub use api::{
-    Command, DeviceFailure, DiskError, DiskId, DiskKind, DiskOperation, DiskResult, FlushPolicy,
-    Input, Notice, OpenError, Output, Parts, ReplicaInfo, Stall, StoreConfig, Usage,
+    Command, DeviceFailure, DiskError, DiskId, DiskKind, DiskOperation, DiskResult,
+    FILL_CHUNKS_MAX, FlushPolicy, Input, Notice, OpenError, Output, Parts, ReplicaInfo, Stall,
+    StoreConfig, Usage,
 };
 pub use label::{Label, LabelError, identify};
 pub use layout::{

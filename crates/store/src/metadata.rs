@@ -127,6 +127,9 @@ pub(crate) struct ChunkPlace {
     pub(crate) slot: u8,
     /// The version that slot must have.
     pub(crate) version: u32,
+    /// Of every record of the shard's log through this one, the chunk holds what it did to it, or
+    /// something newer. Zero: not known.
+    pub(crate) newest: Seq,
 }
 
 /// One fact. The replica is named by its slot number.
@@ -224,7 +227,8 @@ impl Entry {
                 .u16(replica)
                 .u32(chunk)
                 .u32(place.location | u32::from(place.slot) << 31)
-                .u32(place.version),
+                .u32(place.version)
+                .u64(place.newest.0),
             Self::ChunkFree { replica, chunk } => Encoded::new(10).u16(replica).u32(chunk),
         }
     }
@@ -269,7 +273,8 @@ impl Entry {
                 let (replica, chunk) = (from.u16()?, from.u32()?);
                 let (place, version) = (from.u32()?, from.u32()?);
                 let slot = u8::from(place >> 31 != 0);
-                let place = ChunkPlace { location: place & 0x7fff_ffff, slot, version };
+                let newest = Seq(from.u64()?);
+                let place = ChunkPlace { location: place & 0x7fff_ffff, slot, version, newest };
                 Self::Chunk { replica, chunk, place }
             }
             10 => Self::ChunkFree { replica: from.u16()?, chunk: from.u32()? },
@@ -280,8 +285,8 @@ impl Entry {
 
 /// Pages that a checkpoint of so many replicas, segments and chunks takes, at most.
 pub(crate) fn checkpoint_pages(replicas: u32, segments: u64, chunks: u64) -> u64 {
-    // 129 bytes for a replica, 39 for a restart (no more than segments), 15 for a chunk.
-    let bytes = u64::from(replicas) * 136 + segments * 40 + chunks * 16;
+    // 141 bytes for a replica, 39 for a restart (no more than segments), 23 for a chunk.
+    let bytes = u64::from(replicas) * 144 + segments * 40 + chunks * 24;
     bytes.div_ceil((PAGE_ENTRY_BYTES - ENTRY_BYTES_MAX) as u64) + 4
 }
 
@@ -317,7 +322,7 @@ mod tests {
         let key = ReplicaKey { volume: VolumeId::from_bytes([2; 16]), shard: ShardIndex(3) };
         let keep = Position::new(Epoch(7), Seq(8));
         let restart = Restart { ordinal: 4, previous: 5, end_page: 6, keep };
-        let place = ChunkPlace { location: 6, slot: 1, version: 7 };
+        let place = ChunkPlace { location: 6, slot: 1, version: 7, newest: Seq(8) };
         let long = |values: &[u64]| -> Vec<u8> {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
@@ -350,7 +355,7 @@ mod tests {
             ),
             (
                 Entry::Chunk { replica: 9, chunk: 5, place },
-                vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0],
+                vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0],
             ),
             (Entry::ChunkFree { replica: 9, chunk: 5 }, vec![10, 9, 0, 5, 0, 0, 0]),
         ];

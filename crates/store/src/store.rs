@@ -468,6 +468,14 @@ impl Store {
                 }
                 Err(error) => self.done(tag, Err(error)),
             },
+            Command::List { .. }
+            | Command::Fetch { .. }
+            | Command::FillBegin { .. }
+            | Command::FillChunk { .. }
+            | Command::FillData { .. }
+            | Command::FillCommit { .. }
+            | Command::FillFree { .. }
+            | Command::FillEnd { .. } => self.done(tag, Err(ReplicaError::Invalid)),
         }
     }
 

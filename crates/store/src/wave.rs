@@ -122,7 +122,7 @@ impl Store {
                 return;
             };
             self.flush.home_full = false;
-            ChunkPlace { location, slot: 0, version: 0 }
+            ChunkPlace { location, slot: 0, version: 0, newest: Seq::ZERO }
         };
         let meta = self.flush.spare_meta.pop().unwrap_or_default();
         let moves = self.flush.wave.spare_moves.pop().unwrap_or_default();

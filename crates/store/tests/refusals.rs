@@ -45,15 +45,19 @@ fn wrong_devices_are_told_apart() {
         world.disks[1].media[65536 + 80] ^= 1;
     });
     assert_eq!(error(damaged), LabelError::Damaged);
-    let newer = open(&|world| {
-        for at in [0, 65536] {
-            let page = &mut world.disks[1].media[at..at + 4096];
-            page[8] = 2;
-            let crc = base::checksum::crc32c_without(page, 12);
-            page[12..16].copy_from_slice(&crc.to_le_bytes());
-        }
-    });
-    assert_eq!(error(newer), LabelError::Newer { found: 2 });
+    for (found, expected) in
+        [(3, LabelError::Newer { found: 3 }), (1, LabelError::Older { found: 1 })]
+    {
+        let other = open(&|world| {
+            for at in [0, 65536] {
+                let page = &mut world.disks[1].media[at..at + 4096];
+                page[8] = found;
+                let crc = base::checksum::crc32c_without(page, 12);
+                page[12..16].copy_from_slice(&crc.to_le_bytes());
+            }
+        });
+        assert_eq!(error(other), expected);
+    }
     let order = open(&|world| {
         world.disks.swap(0, 1);
         world.shape.devices.swap(0, 1);

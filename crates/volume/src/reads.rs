@@ -266,6 +266,7 @@ impl Head {
             | ReplicaError::Trimmed { .. }
             | ReplicaError::DeviceFailed
             | ReplicaError::Filling
+            | ReplicaError::NoSpace
             | ReplicaError::Disconnected => {
                 if self.members[index].follows() {
                     self.member_failed(index, failure);

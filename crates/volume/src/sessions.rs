@@ -80,6 +80,7 @@ impl Head {
             | ReplicaError::Behind { .. }
             | ReplicaError::Trimmed { .. }
             | ReplicaError::Filling
+            | ReplicaError::NoSpace
             | ReplicaError::Damaged
             | ReplicaError::Invalid
             | ReplicaError::Disconnected => self.reset(index, Some(error)),

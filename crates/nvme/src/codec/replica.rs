@@ -514,6 +514,7 @@ pub fn encode_error(error: ReplicaError) -> (StatusCode, u64, Option<Position>) 
         ReplicaError::Invalid => (StatusCode::vendor(0xc8, false), 0, None),
         ReplicaError::Disconnected => (StatusCode::vendor(0xc9, true), 0, None),
         ReplicaError::Filling => (StatusCode::vendor(0xca, true), 0, None),
+        ReplicaError::NoSpace => (StatusCode::vendor(0xcb, true), 0, None),
     }
 }
 
@@ -536,6 +537,7 @@ pub fn decode_error(
         0x7c7 => ReplicaError::DeviceFailed,
         0x7c9 => ReplicaError::Disconnected,
         0x7ca => ReplicaError::Filling,
+        0x7cb => ReplicaError::NoSpace,
         _ => ReplicaError::Invalid,
     })
 }
