@@ -91,7 +91,9 @@ impl From<StoreError> for Failure {
             StoreErrorKind::Conflict
             | StoreErrorKind::VolumeNameTaken(_)
             | StoreErrorKind::ServerTaken(_) => Exit::Conflict,
-            StoreErrorKind::NoVolume(_) | StoreErrorKind::NotRegistered { .. } => Exit::NotFound,
+            StoreErrorKind::NoVolume(_)
+            | StoreErrorKind::NoServer(_)
+            | StoreErrorKind::NotRegistered { .. } => Exit::NotFound,
         };
         Self::new(exit, error.to_string())
     }

@@ -22,7 +22,7 @@ pub use buffer::{Buffer, BufferMut, BufferPool};
 pub use ids::{
     ClusterId, Epoch, HolderId, PoolId, Position, ReplicaKey, Seq, ServerId, ShardIndex, VolumeId,
 };
-pub use membership::{Durability, Holder, Member, Policy, Role, ShardRecord, VolumeRecord};
+pub use membership::{Durability, Holder, Member, Move, Policy, Role, ShardRecord, VolumeRecord};
 pub use record::{Record, RecordError, RecordHeader, RecordKind};
 pub use replica::{
     CommandBody, FillPhase, FillProgress, Health, HelloReason, ReplicaCommand, ReplicaError,

@@ -120,6 +120,15 @@ pub struct Member {
     pub role: Role,
 }
 
+/// A server that was given a replica in place of a lost one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Move {
+    /// The server that was added.
+    pub server: ServerId,
+    /// When, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
 /// A shard as the cluster store keeps it. Changed only by compare-and-swap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardRecord {
@@ -132,6 +141,10 @@ pub struct ShardRecord {
     /// Servers that can take a lost member's place, best first, with room kept for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failover: Vec<ServerId>,
+    /// The latest moves, oldest first: a volume that moves again and again is left alone for a
+    /// while, lest it fell server after server.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<Move>,
 }
 
 impl ShardRecord {

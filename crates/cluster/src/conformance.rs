@@ -59,6 +59,7 @@ pub(crate) fn shard(number: u8) -> ShardRecord {
         shard: ShardIndex(0),
         members: vec![Member { server, pool, role: Role::InSync }],
         failover: Vec::new(),
+        moves: Vec::new(),
     }
 }
 

@@ -58,6 +58,9 @@ pub enum StoreErrorKind {
     /// Another volume has this name.
     #[error("there is a volume named '{0}' already; choose another name")]
     VolumeNameTaken(String),
+    /// No such server.
+    #[error("there is no server {0}; `holdfast server list` shows what there is")]
+    NoServer(ServerId),
     /// Another server has this name or pool.
     #[error("there is a server with the name '{0}' or its pool already")]
     ServerTaken(String),
@@ -78,5 +81,23 @@ impl StoreError {
     /// True if the compared versions were no longer current.
     pub fn is_conflict(&self) -> bool {
         matches!(self.kind, StoreErrorKind::Conflict)
+    }
+
+    /// True if a change that failed so may have been made nevertheless, or may still be made.
+    pub fn may_have_happened(&self) -> bool {
+        match &self.kind {
+            StoreErrorKind::Unavailable(_) => true,
+            StoreErrorKind::Missing
+            | StoreErrorKind::Foreign(_)
+            | StoreErrorKind::Newer { .. }
+            | StoreErrorKind::Damaged(_)
+            | StoreErrorKind::Replaced
+            | StoreErrorKind::Conflict
+            | StoreErrorKind::NoVolume(_)
+            | StoreErrorKind::NoServer(_)
+            | StoreErrorKind::VolumeNameTaken(_)
+            | StoreErrorKind::ServerTaken(_)
+            | StoreErrorKind::NotRegistered { .. } => false,
+        }
     }
 }

@@ -7,7 +7,7 @@
 use base::{Epoch, Holder, HolderId, Role, VolumeId};
 
 use crate::error::{StoreError, StoreErrorKind};
-use crate::records::VolumeEntry;
+use crate::records::{ServerEntry, VolumeEntry, unix_ms};
 use crate::store::ClusterStore;
 use crate::volumes::{Change, change};
 
@@ -80,28 +80,35 @@ pub struct Acquire {
     pub above: Epoch,
 }
 
-/// What keeps `me` from acquiring the volume of `entry` as it is.
+/// What keeps `me` from acquiring the volume of `entry` as it is. A holder that only repairs it
+/// keeps nobody from it.
 pub fn check(entry: &VolumeEntry, me: HolderId, force: bool) -> Result<(), AcquireError> {
     let volume = entry.volume.name.clone();
     if entry.deleted {
         return Err(AcquireError::Deleted { volume });
     }
+    // Later ones are not waited for: they do not count yet.
     let members = &entry.shard.members;
+    let new = entry.volume.epoch == Epoch::NONE;
     let count = members.iter().filter(|member| member.role == Role::Provisioning).count();
-    if count > 0 {
+    if new && count > 0 {
         return Err(AcquireError::Provisioning { volume, count, members: members.len() });
     }
     match &entry.volume.holder {
-        Some(holder) if holder.id != me && !force => Err(AcquireError::Held {
-            volume,
-            holder: holder.name.clone(),
-            epoch: entry.volume.epoch,
-        }),
+        Some(holder) if holder.id != me && !holder.repair && !force => Err(held(entry, holder)),
         Some(_) | None => Ok(()),
     }
 }
 
-/// Makes `me` the holder, in a new epoch. A holder may acquire what it holds: its process died
+fn held(entry: &VolumeEntry, holder: &Holder) -> AcquireError {
+    AcquireError::Held {
+        volume: entry.volume.name.clone(),
+        holder: holder.name.clone(),
+        epoch: entry.volume.epoch,
+    }
+}
+
+/// Makes `me` the holder, in a new epoch, of a volume that it is to serve. A holder may acquire what it holds: its process died
 /// and is back. The entry as it is now; `entry.volume.epoch` is the epoch to open in.
 pub fn acquire(
     store: &dyn ClusterStore,
@@ -109,10 +116,20 @@ pub fn acquire(
     me: &Holder,
     how: Acquire,
 ) -> Result<VolumeEntry, AcquireError> {
+    take(store, id, me, how.above, |entry| check(entry, me.id, how.force))
+}
+
+fn take(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: &Holder,
+    above: Epoch,
+    may: impl Fn(&VolumeEntry) -> Result<(), AcquireError>,
+) -> Result<VolumeEntry, AcquireError> {
     let mut refused = None;
-    let changed = change(store, id, |entry| match check(entry, me.id, how.force) {
+    let changed = change(store, id, |entry| match may(entry) {
         Ok(()) => {
-            entry.volume.epoch = entry.volume.epoch.max(how.above).next();
+            entry.volume.epoch = entry.volume.epoch.max(above).next();
             entry.volume.holder = Some(me.clone());
             Change::Write
         }
@@ -129,6 +146,36 @@ pub fn acquire(
             Err(StoreError { store: store.address(), kind }.into())
         }
     }
+}
+
+/// Makes the server `me` the holder, in a new epoch, to repair a volume that nobody serves: that
+/// nobody holds, or that only a server repaired that does not run any more, or that `me` repaired
+/// before it died and is back. The epoch will be above `above` ([`Acquire::above`]).
+///
+/// `me.id` has the bytes of its server's id, as every server's holder has, and `me.repair` is set.
+pub fn acquire_repair(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: &Holder,
+    above: Epoch,
+) -> Result<VolumeEntry, AcquireError> {
+    assert!(me.repair, "others acquire what they serve");
+    let servers = store.servers()?;
+    let now_ms = unix_ms();
+    let runs = |holder: HolderId| {
+        let of_holder = |entry: &&ServerEntry| entry.server.id.bytes() == holder.bytes();
+        servers.iter().find(of_holder).is_some_and(|entry| entry.is_alive(now_ms))
+    };
+    let may = |entry: &VolumeEntry| {
+        check(entry, me.id, false)?;
+        match &entry.volume.holder {
+            Some(holder) if !holder.repair || (holder.id != me.id && runs(holder.id)) => {
+                Err(held(entry, holder))
+            }
+            Some(_) | None => Ok(()),
+        }
+    };
+    take(store, id, me, above, may)
 }
 
 /// Gives a lease back after its head has ended. Nothing happens if it is not `me`'s in that
@@ -164,10 +211,11 @@ pub fn release_forced(
     let mut holder = None;
     let mut refused = None;
     change(store, id, |entry| {
+        let repair = entry.volume.holder.as_ref().is_some_and(|holder| holder.repair);
         holder = entry.volume.holder.take().map(|holder| holder.name);
         match &holder {
             None => Change::Nothing,
-            Some(_) if force => Change::Write,
+            Some(_) if force || repair => Change::Write,
             Some(name) => {
                 refused = Some((entry.volume.name.clone(), name.clone()));
                 Change::Nothing

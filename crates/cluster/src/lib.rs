@@ -11,12 +11,15 @@
 
 mod address;
 mod error;
+mod events;
 pub mod lease;
+pub mod members;
 mod name;
 mod placement;
 mod records;
 pub mod servers;
 mod sqlite;
+mod status;
 mod store;
 pub mod volumes;
 
@@ -25,12 +28,15 @@ mod conformance;
 
 pub use address::{InvalidStoreAddress, StoreAddress, open};
 pub use error::{StoreError, StoreErrorKind};
+pub use events::{EVENTS_MAX, Event, EventKind};
 pub use name::{InvalidName, check_name};
 pub use placement::{PlacementError, Usage, place};
 pub use records::{
-    ALIVE_MS, Heartbeat, Problem, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms,
+    ALIVE_MS, Draining, Heartbeat, Problem, ServerEntry, ServerRecord, Versions, VolumeEntry,
+    unix_ms,
 };
 pub use sqlite::{SCHEMA_VERSION, SqliteStore};
+pub use status::{FillReport, MemberReport, Rates, STATUS_STALE_MS, StallReport, VolumeStatus};
 pub use store::{ClusterStore, Create};
 
 use uuid::Uuid;

@@ -154,6 +154,7 @@ mod tests {
                 version: String::new(),
                 stopped: false,
                 problems: Vec::new(),
+                draining: None,
             },
             last_seen_ms,
             version: 1,

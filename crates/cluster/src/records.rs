@@ -63,6 +63,17 @@ pub struct ServerRecord {
     pub stopped: bool,
     /// What it could not do.
     pub problems: Vec<Problem>,
+    /// An operator wants it empty: it gets no new replicas, and those it has go elsewhere.
+    /// Heartbeats do not touch it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draining: Option<Draining>,
+}
+
+/// An order to empty a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draining {
+    /// When it was given, in milliseconds since 1970.
+    pub since_ms: u64,
 }
 
 /// Something that a server was to do for a volume and could not.
@@ -132,6 +143,7 @@ impl Heartbeat {
             version: self.version.clone(),
             stopped: self.stopping,
             problems: self.problems.clone(),
+            draining: record.draining,
         }
     }
 }

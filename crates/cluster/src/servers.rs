@@ -111,6 +111,7 @@ pub fn register(
         version: String::new(),
         stopped: false,
         problems: Vec::new(),
+        draining: None,
     };
     match store.servers()?.into_iter().find(|entry| entry.server.id == id) {
         Some(entry) => store.update_server(&server, entry.version)?,

@@ -4,61 +4,30 @@
 //! cut, so an epoch that was handed out is not handed out again. Records are JSON in rows that
 //! carry their version. The file is told from others by its application id and schema version.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
-use rusqlite::{Connection, ErrorCode, OpenFlags, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, Row, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{StoreError, StoreErrorKind};
-use crate::records::{Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms};
+use crate::events::Event;
+use crate::records::{
+    Draining, Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms,
+};
+use crate::status::VolumeStatus;
 use crate::store::{ClusterStore, Create};
 
-/// The schema this program writes, and the newest it reads.
-pub const SCHEMA_VERSION: i64 = 1;
+mod board;
+mod schema;
 
-/// `HFCS`, in the file's header.
-const APPLICATION_ID: i64 = 0x4846_4353;
-/// How long a process waits for another one's transaction.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+pub use schema::SCHEMA_VERSION;
+
 /// How often a waiting process looks at the revision.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-const SCHEMA: &str = "
-    CREATE TABLE cluster (
-        one INTEGER PRIMARY KEY CHECK (one = 1),
-        id TEXT NOT NULL,
-        revision INTEGER NOT NULL
-    ) STRICT;
-    CREATE TABLE volumes (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL,
-        deleted INTEGER NOT NULL CHECK (deleted IN (0, 1)),
-        version INTEGER NOT NULL,
-        record TEXT NOT NULL
-    ) STRICT;
-    CREATE UNIQUE INDEX volumes_by_name ON volumes (name) WHERE deleted = 0;
-    CREATE TABLE shards (
-        volume TEXT NOT NULL REFERENCES volumes (id),
-        shard INTEGER NOT NULL,
-        version INTEGER NOT NULL,
-        record TEXT NOT NULL,
-        PRIMARY KEY (volume, shard)
-    ) STRICT;
-    CREATE TABLE servers (
-        id TEXT PRIMARY KEY,
-        name TEXT NOT NULL UNIQUE,
-        pool TEXT NOT NULL UNIQUE,
-        version INTEGER NOT NULL,
-        last_seen_ms INTEGER NOT NULL,
-        record TEXT NOT NULL
-    ) STRICT;
-";
 
 const SELECT_VOLUME: &str = "
     SELECT v.id, v.name, v.deleted, v.version, v.record, s.version, s.record
@@ -71,6 +40,8 @@ pub struct SqliteStore {
     /// Device and inode of the file that the connection has open.
     identity: (u64, u64),
     connection: Mutex<Connection>,
+    /// For what need not outlive a power cut: its commits do not wait for the disk.
+    board: Mutex<Connection>,
 }
 
 type Kind<T> = Result<T, StoreErrorKind>;
@@ -78,20 +49,29 @@ type Kind<T> = Result<T, StoreErrorKind>;
 impl SqliteStore {
     /// Opens the store at `path`, or makes it if that is allowed and nothing is there.
     pub fn open(path: &Path, create: Create) -> Result<Self, StoreError> {
-        let opened = open_file(path, create).and_then(|connection| {
+        let opened = schema::open_file(path, create).and_then(|connection| {
             Ok(Self {
                 path: path.to_owned(),
-                cluster: read_cluster_id(&connection)?,
-                identity: file_identity(path)?,
+                cluster: schema::read_cluster_id(&connection)?,
+                identity: schema::file_identity(path)?,
                 connection: Mutex::new(connection),
+                board: Mutex::new(schema::connect(path, schema::Durable::No)?),
             })
         });
         opened.map_err(|kind| StoreError { store: address_of(path), kind })
     }
 
     fn run<T>(&self, action: impl FnOnce(&mut Connection) -> Kind<T>) -> Result<T, StoreError> {
+        self.run_on(&self.connection, action)
+    }
+
+    fn run_on<T>(
+        &self,
+        connection: &Mutex<Connection>,
+        action: impl FnOnce(&mut Connection) -> Kind<T>,
+    ) -> Result<T, StoreError> {
         // A poisoned lock means that a caller panicked; its transaction was rolled back.
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_file()
             .and_then(|()| action(&mut connection))
             .map_err(|kind| StoreError { store: address_of(&self.path), kind })
@@ -99,20 +79,19 @@ impl SqliteStore {
 
     /// Runs `action` in a transaction that holds the write lock from its start.
     fn write<T>(&self, action: impl FnOnce(&Transaction<'_>) -> Kind<T>) -> Result<T, StoreError> {
-        self.run(|connection| {
-            let transaction =
-                connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let result = action(&transaction)?;
-            transaction.commit()?;
-            Ok(result)
-        })
+        self.run(|connection| transact(connection, action))
+    }
+
+    /// The same for what need not be durable.
+    fn note<T>(&self, action: impl FnOnce(&Transaction<'_>) -> Kind<T>) -> Result<T, StoreError> {
+        self.run_on(&self.board, |connection| transact(connection, action))
     }
 
     /// Notices that the file was removed or replaced: the connection would go on writing to a
     /// file that nobody else sees. It is not opened again here: the write-ahead log beside it
     /// may still belong to the former file.
     fn check_file(&self) -> Kind<()> {
-        if file_identity(&self.path)? == self.identity {
+        if schema::file_identity(&self.path)? == self.identity {
             Ok(())
         } else {
             Err(StoreErrorKind::Replaced)
@@ -314,6 +293,26 @@ impl ClusterStore for SqliteStore {
         })
     }
 
+    fn set_draining(
+        &self,
+        id: ServerId,
+        draining: Option<Draining>,
+        revision: u64,
+    ) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            if read_revision(transaction)? != revision {
+                return Err(StoreErrorKind::Conflict);
+            }
+            let entry = read_server(transaction, id)?.ok_or(StoreErrorKind::NoServer(id))?;
+            let next = ServerRecord { draining, ..entry.server };
+            transaction.execute(
+                "UPDATE servers SET record = ?2, version = version + 1 WHERE id = ?1",
+                params![id.to_string(), encode(&next)],
+            )?;
+            bump_revision(transaction)
+        })
+    }
+
     fn heartbeat(&self, beat: &Heartbeat) -> Result<(), StoreError> {
         self.write(|transaction| {
             let current = read_server(transaction, beat.server)?
@@ -335,107 +334,44 @@ impl ClusterStore for SqliteStore {
             bump_revision(transaction)
         })
     }
+
+    fn put_statuses(&self, statuses: &[VolumeStatus]) -> Result<(), StoreError> {
+        if statuses.is_empty() {
+            return Ok(());
+        }
+        self.note(|transaction| board::put_statuses(transaction, statuses))
+    }
+
+    fn statuses(&self) -> Result<Vec<VolumeStatus>, StoreError> {
+        self.run_on(&self.board, |connection| board::statuses(connection))
+    }
+
+    fn append_event(&self, event: &Event) -> Result<u64, StoreError> {
+        self.note(|transaction| board::append_event(transaction, event))
+    }
+
+    fn events(&self, after: u64, limit: usize) -> Result<Vec<(u64, Event)>, StoreError> {
+        self.run_on(&self.board, |connection| board::events(connection, after, limit))
+    }
+
+    fn last_event(&self) -> Result<u64, StoreError> {
+        self.run_on(&self.board, |connection| board::last_event(connection))
+    }
+}
+
+/// Runs `action` in a transaction that holds the write lock from its start.
+fn transact<T>(
+    connection: &mut Connection,
+    action: impl FnOnce(&Transaction<'_>) -> Kind<T>,
+) -> Kind<T> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let result = action(&transaction)?;
+    transaction.commit()?;
+    Ok(result)
 }
 
 fn address_of(path: &Path) -> String {
     format!("sqlite:{}", path.display())
-}
-
-fn file_identity(path: &Path) -> Kind<(u64, u64)> {
-    match fs::metadata(path) {
-        Ok(metadata) => Ok((metadata.dev(), metadata.ino())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(StoreErrorKind::Missing),
-        Err(error) => Err(StoreErrorKind::Unavailable(Box::new(error))),
-    }
-}
-
-fn open_file(path: &Path, create: Create) -> Kind<Connection> {
-    if create == Create::Never {
-        file_identity(path)?;
-    }
-    let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    if create == Create::IfMissing {
-        flags |= OpenFlags::SQLITE_OPEN_CREATE;
-    }
-    let mut connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
-    connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    // Nothing is written before it is known to be ours, or empty and ours to fill.
-    let ready = check_header(&connection, create)?;
-    enter_wal(&connection)?;
-    if !ready {
-        make_schema(&mut connection, create)?;
-    }
-    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-    if verdict != "ok" {
-        return Err(StoreErrorKind::Damaged(verdict));
-    }
-    Ok(connection)
-}
-
-/// True for a store of ours, false for an empty file that may become one.
-fn check_header(connection: &Connection, create: Create) -> Kind<bool> {
-    let number =
-        |pragma: &str| connection.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0));
-    let (application, found) = (number("application_id")?, number("user_version")?);
-    let tables: i64 =
-        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-    if application == APPLICATION_ID {
-        if found > SCHEMA_VERSION {
-            return Err(StoreErrorKind::Newer { found, supported: SCHEMA_VERSION });
-        }
-        if found < 1 {
-            return Err(StoreErrorKind::Damaged(format!("its schema version is {found}")));
-        }
-        return Ok(true);
-    }
-    if application != 0 || tables != 0 || found != 0 {
-        return Err(StoreErrorKind::Foreign("a SQLite database of another program".to_owned()));
-    }
-    match create {
-        Create::IfMissing => Ok(false),
-        Create::Never => Err(StoreErrorKind::Foreign("the file is empty".to_owned())),
-    }
-}
-
-/// Switches to write-ahead logging. SQLite does not apply its busy timeout to the switch, so two
-/// processes that open a new store at once need this loop.
-fn enter_wal(connection: &Connection) -> Kind<()> {
-    let start = Instant::now();
-    loop {
-        let switched =
-            connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0));
-        match switched {
-            Ok(mode) if mode.eq_ignore_ascii_case("wal") => return Ok(()),
-            Ok(mode) => {
-                let reason = format!("write-ahead logging is not possible here (mode is {mode})");
-                return Err(StoreErrorKind::Unavailable(reason.into()));
-            }
-            Err(error) if is_busy(&error) && start.elapsed() < BUSY_TIMEOUT => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-fn make_schema(connection: &mut Connection, create: Create) -> Kind<()> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    // Another process may have been faster.
-    if !check_header(&transaction, create)? {
-        transaction.execute_batch(SCHEMA)?;
-        let id = ClusterId::from_bytes(crate::new_id());
-        transaction.execute("INSERT INTO cluster VALUES (1, ?1, 1)", [id.to_string()])?;
-        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
-        transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
-    }
-    Ok(transaction.commit()?)
-}
-
-fn read_cluster_id(connection: &Connection) -> Kind<ClusterId> {
-    let text: String = connection.query_row("SELECT id FROM cluster", [], |row| row.get(0))?;
-    text.parse().map_err(|error| StoreErrorKind::Damaged(format!("cluster id: {error}")))
 }
 
 fn read_revision(connection: &Connection) -> Kind<u64> {
@@ -533,6 +469,8 @@ impl From<rusqlite::Error> for StoreErrorKind {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::conformance;
 

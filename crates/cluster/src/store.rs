@@ -5,7 +5,9 @@ use std::time::Duration;
 use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
 
 use crate::error::StoreError;
-use crate::records::{Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry};
+use crate::events::Event;
+use crate::records::{Draining, Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry};
+use crate::status::VolumeStatus;
 
 /// Whether opening may make a new store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,9 +72,39 @@ pub trait ClusterStore: Send + Sync {
     /// seen. Fails with `Conflict` or `ServerTaken`.
     fn update_server(&self, server: &ServerRecord, version: u64) -> Result<(), StoreError>;
 
-    /// Notes that a server runs. Fails with `NotRegistered`.
+    /// Sets or clears the flag that a server is to be emptied, if the revision is still `revision`:
+    /// drainings decided on the same picture do not both come true. What else is known of the
+    /// server stays. Fails with `Conflict` or `NoServer`.
+    fn set_draining(
+        &self,
+        id: ServerId,
+        draining: Option<Draining>,
+        revision: u64,
+    ) -> Result<(), StoreError>;
+
+    /// Notes that a server runs; keeps its draining flag. Fails with `NotRegistered`.
     fn heartbeat(&self, beat: &Heartbeat) -> Result<(), StoreError>;
 
     /// Forgets a server. Nothing happens if there is none.
     fn remove_server(&self, id: ServerId) -> Result<(), StoreError>;
+
+    /// Keeps what holders tell of their volumes, one for each volume. Unconditional, not durable, no
+    /// news for [`Self::revision`]. Those of an older epoch than the one that is kept, and of
+    /// volumes that are not there, are dropped.
+    fn put_statuses(&self, statuses: &[VolumeStatus]) -> Result<(), StoreError>;
+
+    /// What was told last of each volume, by volume. May be stale: see
+    /// [`VolumeStatus::is_current`].
+    fn statuses(&self) -> Result<Vec<VolumeStatus>, StoreError>;
+
+    /// Appends to the log of events and gives the event its number, from 1. No news for
+    /// [`Self::revision`]; the oldest beyond [`crate::EVENTS_MAX`] are dropped. After a failure it
+    /// may or may not be there.
+    fn append_event(&self, event: &Event) -> Result<u64, StoreError>;
+
+    /// Up to `limit` events with numbers above `after`, by number.
+    fn events(&self, after: u64, limit: usize) -> Result<Vec<(u64, Event)>, StoreError>;
+
+    /// The number of the newest event; 0: there was none.
+    fn last_event(&self) -> Result<u64, StoreError>;
 }

@@ -2,7 +2,7 @@
 //!
 //! A volume is made with members that are [`Role::Provisioning`]. Each named server makes its
 //! replica durably and then says so ([`provisioned`]); when no member is provisioning any more, a
-//! head may open the volume. Deleting leaves a tombstone ([`delete`]); each server deletes its
+//! head may open the volume. Members that are added later do not hold up an opening. Deleting leaves a tombstone ([`delete`]); each server deletes its
 //! replica and takes its member out ([`removed`]); the last one purges the tombstone. A server
 //! finds what it has to do with [`tasks`].
 
@@ -151,7 +151,13 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             epoch: Epoch::NONE,
             holder: None,
         };
-        let shard = ShardRecord { volume: id, shard: ShardIndex(0), members, failover: Vec::new() };
+        let shard = ShardRecord {
+            volume: id,
+            shard: ShardIndex(0),
+            members,
+            failover: Vec::new(),
+            moves: Vec::new(),
+        };
         attempt += 1;
         match store.insert_volume(&volume, &shard, revision) {
             Err(error) if error.is_conflict() && attempt < ATTEMPTS => {}
@@ -170,17 +176,18 @@ pub fn find(store: &dyn ClusterStore, name_or_id: &str) -> Result<VolumeEntry, F
 }
 
 /// Deletes a volume: leaves a tombstone that makes its servers delete their replicas. Nothing
-/// happens to one that is deleted already. Refused while someone holds it.
+/// happens to one that is deleted already. Refused while someone holds it, other than to repair it.
 pub fn delete(store: &dyn ClusterStore, id: VolumeId) -> Result<(), DeleteError> {
     let mut held = None;
     let changed = change(store, id, |entry| {
         if entry.deleted {
             return Change::Nothing;
         }
-        if let Some(holder) = &entry.volume.holder {
+        if let Some(holder) = entry.volume.holder.as_ref().filter(|holder| !holder.repair) {
             held = Some((entry.volume.name.clone(), holder.name.clone()));
             return Change::Nothing;
         }
+        entry.volume.holder = None;
         entry.deleted = true;
         Change::Write
     })?;
@@ -218,8 +225,9 @@ pub fn tasks(volumes: &[VolumeEntry], server: ServerId, pool: PoolId) -> Vec<Tas
     volumes.iter().filter_map(task).collect()
 }
 
-/// Notes that the server's replica of a volume is made, durably and empty: its member turns in
-/// sync. False if there was nothing to note: deleted meanwhile, or noted before.
+/// Notes that the server's replica of a volume is made, durably and empty. Its member turns in sync
+/// if the volume was never opened, else it is to catch up. False if there was nothing to note:
+/// deleted meanwhile, or noted before.
 pub fn provisioned(
     store: &dyn ClusterStore,
     id: VolumeId,
@@ -227,21 +235,17 @@ pub fn provisioned(
     pool: PoolId,
 ) -> Result<bool, StoreError> {
     let changed = change(store, id, |entry| {
-        // An empty replica may count only where nothing was ever acknowledged. Later members are
-        // added as catching up, never as provisioning.
-        if entry.deleted || entry.volume.epoch != Epoch::NONE {
+        if entry.deleted {
             return Change::Nothing;
         }
         let member = entry.shard.members.iter_mut().find(|member| {
             member.server == server && member.pool == pool && member.role == Role::Provisioning
         });
-        match member {
-            Some(member) => {
-                member.role = Role::InSync;
-                Change::Write
-            }
-            None => Change::Nothing,
-        }
+        let Some(member) = member else { return Change::Nothing };
+        // An empty replica may count only where nothing was ever acknowledged.
+        member.role =
+            if entry.volume.epoch == Epoch::NONE { Role::InSync } else { Role::CatchingUp };
+        Change::Write
     })?;
     Ok(changed.is_some())
 }

@@ -38,8 +38,13 @@ fn volume() -> VolumeRecord {
 /// Inserts the volume unless another process did.
 fn insert(store: &dyn ClusterStore) {
     let id = volume().id;
-    let shard =
-        ShardRecord { volume: id, shard: ShardIndex(0), members: Vec::new(), failover: Vec::new() };
+    let shard = ShardRecord {
+        volume: id,
+        shard: ShardIndex(0),
+        members: Vec::new(),
+        failover: Vec::new(),
+        moves: Vec::new(),
+    };
     while store.volume(id).unwrap().is_none() {
         match store.insert_volume(&volume(), &shard, store.revision().unwrap()) {
             Ok(_) => {}

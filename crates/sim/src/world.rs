@@ -523,7 +523,13 @@ impl World {
             .collect();
         (
             volume,
-            ShardRecord { volume: VOLUME, shard: ShardIndex(0), members, failover: Vec::new() },
+            ShardRecord {
+                volume: VOLUME,
+                shard: ShardIndex(0),
+                members,
+                failover: Vec::new(),
+                moves: Vec::new(),
+            },
         )
     }
 

@@ -46,6 +46,7 @@ fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadConfig {
             shard: ShardIndex(0),
             members: (0..members).map(member).collect(),
             failover: Vec::new(),
+            moves: Vec::new(),
         },
         epoch: Epoch(epoch),
         local: Some(server(0)),

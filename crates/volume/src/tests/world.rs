@@ -239,6 +239,7 @@ impl World {
                 shard: ShardIndex(0),
                 members: (0..settings.members).map(member).collect(),
                 failover: Vec::new(),
+                moves: Vec::new(),
             },
             epoch: self.epoch,
             local: (!self.epoch.0.is_multiple_of(4))
