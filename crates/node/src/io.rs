@@ -8,7 +8,7 @@ use base::{
     ReplicaKey, ServerId, VolumeId,
 };
 use nvme::ReceiveRegion;
-use volume::StallReason;
+use volume::{FailStop, StallReason};
 
 /// A connection. Accepted ones are numbered by the shell, the others by the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -218,6 +218,11 @@ pub enum HeadEvent {
     },
     /// Released in good order.
     Released,
+    /// It ended itself.
+    Failed {
+        /// Why.
+        reason: FailStop,
+    },
     /// It is gone, its handle is dead. The last event.
     Ended,
 }

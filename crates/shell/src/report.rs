@@ -63,19 +63,14 @@ impl Worker {
                     members: status
                         .members
                         .iter()
-                        .map(|member| self.member(member, local, status.commit))
+                        .map(|member| self.member(member, local))
                         .collect(),
                 })
             })
             .collect()
     }
 
-    fn member(
-        &self,
-        member: &volume::MemberStatus,
-        local: Option<base::ServerId>,
-        commit: base::Seq,
-    ) -> MemberStatus {
+    fn member(&self, member: &volume::MemberStatus, local: Option<base::ServerId>) -> MemberStatus {
         let mode = mode(member.mode);
         let now = self.reactor.now();
         MemberStatus {
@@ -89,13 +84,13 @@ impl Worker {
             lag: member.lag,
             mode,
             mode_for: now.since(member.down_since.unwrap_or(member.since)),
-            caught_up: mode == MemberMode::Live && member.last >= commit,
+            caught_up: member.caught_up,
             slow_for: member.slow_since.map(|since| now.since(since)),
             draining: member.draining.is_some(),
             device_failed: member.degraded == Some(base::DegradedReason::FailedDevice),
             degraded: member.degraded.map(|reason| reason.to_string()),
             others_say: member.others_say,
-            filling: None,
+            filling: member.fill,
             note: note(member),
         }
     }
@@ -117,7 +112,8 @@ impl Worker {
             },
             volume::HeadPhase::Releasing
             | volume::HeadPhase::Released
-            | volume::HeadPhase::Abandoned => HeadPhase::Draining,
+            | volume::HeadPhase::Abandoned
+            | volume::HeadPhase::Failed { .. } => HeadPhase::Draining,
             volume::HeadPhase::Superseded { sealed } => HeadPhase::Superseded { sealed },
         }
     }
@@ -209,7 +205,10 @@ fn mode(mode: volume::MemberMode) -> MemberMode {
         volume::MemberMode::Sealing | volume::MemberMode::Reconciling => MemberMode::Opening,
         volume::MemberMode::CatchingUp => MemberMode::CatchingUp,
         volume::MemberMode::Live => MemberMode::Live,
-        volume::MemberMode::TooFarBehind | volume::MemberMode::Diverged => MemberMode::NeedsFill,
+        volume::MemberMode::TooFarBehind
+        | volume::MemberMode::Diverged
+        | volume::MemberMode::Damaged => MemberMode::NeedsFill,
+        volume::MemberMode::Filling => MemberMode::Filling,
         volume::MemberMode::Failed(_) => MemberMode::Failed,
     }
 }

@@ -520,6 +520,9 @@ impl Worker {
                 let _ = self.events.send(Event::Superseded { volume, epoch, sealed });
             }
             HeadEvent::Released => tracing::info!(%volume, %epoch, "the volume is released"),
+            HeadEvent::Failed { reason } => {
+                tracing::error!(%volume, %epoch, "this head ended itself: {reason}");
+            }
             HeadEvent::Ended => self.head_ended(volume),
         }
     }

@@ -567,6 +567,7 @@ impl World {
                     self.fail("a head was superseded by no higher epoch");
                 }
             }
+            HeadEvent::Failed { reason } => self.fail(&format!("a head ended itself: {reason}")),
             HeadEvent::Ended => {
                 self.processes[process].head = None;
                 self.oracle.orphaned(process);

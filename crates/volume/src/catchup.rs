@@ -8,6 +8,7 @@ use base::{CommandBody, Instant, Record, ReplicaError, ReplyBody, Seq};
 
 use crate::head::Head;
 use crate::member::Mode;
+use crate::quorum::bit;
 use crate::sessions::Answer;
 use crate::status::MemberMode;
 use crate::tag::Kind;
@@ -44,6 +45,13 @@ impl CatchUp {
     pub(crate) fn new(next: Seq, depth: usize) -> Self {
         let slots = VecDeque::with_capacity(depth);
         Self { slots, next_scan: next, damaged: None, retry_at: None }
+    }
+
+    /// That donor is no member any more; another may get its slot.
+    pub(crate) fn forget_donor(&mut self, slot: usize) {
+        for wanted in &mut self.slots {
+            wanted.tried &= !bit(slot);
+        }
     }
 
     /// The donor's session is gone: ask others.

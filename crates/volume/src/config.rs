@@ -107,9 +107,6 @@ pub enum HeadError {
         /// The epoch in the record.
         recorded: Epoch,
     },
-    /// A member's server has not made its replica yet.
-    #[error("the replica on server {0} has not been made yet")]
-    Provisioning(ServerId),
     /// No member is in sync.
     #[error("no replica of the volume is in sync")]
     NoInSyncMember,
@@ -148,19 +145,17 @@ impl HeadConfig {
     }
 
     fn check_members(&self) -> Result<(), HeadError> {
-        let members = &self.shard.members;
-        if members.len() > MEMBERS_MAX {
-            return Err(HeadError::TooManyMembers(members.len()));
+        let mut members = self.shard.members.iter().filter(|member| member.role.is_served());
+        let count = members.clone().count();
+        if count > MEMBERS_MAX {
+            return Err(HeadError::TooManyMembers(count));
         }
-        for (index, member) in members.iter().enumerate() {
-            if member.role == Role::Provisioning {
-                return Err(HeadError::Provisioning(member.server));
-            }
-            if members[..index].iter().any(|other| other.server == member.server) {
+        for (index, member) in members.clone().enumerate() {
+            if members.clone().take(index).any(|other| other.server == member.server) {
                 return Err(HeadError::DuplicateServer(member.server));
             }
         }
-        if members.iter().all(|member| member.role != Role::InSync) {
+        if members.all(|member| member.role != Role::InSync) {
             return Err(HeadError::NoInSyncMember);
         }
         Ok(())

@@ -36,19 +36,31 @@ impl Head {
         }
         let wanted = self.flushes.front().map(|flush| flush.target).max(self.plan_settling());
         let media = self.log.first_media();
+        let mut lacking = false;
         for index in 0..self.members.len() {
             let member = &self.members[index];
-            if !member.follows() || member.flushing.is_some() {
+            if !member.follows() {
+                continue;
+            }
+            if member.flushing.is_some() {
+                lacking = true;
                 continue;
             }
             // A record that counts only on media is there with its own append, unless the member
             // got it in another session.
             let lacks = |seq: Seq| seq <= member.acked && member.durable() < seq;
-            if wanted.is_some_and(lacks) || media.is_some_and(lacks) {
+            if wanted.is_some_and(lacks)
+                || media.is_some_and(lacks)
+                || self.settle_everywhere.is_some_and(lacks)
+            {
+                lacking = true;
                 self.members[index].flushing = Some(member.acked);
                 let number = self.next_number();
                 self.send(index, Kind::Flush, number, CommandBody::Flush);
             }
+        }
+        if !lacking {
+            self.settle_everywhere = None;
         }
     }
 
@@ -56,13 +68,11 @@ impl Head {
     fn learn_durable_quorum(&mut self) {
         let mut positions = [Seq::ZERO; base::limits::MEMBERS_MAX];
         for (position, member) in positions.iter_mut().zip(&self.members) {
-            if member.in_sync() && member.follows() {
+            if member.follows() {
                 *position = member.durable();
             }
         }
-        positions.sort_unstable();
-        let quorum = positions[positions.len() - self.write_quorum];
-        let durable = quorum.min(self.log.commit());
+        let durable = self.sets.write_quorum_reached(&positions).min(self.log.commit());
         if durable > self.log.durable {
             self.log.durable = durable;
             self.plan_commit_news();

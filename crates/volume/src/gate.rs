@@ -30,7 +30,7 @@ impl Head {
                 assert!(self.serves(), "no acknowledgement before EpochStart is settled");
                 assert!(seq <= self.log.commit(), "acknowledged records are settled");
                 assert!(
-                    self.holders(seq, media) >= self.write_quorum,
+                    self.sets.write_quorum_met(self.holders(seq, media)),
                     "an acknowledged record is at a write quorum"
                 );
                 Status::Ok

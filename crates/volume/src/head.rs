@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 
 use base::limits::HEAD_REQUESTS_MAX;
-use base::membership::{seal_quorum, write_quorum};
 use base::time::earliest;
 use base::{
     BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Policy, Position,
@@ -15,7 +14,9 @@ use crate::ending::Unanswered;
 use crate::flush::FlushWaiter;
 use crate::log::Log;
 use crate::member::Member;
+use crate::membership::FailStop;
 use crate::overlap::Newest;
+use crate::quorum::{Bits, Sets, bit};
 use crate::reads::Reads;
 use crate::status::{HeadPhase, Stall, StallReason};
 use crate::tag::{Kind, tag};
@@ -93,6 +94,12 @@ pub enum Output {
     Released,
     /// Terminal: ended by [`Input::Abandon`]. [`Output::Returned`] follow.
     Abandoned,
+    /// Terminal: the head ended itself because it cannot know any more what counts.
+    /// [`Output::Returned`] follow.
+    Failed {
+        /// Why.
+        reason: FailStop,
+    },
     /// I/O waits. Said once per stall, and again if the reason changes.
     Stalled {
         /// Why.
@@ -128,10 +135,10 @@ pub struct Head {
     pub(crate) now: Instant,
     pub(crate) phase: Phase,
     pub(crate) members: Vec<Member>,
-    /// Acknowledgements that a record needs: Qw(S).
-    pub(crate) write_quorum: usize,
-    /// Answers to Seal that an opening needs: Qs(S).
-    pub(crate) seal_quorum: usize,
+    /// Whose answers count.
+    pub(crate) sets: Sets,
+    /// Sessions there were, of all members.
+    pub(crate) sessions: u64,
     pub(crate) log: Log,
     pub(crate) newest: Newest,
     pub(crate) reads: Reads,
@@ -145,6 +152,8 @@ pub struct Head {
     pub(crate) settle_at: Option<Instant>,
     /// Everything through here is to be on media, whether or not a guest asked.
     pub(crate) settle_target: Option<Seq>,
+    /// Every member that holds it is to put everything through here on media.
+    pub(crate) settle_everywhere: Option<Seq>,
     /// Commit news goes out then.
     pub(crate) trim_at: Option<Instant>,
     /// Requests past the stall deadline are looked for then.
@@ -189,8 +198,9 @@ impl Head {
         let member = |member: &base::Member| {
             Member::new(member.server, member.role, now, tunables.retry_min)
         };
-        let members: Vec<Member> = shard.members.iter().map(member).collect();
-        let in_sync = members.iter().filter(|member| member.in_sync()).count();
+        let served = shard.members.iter().filter(|member| member.role.is_served());
+        let members: Vec<Member> = served.map(member).collect();
+        let in_sync = bits_of(&members, Member::in_sync);
         let blocks = volume.blocks();
         Ok(Self {
             key: ReplicaKey { volume: volume.id, shard: shard.shard },
@@ -205,8 +215,8 @@ impl Head {
             now,
             phase: Phase::Sealing { quorum_since: None },
             members,
-            write_quorum: write_quorum(in_sync),
-            seal_quorum: seal_quorum(in_sync),
+            sets: Sets::of(in_sync),
+            sessions: 0,
             log: Log::new(DEPTH_EXPECTED),
             newest: Newest::new(volume.block_size),
             reads: Reads::new(),
@@ -216,6 +226,7 @@ impl Head {
             writes: 0,
             settle_at: None,
             settle_target: None,
+            settle_everywhere: None,
             trim_at: None,
             expire_at: now,
             stall: None,
@@ -249,7 +260,7 @@ impl Head {
     }
 
     /// Does whatever the last input, or the time, made possible.
-    fn advance(&mut self) {
+    pub(crate) fn advance(&mut self) {
         if let Phase::Ended(_) = self.phase {
             return;
         }
@@ -270,6 +281,12 @@ impl Head {
         self.expire();
         self.advance_release();
         self.watch_for_stall();
+    }
+
+    /// The number of a session that begins or ends.
+    pub(crate) fn next_session(&mut self) -> u64 {
+        self.sessions += 1;
+        self.sessions
     }
 
     /// The next thing the head wants, until `None`.
@@ -328,6 +345,11 @@ impl Head {
         self.log.undecided() == 0
     }
 
+    /// The members of which `holds` is true.
+    pub(crate) fn members_where(&self, holds: impl Fn(&Member) -> bool) -> Bits {
+        bits_of(&self.members, holds)
+    }
+
     pub(crate) fn next_number(&mut self) -> u64 {
         self.counter += 1;
         self.counter
@@ -375,4 +397,9 @@ impl Head {
             }
         }
     }
+}
+
+fn bits_of(members: &[Member], holds: impl Fn(&Member) -> bool) -> Bits {
+    let those = members.iter().enumerate().filter(|(_, member)| holds(member));
+    those.fold(0, |bits, (slot, _)| bits | bit(slot))
 }

@@ -11,6 +11,7 @@ use crate::gate::Grounds;
 use crate::head::{Head, Output, Phase, Queued};
 use crate::log::Entry;
 use crate::member::Mode;
+use crate::quorum::Bits;
 use crate::sessions::Answer;
 use crate::tag::NUMBER_MASK;
 
@@ -146,13 +147,12 @@ impl Head {
         }
     }
 
-    /// Members of the in-sync set that hold `seq`, on media if `media`.
-    pub(crate) fn holders(&self, seq: Seq, media: bool) -> usize {
-        let holds = |member: &&crate::member::Member| {
+    /// Members that hold `seq`, on media if `media`.
+    pub(crate) fn holders(&self, seq: Seq, media: bool) -> Bits {
+        self.members_where(|member| {
             let position = if media { member.durable() } else { member.acked };
-            member.in_sync() && member.follows() && position >= seq
-        };
-        self.members.iter().filter(holds).count()
+            member.follows() && position >= seq
+        })
     }
 
     /// Acknowledges every record that a write quorum has, in seq order.
@@ -162,7 +162,7 @@ impl Head {
             // What precedes EpochStart is settled with it, never before.
             let seq = self.log.commit().next().max(start);
             let Some(entry) = self.log.entry(seq) else { break };
-            if self.holders(seq, entry.media) < self.write_quorum {
+            if !self.sets.write_quorum_met(self.holders(seq, entry.media)) {
                 break;
             }
             let committed = self.log.commit_next();

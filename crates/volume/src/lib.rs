@@ -14,9 +14,10 @@
 //! * after each `handle` take outputs until there are none, and call again with
 //!   [`Input::Tick`] at [`Head::next_deadline`].
 //!
-//! A head ends in one of three ways, each announced once by an output: [`Output::Released`] (after
-//! [`Input::Release`]), [`Output::Superseded`] (another head sealed a higher epoch) or
-//! [`Output::Abandoned`] (after [`Input::Abandon`]). Requests that it then still held come back, whole, as
+//! A head ends in one of four ways, each announced once by an output: [`Output::Released`] (after
+//! [`Input::Release`]), [`Output::Superseded`] (another head sealed a higher epoch),
+//! [`Output::Abandoned`] (after [`Input::Abandon`]) or [`Output::Failed`] (the cluster store says what
+//! this head knows to be impossible). Requests that it then still held come back, whole, as
 //! [`Output::Returned`]: nothing was decided about them *here* (a write may or may not have
 //! landed, just as after a crash) and no guest has seen an answer, so the shell keeps them and
 //! submits them to the next head of the volume. An answer [`base::Status::Superseded`] is never
@@ -34,9 +35,7 @@
 //! ([`Tunables::settle_delay`], [`Tunables::settle_bytes`]), and keeps them in memory until then,
 //! to send them again if a member lost them. A member's log must hold at least that much.
 //!
-//! Deliberately absent: membership changes and the joint rule, read grants, hedged reads, chunk
-//! copy for members whose log is too far behind. They hook in at `members`, `reads` and
-//! `catchup`.
+//! Members come and go while a head runs: see [`Head::change_members`] and [`Head::members_changed`].
 
 mod catchup;
 mod config;
@@ -49,8 +48,10 @@ mod inflight;
 mod log;
 mod matching;
 mod member;
+mod membership;
 mod opening;
 mod overlap;
+mod quorum;
 mod reads;
 mod sessions;
 mod stall;
@@ -61,4 +62,5 @@ mod tests;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};
+pub use membership::{FailStop, MembershipError};
 pub use status::{Draining, HeadPhase, HeadStatus, MemberMode, MemberStatus, Stall, StallReason};

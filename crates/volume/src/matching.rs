@@ -9,6 +9,7 @@ use base::{BufferPool, CommandBody, Epoch, Instant, ReplicaError, ReplicaState, 
 use crate::catchup::CatchUp;
 use crate::head::Head;
 use crate::member::Mode;
+use crate::quorum::bit;
 use crate::sessions::Answer;
 use crate::status::MemberMode;
 use crate::tag::Kind;
@@ -389,6 +390,11 @@ fn reserve() -> BufferPool {
 impl Matching {
     fn side(&mut self, ours: bool) -> &mut Side {
         if ours { &mut self.ours } else { &mut self.theirs }
+    }
+
+    /// That donor is no member any more; another may get its slot.
+    pub(crate) fn forget_donor(&mut self, slot: usize) {
+        self.tried &= !bit(slot);
     }
 
     /// The donor's session is gone: ask another.

@@ -32,11 +32,8 @@ impl Head {
     }
 
     fn advance_sealing(&mut self, quorum_since: Option<Instant>) {
-        let sealed = self
-            .members
-            .iter()
-            .filter(|member| member.in_sync() && matches!(member.mode, Mode::Sealed(_)));
-        if sealed.count() < self.seal_quorum {
+        let sealed = self.members_where(|member| matches!(member.mode, Mode::Sealed(_)));
+        if !self.sets.seal_quorum_met(sealed) {
             self.phase = Phase::Sealing { quorum_since: None };
             return;
         }
@@ -85,13 +82,10 @@ impl Head {
 
     fn advance_reconciling(&mut self) {
         let tail = self.log.tail();
-        let holds = |member: &&crate::member::Member| {
-            member.in_sync() && member.follows() && member.acked >= tail.seq
-        };
-        let holders = self.members.iter().filter(holds).count();
-        if holders == 0 {
+        let holders = self.holders(tail.seq, false);
+        if holders & self.sets.old() == 0 {
             self.seal_again();
-        } else if holders >= self.write_quorum {
+        } else if self.sets.write_quorum_met(holders) {
             self.write_epoch_start(tail);
         }
     }

@@ -78,6 +78,14 @@ impl Reads {
         }
     }
 
+    /// That member is gone; another may get its slot.
+    pub(crate) fn forget_member(&mut self, slot: usize) {
+        for read in self.slots.iter_mut().flatten() {
+            read.damaged &= !bit(slot);
+            read.failed &= !bit(slot);
+        }
+    }
+
     pub(crate) fn room(&self) -> bool {
         !self.free.is_empty() || self.slots.len() < HEAD_REQUESTS_MAX
     }

@@ -11,8 +11,10 @@ use crate::tag::{Kind, parse};
 pub(crate) type Answer = Result<ReplyBody, ReplicaError>;
 
 impl Head {
+    /// The slot of the member on `server`.
     pub(crate) fn member_index(&self, server: ServerId) -> Option<usize> {
-        self.members.iter().position(|member| member.server == server)
+        let is = |member: &Member| member.server == server && member.role.is_served();
+        self.members.iter().position(is)
     }
 
     pub(crate) fn member_up(&mut self, server: ServerId) {
@@ -20,10 +22,10 @@ impl Head {
         if self.members[index].connected {
             self.member_down(server);
         }
-        let (now, backoff) = (self.now, self.tunables.retry_min);
+        let (now, backoff, session) = (self.now, self.tunables.retry_min, self.next_session());
         let member = &mut self.members[index];
         member.connected = true;
-        member.session += 1;
+        member.session = session;
         member.outstanding = 0;
         member.backoff = backoff;
         member.told_commit = Seq::ZERO;
@@ -34,13 +36,13 @@ impl Head {
 
     pub(crate) fn member_down(&mut self, server: ServerId) {
         let Some(index) = self.member_index(server) else { return };
-        let now = self.now;
+        let (now, session) = (self.now, self.next_session());
         let member = &mut self.members[index];
         if !member.connected {
             return;
         }
         member.connected = false;
-        member.session += 1;
+        member.session = session;
         member.outstanding = 0;
         member.release_answered = member.release_sent;
         member.health.session_down(now);

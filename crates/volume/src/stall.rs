@@ -3,7 +3,7 @@
 use base::{Instant, Seq};
 
 use crate::head::{Head, Output, Phase};
-use crate::member::Mode;
+use crate::member::{Member, Mode};
 use crate::status::{HeadStatus, MemberMode, MemberStatus, Stall, StallReason};
 
 impl Head {
@@ -35,10 +35,9 @@ impl Head {
         if let Phase::Ended(_) | Phase::Releasing { until: Some(_) } = self.phase {
             return None;
         }
-        let in_sync = self.members.iter().filter(|member| member.in_sync());
-        let usable = in_sync.clone().filter(|member| member.usable()).count();
-        if usable < self.write_quorum {
-            let (needed, of) = (self.write_quorum, in_sync.count());
+        let usable = self.members_where(Member::usable);
+        if !self.sets.write_quorum_met(usable) {
+            let (usable, needed, of) = self.sets.shortest(usable);
             return Some(StallReason::Members { usable, needed, of });
         }
         if let Some(seq) = self.damaged_record() {
@@ -55,12 +54,12 @@ impl Head {
 
     /// A record that keeps members from a write quorum because it cannot be read anywhere.
     fn damaged_record(&self) -> Option<Seq> {
-        let in_sync = self.members.iter().filter(|member| member.in_sync());
-        let live = in_sync.clone().filter(|member| matches!(member.mode, Mode::Live)).count();
-        if live >= self.write_quorum {
+        let live = self.members_where(|member| matches!(member.mode, Mode::Live));
+        if self.sets.write_quorum_met(live) {
             return None;
         }
-        in_sync.clone().find_map(|member| match &member.mode {
+        let mut in_sync = self.members.iter().filter(|member| member.in_sync());
+        in_sync.find_map(|member| match &member.mode {
             Mode::CatchingUp(catch_up) => catch_up.damaged,
             Mode::Matching(matching) => matching.damaged,
             Mode::Down
@@ -97,6 +96,9 @@ impl Head {
                 last: if follows { member.acked } else { Seq::ZERO },
                 durable: if follows { member.durable() } else { Seq::ZERO },
                 lag: follows.then(|| last.seq.0 - member.acked.0),
+                caught_up: follows && member.acked >= self.log.commit(),
+                damaged: false,
+                fill: None,
                 down_since: member.health.down_since,
                 others_say: member.health.others_say,
                 draining: member.health.draining,
@@ -115,7 +117,8 @@ impl Head {
             settled: self.log.durable,
             in_flight: self.in_flight(),
             queued: self.queue.len(),
-            members: self.members.iter().map(member).collect(),
+            members: self.members.iter().filter(|m| m.role.is_served()).map(member).collect(),
+            change_open: self.sets.change_open(),
             stall: self.stall,
         }
     }

@@ -4,7 +4,9 @@ use core::fmt;
 use core::time::Duration;
 
 use base::membership::Role;
-use base::{DegradedReason, Epoch, Health, Instant, Position, Seq, ServerId};
+use base::{DegradedReason, Epoch, FillProgress, Health, Instant, Position, Seq, ServerId};
+
+use crate::membership::FailStop;
 
 /// Where a head is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,11 @@ pub enum HeadPhase {
     },
     /// Ended because the shell gave it up.
     Abandoned,
+    /// Ended itself.
+    Failed {
+        /// Why.
+        reason: FailStop,
+    },
 }
 
 /// Why I/O waits.
@@ -107,10 +114,31 @@ pub enum MemberMode {
     Live,
     /// The records it lacks are no longer in any log: it needs chunk copy.
     TooFarBehind,
-    /// What it holds contradicts acknowledged data; it must be made anew.
+    /// What it holds contradicts acknowledged data; it must be filled anew.
     Diverged,
+    /// It lost durable records; it must be filled anew.
+    Damaged,
+    /// Another member fills it, directly. If it is in the in-sync set, nobody does: it must leave that
+    /// first.
+    Filling,
     /// It refused or failed, with this error; tried again after a while.
     Failed(base::ReplicaError),
+}
+
+impl MemberMode {
+    /// True if only a copy of everything helps: if it is in the in-sync set, it must leave that first.
+    pub const fn needs_copy(self) -> bool {
+        match self {
+            Self::TooFarBehind | Self::Diverged | Self::Damaged => true,
+            Self::Down
+            | Self::Sealing
+            | Self::Reconciling
+            | Self::CatchingUp
+            | Self::Live
+            | Self::Filling
+            | Self::Failed(_) => false,
+        }
+    }
 }
 
 impl fmt::Display for MemberMode {
@@ -122,7 +150,9 @@ impl fmt::Display for MemberMode {
             Self::CatchingUp => f.write_str("catching up from a log"),
             Self::Live => f.write_str("live"),
             Self::TooFarBehind => f.write_str("too far behind the log, needs a copy"),
-            Self::Diverged => f.write_str("contradicts acknowledged data, must be made anew"),
+            Self::Diverged => f.write_str("contradicts acknowledged data, needs a copy"),
+            Self::Damaged => f.write_str("lost durable data, needs a copy"),
+            Self::Filling => f.write_str("being filled"),
             Self::Failed(error) => write!(f, "failed: {error}"),
         }
     }
@@ -147,6 +177,12 @@ pub struct MemberStatus {
     pub durable: Seq,
     /// Records behind the head's newest; `None` while unknown.
     pub lag: Option<u64>,
+    /// It holds everything acknowledged: it may enter the in-sync set.
+    pub caught_up: bool,
+    /// It said that it lost durable records, and was not filled since.
+    pub damaged: bool,
+    /// How far it is filled, while it is.
+    pub fill: Option<FillProgress>,
     /// Since when it has answered nothing; `None` while it answers.
     pub down_since: Option<Instant>,
     /// What other members' servers say of its server, while it is down.
@@ -191,8 +227,10 @@ pub struct HeadStatus {
     pub in_flight: usize,
     /// Requests that wait to be begun.
     pub queued: usize,
-    /// Its members, in the shard record's order.
+    /// The members that it keeps sessions with.
     pub members: Vec<MemberStatus>,
+    /// A change of the in-sync set was begun and its outcome is not known.
+    pub change_open: bool,
     /// Why and since when I/O waits, if it does.
     pub stall: Option<Stall>,
 }

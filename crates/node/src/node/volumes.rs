@@ -101,6 +101,10 @@ impl Node {
                     self.mark_ended(tag);
                 }
                 volume::Output::Abandoned => self.mark_ended(tag),
+                volume::Output::Failed { reason } => {
+                    self.head_event(tag, HeadEvent::Failed { reason });
+                    self.mark_ended(tag);
+                }
                 volume::Output::Stalled { reason, since } => {
                     self.head_event(tag, HeadEvent::Stalled { reason, since });
                 }

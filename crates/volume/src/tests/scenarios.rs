@@ -614,10 +614,9 @@ fn a_member_that_was_sent_nonsense_or_answers_it_does_not_hurt_the_head() {
 fn a_head_is_refused_what_it_cannot_serve() {
     let buffers = BufferPool::heap(1, 0);
     type Change = fn(&mut HeadConfig);
-    let cases: [(Change, HeadError); 7] = [
+    let cases: [(Change, HeadError); 6] = [
         (|c| c.shard.volume = VolumeId::from_bytes([6; 16]), HeadError::WrongShard),
         (|c| c.epoch = Epoch(2), HeadError::WrongEpoch { given: Epoch(2), recorded: Epoch(1) }),
-        (|c| c.shard.members[1].role = Role::Provisioning, HeadError::Provisioning(server(1))),
         (
             |c| c.shard.members.iter_mut().for_each(|m| m.role = Role::CatchingUp),
             HeadError::NoInSyncMember,

@@ -334,6 +334,7 @@ impl World {
                     self.schedule(after, Event::NewHead);
                 }
             }
+            Output::Failed { reason } => panic!("a head ended itself: {reason}"),
             Output::Stalled { .. } => self.count("stalled"),
             Output::Resumed => self.count("resumed"),
             Output::MemberSlow { .. } => self.count("member slow"),
