@@ -1,19 +1,21 @@
 //! A cluster on one machine: `holdfastd` servers on loopback over one SQLite store.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::binaries::holdfast_binary;
+use crate::binaries::{holdfast_binary, system_binary};
 use crate::lab::Lab;
+use crate::network::{Network, Place};
 use crate::process::Process;
+use crate::proxy::Proxy;
 use crate::wait::{Deadline, wait_until};
 
 /// How long a server may take to start: recovery of a full log included.
@@ -21,6 +23,12 @@ const START_LIMIT: Duration = Duration::from_mins(1);
 
 /// How long an orderly stop may take.
 const STOP_LIMIT: Duration = Duration::from_mins(1);
+
+/// How long members that were away may take to be up to date again.
+const HEAL_LIMIT: Duration = Duration::from_mins(1);
+
+/// What servers are called.
+const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
 /// How long one command of the CLI may take.
 const COMMAND_SECONDS: u64 = 60;
@@ -47,12 +55,33 @@ impl Default for PoolSizes {
     }
 }
 
+/// What a cluster is made of.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterOptions<'lab> {
+    /// Servers, named `a`, `b` and so on.
+    pub servers: usize,
+    /// Their devices.
+    pub sizes: PoolSizes,
+    /// Each server runs on the host of its name; `None`: all on loopback.
+    pub network: Option<&'lab Network>,
+    /// Others reach each server through a relay ([`Server::proxy`]).
+    pub proxied: bool,
+    /// The cluster store's address; `None`: a SQLite file.
+    pub store: Option<String>,
+    /// What is added to every server's configuration. `{name}` stands for the server's name.
+    pub configuration: String,
+}
+
 /// Some servers, and the store they share.
 #[derive(Debug)]
 pub struct Cluster<'lab> {
     lab: &'lab Lab,
+    options: ClusterOptions<'lab>,
     store: String,
+    /// Where the operator's commands run.
+    seat: Place,
     servers: Vec<Server>,
+    attached: Cell<usize>,
 }
 
 /// One server: its configuration, and its process while it runs.
@@ -62,6 +91,8 @@ pub struct Server {
     config: PathBuf,
     api: PathBuf,
     log: PathBuf,
+    place: Place,
+    proxy: Option<Proxy>,
     process: RefCell<Option<Process>>,
 }
 
@@ -82,17 +113,28 @@ impl<'lab> Cluster<'lab> {
 
     /// The same, with pools of other sizes.
     pub fn start_with(lab: &'lab Lab, count: usize, sizes: PoolSizes) -> Result<Self> {
-        let store = format!("sqlite:{}", lab.directory().join("cluster.db").display());
-        let mut cluster = Self { lab, store, servers: Vec::new() };
-        for name in ["a", "b", "c", "d", "e"].into_iter().take(count) {
-            let server = cluster.format(name, sizes)?;
+        let options = ClusterOptions { servers: count, sizes, ..ClusterOptions::default() };
+        Self::start_of(lab, options)
+    }
+
+    /// The same, of whatever the options say.
+    pub fn start_of(lab: &'lab Lab, options: ClusterOptions<'lab>) -> Result<Self> {
+        let file = || format!("sqlite:{}", lab.directory().join("cluster.db").display());
+        let store = options.store.clone().unwrap_or_else(file);
+        let seat = options.network.map(Network::seat).unwrap_or_default();
+        let (servers, attached) = (Vec::new(), Cell::new(0));
+        let mut cluster = Self { lab, options, store, seat, servers, attached };
+        ensure!(cluster.options.servers <= NAMES.len(), "at most {} servers", NAMES.len());
+        for name in &NAMES[..cluster.options.servers] {
+            let server = cluster.format(name)?;
             cluster.servers.push(server);
         }
         cluster.start_all()?;
         Ok(cluster)
     }
 
-    fn format(&self, name: &str, sizes: PoolSizes) -> Result<Server> {
+    fn format(&self, name: &str) -> Result<Server> {
+        let sizes = self.options.sizes;
         let device = |role: &str, mib: u64| {
             let (file, bytes) = (format!("{name}-{role}"), mib << 20);
             let path = if sizes.preallocate {
@@ -105,20 +147,36 @@ impl<'lab> Cluster<'lab> {
         let (fast, mass) = (device("fast", sizes.fast_mib)?, device("mass", sizes.mass_mib)?);
         self.holdfast(&["pool", "format", "--name", name, "--fast", &fast, "--mass", &mass])?;
 
-        let address = loopback_address();
+        let (place, address) = match self.options.network {
+            None => (Place::HERE, loopback_address()),
+            Some(network) => {
+                (network.place(name)?, SocketAddr::from((network.address(name)?, FIRST_PORT)))
+            }
+        };
+        ensure!(
+            !(self.options.proxied && self.options.network.is_some()),
+            "relays are on this machine's own network"
+        );
+        let proxy = self.options.proxied.then(|| Proxy::start(loopback_address(), address));
+        let proxy = proxy.transpose()?;
+        let advertise = proxy
+            .as_ref()
+            .map_or(String::new(), |proxy| format!("advertise = \"{}\"\n", proxy.address()));
         let api = self.lab.socket(&format!("{name}-api"));
         let config = self.lab.directory().join(format!("{name}.toml"));
         let text = format!(
-            "name = {name:?}\nstore = {:?}\nlisten = {address:?}\napi = \"{}\"\n\
+            "name = {name:?}\nstore = {:?}\nlisten = \"{address}\"\n{advertise}api = \"{}\"\n\
              [pool]\nfast = [{fast:?}]\nmass = [{mass:?}]\n[log]\nlevel = \"info\"\n\
-             [limits]\nbuffers = \"{}M\"\n",
+             [limits]\nbuffers = \"{}M\"\n{}",
             self.store,
             api.display(),
-            sizes.buffers_mib
+            sizes.buffers_mib,
+            self.options.configuration.replace("{name}", name),
         );
         std::fs::write(&config, text)?;
         let log = self.lab.log(&format!("holdfastd-{name}"));
-        Ok(Server { name: name.to_owned(), config, api, log, process: RefCell::new(None) })
+        let (name, process) = (name.to_owned(), RefCell::new(None));
+        Ok(Server { name, config, api, log, place, proxy, process })
     }
 
     /// The store's address, as `--store` takes it.
@@ -155,19 +213,26 @@ impl<'lab> Cluster<'lab> {
     }
 
     fn holdfast_raw(&self, arguments: &[&str]) -> Result<String> {
-        let program = holdfast_binary("holdfast")?;
-        let output = Command::new("timeout")
-            .args(["--kill-after=5", &COMMAND_SECONDS.to_string()])
-            .arg(&program)
-            .args(["--json", "--store", &self.store])
-            .args(arguments)
-            .output()?;
+        let output = self.holdfast_output(arguments)?;
         let (out, err) =
             (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         if !output.status.success() {
             bail!("holdfast {} ended with {}:\n{out}{err}", arguments.join(" "), output.status);
         }
         Ok(out.into_owned())
+    }
+
+    /// Runs `holdfast --json` with the store, whatever comes of it.
+    pub fn holdfast_output(&self, arguments: &[&str]) -> Result<std::process::Output> {
+        let program = holdfast_binary("holdfast")?;
+        Ok(self
+            .seat
+            .command(&system_binary("timeout")?)?
+            .args(["--kill-after=5", &COMMAND_SECONDS.to_string()])
+            .arg(&program)
+            .args(["--json", "--store", &self.store])
+            .args(arguments)
+            .output()?)
     }
 
     /// Creates a volume.
@@ -199,17 +264,61 @@ impl<'lab> Cluster<'lab> {
 
     /// Runs `holdfast attach` and waits for its socket.
     pub fn attach(&self, volume: &str) -> Result<Attached> {
-        let socket = self.lab.socket(&format!("{volume}-attached"));
+        let mut attached = self.start_attach(volume, &self.seat, &[])?;
+        attached.wait_for_socket()?;
+        Ok(attached)
+    }
+
+    /// Starts `holdfast attach` somewhere, at a socket of its own.
+    pub fn start_attach(&self, volume: &str, place: &Place, more: &[&str]) -> Result<Attached> {
+        let number = self.attached.replace(self.attached.get() + 1);
+        let name = format!("attach-{volume}-{number}");
+        let socket = self.lab.socket(&name);
         let path = socket.display().to_string();
-        let name = format!("attach-{volume}");
-        let arguments = ["--store", &self.store, "attach", volume, "--socket", &path];
+        let mut arguments = vec!["--store", &self.store, "attach", volume, "--socket", &path];
+        arguments.extend(more);
         let program = holdfast_binary("holdfast")?;
-        let mut process = Process::start(&name, &program, arguments, &self.lab.log(&name))?;
-        wait_until("holdfast attach to listen", Deadline::after(START_LIMIT), || {
-            process.check_alive()?;
-            Ok(socket.exists().then_some(()))
-        })?;
+        let log = self.lab.log(&name);
+        let process = Process::start_at(place, &name, &program, arguments, &log)?;
         Ok(Attached { process, socket })
+    }
+
+    /// Waits until every member of a volume that is up to date again, as the head in `server` sees
+    /// it: all are reachable, and none is behind or has a note.
+    pub fn wait_all_well(&self, server: usize, volume: &str) -> Result<()> {
+        let mut last = Value::Null;
+        let well = wait_until("all members to be well", Deadline::after(HEAL_LIMIT), || {
+            let status = self.servers[server].status()?;
+            let heads = status["heads"].as_array().context("a list of heads")?;
+            let head = heads.iter().find(|head| head["volume"] == volume);
+            let Some(head) = head else { return Ok(None) };
+            last = head.clone();
+            Ok(head_is_well(head).then_some(()))
+        });
+        well.with_context(|| format!("the head says {last:#}"))
+    }
+}
+
+/// Records that a member may be behind under load and count as up to date.
+const BEHIND_MAX: u64 = 1000;
+
+/// Whether a head of `/v1/status` serves, with every member up to date.
+fn head_is_well(head: &Value) -> bool {
+    let last = head["last_seq"].as_u64().unwrap_or(u64::MAX);
+    let well = |member: &Value| {
+        let behind = last.saturating_sub(member["last_seq"].as_u64().unwrap_or(0));
+        member["reachable"] == true && behind <= BEHIND_MAX
+    };
+    head["phase"] == "open" && head["members"].as_array().is_some_and(|all| all.iter().all(well))
+}
+
+impl Attached {
+    /// Waits until it listens.
+    pub fn wait_for_socket(&mut self) -> Result<()> {
+        wait_until("holdfast attach to listen", Deadline::after(START_LIMIT), || {
+            self.process.check_alive()?;
+            Ok(self.socket.exists().then_some(()))
+        })
     }
 }
 
@@ -234,7 +343,8 @@ impl Server {
         let program = holdfast_binary("holdfastd")?;
         let config = self.config.display().to_string();
         let name = format!("holdfastd {}", self.name);
-        let process = Process::start(&name, &program, ["--config", &config], &self.log)?;
+        let arguments = ["--config", &config];
+        let process = Process::start_at(&self.place, &name, &program, arguments, &self.log)?;
         *self.process.borrow_mut() = Some(process);
         Ok(())
     }
@@ -251,14 +361,32 @@ impl Server {
 
     /// An error if it runs no longer.
     pub fn check_alive(&self) -> Result<()> {
+        self.with_process(Process::check_alive)
+    }
+
+    /// The relay in front of it.
+    pub fn proxy(&self) -> Result<&Proxy> {
+        self.proxy.as_ref().with_context(|| format!("{} has no relay", self.name))
+    }
+
+    /// SIGSTOP: it stands still, and nobody is told.
+    pub fn pause(&self) -> Result<()> {
+        self.with_process(Process::pause)
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) -> Result<()> {
+        self.with_process(Process::resume)
+    }
+
+    fn with_process<T>(&self, act: impl FnOnce(&mut Process) -> Result<T>) -> Result<T> {
         let mut process = self.process.borrow_mut();
-        process.as_mut().with_context(|| format!("{} was stopped", self.name))?.check_alive()
+        act(process.as_mut().with_context(|| format!("{} was stopped", self.name))?)
     }
 
     /// Its process id.
     pub fn pid(&self) -> Result<u32> {
-        let process = self.process.borrow();
-        Ok(process.as_ref().with_context(|| format!("{} was stopped", self.name))?.pid())
+        self.with_process(|process| Ok(process.pid()))
     }
 
     /// `kill -9`.
@@ -314,9 +442,9 @@ fn http_get(socket: &Path, path: &str) -> Result<String> {
 }
 
 /// An address no other test has: its own part of the loopback network for each process.
-fn loopback_address() -> String {
+fn loopback_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [_, high, middle, low] = std::process::id().to_be_bytes();
     let port = FIRST_PORT + NEXT.fetch_add(1, Ordering::Relaxed);
-    format!("127.{high}.{middle}.{low}:{port}")
+    SocketAddr::from(([127, high, middle, low], port))
 }

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::binaries::{cache_directory, system_binary, work_directory};
+use crate::network::Network;
 use crate::process::tail;
 use crate::wait::{Deadline, wait_until};
 
@@ -126,6 +128,22 @@ pub fn test(guests: usize, body: impl FnOnce(&Lab) -> Result<()>) {
             resume_unwind(payload);
         }
     }
+}
+
+/// True if a test that needs hosts with a network between them cannot run here: it is to return at
+/// once. Says so, and where `HOLDFAST_SKIPPED` says; in CI it is a failure.
+pub fn skip_without_network() -> bool {
+    let Some(reason) = Network::unavailable() else { return false };
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("test");
+    assert!(env::var_os("CI").is_none(), "{name} cannot run: {reason}");
+    let line = format!("SKIPPED {name}: {reason}\n");
+    eprint!("{line}");
+    if let Some(path) = env::var_os("HOLDFAST_SKIPPED") {
+        let list = File::options().create(true).append(true).open(path);
+        list.and_then(|mut list| list.write_all(line.as_bytes())).expect("the list of the skipped");
+    }
+    true
 }
 
 /// Locks `count` of the machine's slots. Whoever waits for several holds the gate meanwhile, so

@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::binaries::system_binary;
+use crate::network::Place;
 use crate::wait::{Deadline, wait_until};
 
 /// How much of a log goes into a report, in lines.
@@ -29,10 +30,22 @@ impl Process {
         arguments: impl IntoIterator<Item = impl AsRef<std::ffi::OsStr>>,
         log: &Path,
     ) -> Result<Self> {
+        Self::start_at(&Place::HERE, name, program, arguments, log)
+    }
+
+    /// The same, on another host of a test's network.
+    pub fn start_at(
+        place: &Place,
+        name: &str,
+        program: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<std::ffi::OsStr>>,
+        log: &Path,
+    ) -> Result<Self> {
         let output = OpenOptions::new().create(true).append(true).open(log)?;
-        // setpriv execs the program: the pid stays the same.
+        // setpriv and nsenter exec what follows: the pid stays the same.
         let child = Command::new(system_binary("setpriv")?)
             .args(["--pdeathsig", "KILL", "--"])
+            .args(place.prefix()?)
             .arg(program)
             .args(arguments)
             .stdin(Stdio::null())
@@ -72,13 +85,29 @@ impl Process {
 
     /// Sends SIGTERM and waits for it to end by itself.
     pub fn terminate(&mut self, deadline: Deadline) -> Result<ExitStatus> {
+        self.signal("TERM")?;
+        self.wait(deadline)
+    }
+
+    /// SIGSTOP: it stands still, and nobody is told.
+    pub fn pause(&mut self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    /// SIGCONT: it goes on, and does not know that it stood still.
+    pub fn resume(&mut self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    fn signal(&mut self, signal: &str) -> Result<()> {
         self.check_alive()?;
         let pid = self.pid().to_string();
-        let sent = Command::new(system_binary("kill")?).args(["-TERM", &pid]).status()?;
+        let program = system_binary("kill")?;
+        let sent = Command::new(program).args(["-s", signal, &pid]).status()?;
         if !sent.success() {
-            bail!("could not send SIGTERM to {} (pid {pid})", self.name);
+            bail!("could not send SIG{signal} to {} (pid {pid})", self.name);
         }
-        self.wait(deadline)
+        Ok(())
     }
 
     /// Waits for it to end.

@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::Duration;
 
-use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
+use blkio::{Blkio, Blkioq, Completion, Errno, MemoryRegion, ReqFlags};
 
 /// Slots start on page boundaries: a back end with direct I/O needs it.
 const PAGE_BYTES: usize = 4096;
@@ -25,6 +25,13 @@ const SLOTS_MAX: usize = 256;
 pub struct ClientError {
     action: &'static str,
     source: blkio::Error,
+}
+
+impl ClientError {
+    /// True if the back end let the time pass; the requests are still under way.
+    pub fn is_timeout(&self) -> bool {
+        self.source.errno() == Errno::TIME
+    }
 }
 
 /// A request's kind.

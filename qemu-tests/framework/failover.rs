@@ -1,0 +1,207 @@
+//! Faults under load, one after the other, and what the client felt: the loops that
+//! `scripts/dev bench failover` measures and the tests run in a short form.
+//!
+//! Every loop ends with a look at every block; a failed request or a wrong byte at any time ends
+//! it with an error.
+
+mod head;
+mod member;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::lab::Lab;
+use crate::load::{Load, Window};
+
+/// How long the client is watched before a fault, for comparison.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// How long the client is watched after a fault: longer than any pause that is allowed.
+const WATCH: Duration = Duration::from_millis(2500);
+
+/// The volume's size, in MiB.
+const VOLUME_MIB: u64 = 64;
+
+/// Requests that a client has answered before the first fault.
+const WARM_UP: u64 = 2000;
+
+/// How long to wait for anything that is to happen at once, when the machine is busy.
+const PATIENCE_SECONDS: u64 = 60;
+
+/// A kind of fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scenario {
+    /// A member that is not the head's is killed.
+    MemberKilled,
+    /// Packets to and from a member vanish.
+    MemberPartitioned,
+    /// One member of three answers late.
+    MemberSlow,
+    /// The head is killed, and another host takes the volume.
+    TakeOver,
+    /// Packets to and from the head's host vanish, and another host takes the volume.
+    HeadPartitioned,
+}
+
+/// When a loop ends.
+#[derive(Debug, Clone, Copy)]
+pub enum Amount {
+    /// After so many faults.
+    Runs(usize),
+    /// With the first fault that ends after this moment.
+    Until(Instant),
+}
+
+impl Amount {
+    /// `HOLDFAST_LOOP_MINUTES` of faults, or so many if it is not set.
+    pub fn from_environment(runs: usize) -> Self {
+        let minutes = std::env::var("HOLDFAST_LOOP_MINUTES").ok();
+        let minutes: Option<u64> = minutes.and_then(|text| text.parse().ok());
+        minutes.map_or(Self::Runs(runs), |minutes| {
+            Self::Until(Instant::now() + Duration::from_mins(minutes))
+        })
+    }
+
+    fn is_reached(self, runs: usize) -> bool {
+        match self {
+            Self::Runs(wanted) => runs >= wanted,
+            Self::Until(end) => runs > 0 && Instant::now() >= end,
+        }
+    }
+}
+
+/// What one fault did.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// The figure that the scenario is about, in [`Scenario::unit`].
+    pub figure: f64,
+    /// The same figure without a fault, right before, in the same unit.
+    pub quiet: f64,
+    /// The slowest request that was answered after the fault, in milliseconds.
+    pub slowest_ms: f64,
+    /// Requests that were answered while the client was watched.
+    pub completed: u64,
+}
+
+/// What a figure counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Milliseconds.
+    Milliseconds,
+    /// So many times the figure without a fault.
+    Times,
+}
+
+impl Unit {
+    /// A figure with its unit.
+    pub fn show(self, figure: f64) -> String {
+        match self {
+            Self::Milliseconds if figure < 100.0 => format!("{figure:.1} ms"),
+            Self::Milliseconds => format!("{figure:.0} ms"),
+            Self::Times => format!("{figure:.2} x"),
+        }
+    }
+}
+
+impl Scenario {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::MemberKilled,
+        Self::MemberPartitioned,
+        Self::MemberSlow,
+        Self::TakeOver,
+        Self::HeadPartitioned,
+    ];
+
+    /// For command lines and tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MemberKilled => "member-killed",
+            Self::MemberPartitioned => "member-partitioned",
+            Self::MemberSlow => "member-slow",
+            Self::TakeOver => "take-over",
+            Self::HeadPartitioned => "head-partitioned",
+        }
+    }
+
+    /// What is done, and what the figure is.
+    pub const fn explanation(self) -> &'static str {
+        match self {
+            Self::MemberKilled => {
+                "kill -9 of a server that is a member, with the head in another one; the longest \
+                 time without an answer"
+            }
+            Self::MemberPartitioned => {
+                "every packet to and from a member's host vanishes; the longest time without an \
+                 answer"
+            }
+            Self::MemberSlow => {
+                "everything to and from one of three members takes 5 ms longer each way; the p99 \
+                 of the latency, 2 s later, against the p99 before"
+            }
+            Self::TakeOver => {
+                "kill -9 of `holdfast attach`, and at that moment `holdfast attach --force` \
+                 elsewhere; from the kill to the first answer at the new place"
+            }
+            Self::HeadPartitioned => {
+                "every packet to and from the host of `holdfast attach` vanishes, and at that \
+                 moment `holdfast attach --force` on another host; from the cut to the first \
+                 answer at the new place"
+            }
+        }
+    }
+
+    /// What its figure counts.
+    pub const fn unit(self) -> Unit {
+        match self {
+            Self::MemberKilled
+            | Self::MemberPartitioned
+            | Self::TakeOver
+            | Self::HeadPartitioned => Unit::Milliseconds,
+            Self::MemberSlow => Unit::Times,
+        }
+    }
+
+    /// What the figure is to be at most, at its 99th percentile.
+    pub const fn goal(self) -> f64 {
+        match self {
+            Self::MemberKilled => 5.0,
+            Self::MemberPartitioned | Self::HeadPartitioned => 2000.0,
+            Self::MemberSlow => 1.5,
+            Self::TakeOver => 300.0,
+        }
+    }
+
+    /// True if it needs hosts with a network between them.
+    pub const fn needs_network(self) -> bool {
+        match self {
+            Self::MemberPartitioned | Self::HeadPartitioned => true,
+            Self::MemberKilled | Self::MemberSlow | Self::TakeOver => false,
+        }
+    }
+
+    /// Does it again and again in a cluster of its own; tells each run.
+    pub fn repeat(self, lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+        match self {
+            Self::MemberKilled => member::killed(lab, amount, told),
+            Self::MemberPartitioned => member::partitioned(lab, amount, told),
+            Self::MemberSlow => member::slow(lab, amount, told),
+            Self::TakeOver => head::taken_over(lab, amount, told),
+            Self::HeadPartitioned => head::partitioned(lab, amount, told),
+        }
+    }
+}
+
+/// Watches the client for a while, whatever happens.
+fn watch(load: &Load, duration: Duration) -> Result<Window> {
+    load.begin_window();
+    // Not a wait for anything: what the client feels is measured over a stretch of time.
+    std::thread::sleep(duration);
+    load.check()?;
+    Ok(load.end_window())
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}

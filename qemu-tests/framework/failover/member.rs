@@ -1,0 +1,122 @@
+//! Loops in which a member fails: the head goes on with the others.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::{
+    Amount, PATIENCE_SECONDS, QUIET, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds, watch,
+};
+use crate::cluster::{Cluster, ClusterOptions};
+use crate::lab::Lab;
+use crate::load::{Load, LoadOptions, Oracle, Window, verify};
+use crate::network::Network;
+use crate::wait::Deadline;
+
+/// How much longer each way to and from a slow member takes.
+const SLOW_EACH_WAY: Duration = Duration::from_millis(5);
+
+/// How long a slow member may be slow before it is held against the head.
+const SLOW_SETTLE: Duration = Duration::from_secs(2);
+
+/// How long latencies are gathered.
+const SLOW_MEASURE: Duration = Duration::from_secs(2);
+
+/// The members that fail in turn. The head is at the first server.
+const VICTIMS: [usize; 2] = [1, 2];
+
+pub(super) fn killed(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    let cluster = Cluster::start(lab, 3)?;
+    repeat(&cluster, amount, told, |victim, load| {
+        let victim = &cluster.servers()[victim];
+        load.begin_window();
+        victim.kill()?;
+        let window = watch_on(load)?;
+        victim.start()?;
+        Ok(window)
+    })
+}
+
+pub(super) fn partitioned(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    let network = Network::start(lab, &["a", "b", "c"])?;
+    let options =
+        ClusterOptions { servers: 3, network: Some(&network), ..ClusterOptions::default() };
+    let cluster = Cluster::start_of(lab, options)?;
+    repeat(&cluster, amount, told, |victim, load| {
+        let victim = cluster.servers()[victim].name();
+        load.begin_window();
+        network.isolate(victim)?;
+        let window = watch_on(load)?;
+        network.rejoin(victim)?;
+        Ok(window)
+    })
+}
+
+/// Goes on watching, in the window that began right before the fault.
+fn watch_on(load: &Load) -> Result<Window> {
+    std::thread::sleep(WATCH);
+    load.check()?;
+    Ok(load.end_window())
+}
+
+/// Lets `fault` happen again and again; it undoes what it did.
+fn repeat(
+    cluster: &Cluster<'_>,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+    mut fault: impl FnMut(usize, &Load) -> Result<Window>,
+) -> Result<()> {
+    cluster.create_volume("disk", VOLUME_MIB, 3)?;
+    let socket = cluster.export(0, "disk")?;
+    let options = LoadOptions::default();
+    let load = Load::start(&socket, options, Oracle::new(options.blocks))?;
+    load.wait_for(WARM_UP, Deadline::seconds(PATIENCE_SECONDS))?;
+    let mut runs = 0;
+    while !amount.is_reached(runs) {
+        cluster.wait_all_well(0, "disk")?;
+        let quiet = watch(&load, QUIET)?;
+        let window = fault(VICTIMS[runs % VICTIMS.len()], &load)?;
+        runs += 1;
+        told(&Run {
+            figure: milliseconds(window.pause),
+            quiet: milliseconds(quiet.pause),
+            slowest_ms: milliseconds(window.slowest),
+            completed: window.completed,
+        });
+    }
+    cluster.wait_all_well(0, "disk")?;
+    verify(&socket, load.finish()?)?;
+    Ok(())
+}
+
+pub(super) fn slow(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    let options = ClusterOptions { servers: 3, proxied: true, ..ClusterOptions::default() };
+    let cluster = Cluster::start_of(lab, options)?;
+    cluster.create_volume("disk", VOLUME_MIB, 3)?;
+    // All members are remote: reads may go to any of them.
+    let attached = cluster.attach("disk")?;
+    let options = LoadOptions::default();
+    let load = Load::start(&attached.socket, options, Oracle::new(options.blocks))?;
+    load.wait_for(WARM_UP, Deadline::seconds(PATIENCE_SECONDS))?;
+    let mut runs = 0;
+    while !amount.is_reached(runs) {
+        let healthy = watch(&load, SLOW_MEASURE)?;
+        let proxy = cluster.servers()[runs % 3].proxy()?;
+        proxy.delay(SLOW_EACH_WAY);
+        let settling = watch(&load, SLOW_SETTLE)?;
+        let slow = watch(&load, SLOW_MEASURE)?;
+        proxy.delay(Duration::ZERO);
+        // It is to be trusted again before the next one is slow.
+        watch(&load, Duration::from_secs(6))?;
+        let p99 = |window: &Window| milliseconds(window.percentile(99));
+        runs += 1;
+        told(&Run {
+            figure: p99(&slow) / p99(&healthy),
+            quiet: p99(&settling) / p99(&healthy),
+            slowest_ms: milliseconds(slow.slowest.max(settling.slowest)),
+            completed: slow.completed,
+        });
+    }
+    verify(&attached.socket, load.finish()?)?;
+    Ok(())
+}
