@@ -75,6 +75,7 @@ impl Head {
             | Mode::Matching(_)
             | Mode::Truncating { .. }
             | Mode::Live
+            | Mode::Filling(_)
             | Mode::Parked { .. } => None,
         }
     }
@@ -85,6 +86,7 @@ impl Head {
             Mode::Live => self.pump_live(index),
             Mode::CatchingUp(_) => self.pump_catch_up(index),
             Mode::Matching(_) => self.pump_matching(index),
+            Mode::Filling(_) => self.pump_filling(index),
             Mode::Down
             | Mode::Resting { .. }
             | Mode::Sealing
@@ -254,7 +256,7 @@ impl Head {
                 let member = &mut self.members[donor];
                 member.trimmed = member.trimmed.max(trimmed);
                 if self.donor(seq, tried | 1 << index).is_none() {
-                    self.park(index, MemberMode::TooFarBehind, true);
+                    self.needs_copy(index, MemberMode::TooFarBehind, true);
                 }
             }
             Ok(_) | Err(_) => {
@@ -278,6 +280,7 @@ impl Head {
                 | Mode::Sealed(_)
                 | Mode::Truncating { .. }
                 | Mode::Live
+                | Mode::Filling(_)
                 | Mode::Parked { .. } => continue,
             };
             if retry_at.is_some() {
@@ -294,6 +297,7 @@ impl Head {
                 Mode::Matching(matching) => {
                     matching.donor_lost(lost);
                 }
+                Mode::Filling(filling) => filling.source_lost(lost, self.now),
                 Mode::Down
                 | Mode::Resting { .. }
                 | Mode::Sealing

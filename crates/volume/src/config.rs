@@ -56,6 +56,13 @@ pub struct Tunables {
     pub backlog_records_max: usize,
     /// Buffer bytes of such records, at most.
     pub backlog_bytes_max: usize,
+    /// A member that lacks more records than this beyond what is in memory gets them from another
+    /// member's log, directly.
+    pub log_copy_records: u64,
+    /// How often the filling of a member is asked about, and its rate changed.
+    pub fill_interval: Duration,
+    /// What all members that are being filled get, at most, in bytes per second.
+    pub fill_bytes_per_second: u64,
     /// Log reads under way for a member that catches up, at most.
     pub catch_up_depth: usize,
 }
@@ -76,6 +83,9 @@ impl Default for Tunables {
             member_bytes_max: 32 << 20,
             backlog_records_max: 2048,
             backlog_bytes_max: 8 << 20,
+            log_copy_records: 1024,
+            fill_interval: Duration::from_millis(100),
+            fill_bytes_per_second: 1 << 30,
             catch_up_depth: 32,
         }
     }
@@ -173,6 +183,12 @@ impl Tunables {
         }
         if self.catch_up_depth == 0 || self.catch_up_depth > CATCH_UP_DEPTH_MAX {
             return Err(HeadError::Tunable("catch_up_depth"));
+        }
+        if self.fill_interval.is_zero() {
+            return Err(HeadError::Tunable("fill_interval"));
+        }
+        if self.fill_bytes_per_second == 0 {
+            return Err(HeadError::Tunable("fill_bytes_per_second"));
         }
         if self.retry_min.is_zero() || self.retry_max < self.retry_min {
             return Err(HeadError::Tunable("retry_min"));

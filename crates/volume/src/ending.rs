@@ -83,6 +83,7 @@ impl Head {
                 | Mode::Matching(_)
                 | Mode::Truncating { .. }
                 | Mode::CatchingUp(_)
+                | Mode::Filling(_)
                 | Mode::Parked { .. } => false,
             };
         }

@@ -16,6 +16,7 @@ use crate::log::Log;
 use crate::member::Member;
 use crate::membership::FailStop;
 use crate::overlap::Newest;
+use crate::pace::Pace;
 use crate::quorum::{Bits, Sets, bit};
 use crate::reads::Reads;
 use crate::status::{HeadPhase, Stall, StallReason};
@@ -154,6 +155,8 @@ pub struct Head {
     pub(crate) settle_target: Option<Seq>,
     /// Every member that holds it is to put everything through here on media.
     pub(crate) settle_everywhere: Option<Seq>,
+    /// How fast members are filled.
+    pub(crate) pace: Pace,
     /// Commit news goes out then.
     pub(crate) trim_at: Option<Instant>,
     /// Requests past the stall deadline are looked for then.
@@ -227,6 +230,7 @@ impl Head {
             settle_at: None,
             settle_target: None,
             settle_everywhere: None,
+            pace: Pace::new(tunables.fill_bytes_per_second),
             trim_at: None,
             expire_at: now,
             stall: None,

@@ -167,9 +167,13 @@ impl Head {
             }
             let committed = self.log.commit_next();
             assert_eq!(committed, seq, "records are acknowledged in order");
-            let request = self.log.entry_mut(seq).and_then(|entry| entry.request.take());
-            if let Some(id) = request {
+            let request = self.log.entry_mut(seq).and_then(|entry| {
+                let id = entry.request.take()?;
+                Some((id, entry.arrived))
+            });
+            if let Some((id, arrived)) = request {
                 self.writes -= 1;
+                self.pace.learn(self.now - arrived);
                 self.answer(id, Grounds::Written { seq });
             }
             if seq == start {

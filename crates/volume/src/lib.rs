@@ -40,6 +40,7 @@
 mod catchup;
 mod config;
 mod ending;
+mod fill;
 mod flush;
 mod gate;
 mod head;
@@ -51,6 +52,7 @@ mod member;
 mod membership;
 mod opening;
 mod overlap;
+mod pace;
 mod quorum;
 mod reads;
 mod sessions;

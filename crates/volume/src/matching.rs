@@ -131,7 +131,7 @@ impl Head {
             return;
         }
         if state.last.epoch == self.epoch && state.last.seq > end.seq {
-            self.park(index, MemberMode::Diverged, false);
+            self.needs_copy(index, MemberMode::Diverged, false);
             return;
         }
         let now = self.now;
@@ -149,6 +149,7 @@ impl Head {
             | Mode::Truncating { .. }
             | Mode::CatchingUp(_)
             | Mode::Live
+            | Mode::Filling(_)
             | Mode::Parked { .. } => None,
         }
     }
@@ -175,7 +176,7 @@ impl Head {
     fn step(&mut self, index: usize, step: &Step) {
         match *step {
             Step::Ask => self.pump_matching(index),
-            Step::Park(why) => self.park(index, why, why == MemberMode::TooFarBehind),
+            Step::Park(why) => self.needs_copy(index, why, why == MemberMode::TooFarBehind),
             Step::Shared(seq) => {
                 let Some(matching) = self.matching(index) else { return };
                 let state = matching.state;
@@ -332,7 +333,7 @@ impl Head {
             return self.pump_matching(index);
         }
         if matching.probe <= matching.low {
-            return self.park(index, MemberMode::Diverged, true);
+            return self.needs_copy(index, MemberMode::Diverged, true);
         }
         matching.high = Some(matching.probe);
         let step = matching.narrow();
@@ -344,7 +345,7 @@ impl Head {
         if seq == state.last.seq {
             self.follow(index, state.last.epoch, seq, state.durable);
         } else if seq < state.commit {
-            self.park(index, MemberMode::Diverged, false);
+            self.needs_copy(index, MemberMode::Diverged, false);
         } else {
             let number = self.next_number();
             self.send(index, Kind::Truncate, number, CommandBody::Truncate { keep: seq });
@@ -369,6 +370,9 @@ impl Head {
         let base = self.log.base();
         let now = self.now;
         let depth = self.tunables.catch_up_depth;
+        if self.fill_log(index, acked) {
+            return;
+        }
         let member = &mut self.members[index];
         member.follow_from(acked, epoch, durable);
         let mode = if member.next_send >= base {

@@ -6,6 +6,7 @@ use base::limits::MEMBER_COMMANDS_MAX;
 use base::{Epoch, Instant, ReplicaError, ReplicaState, Role, Seq, ServerId};
 
 use crate::catchup::CatchUp;
+use crate::fill::Filling;
 use crate::health::MemberHealth;
 use crate::log::pinned;
 use crate::matching::Matching;
@@ -57,6 +58,8 @@ pub(crate) enum Mode {
     CatchingUp(Box<CatchUp>),
     /// Its log is a prefix of the head's, the rest is in memory.
     Live,
+    /// Another member fills it.
+    Filling(Filling),
     /// Cannot be used, until the given time.
     Parked { why: MemberMode, until: Option<Instant> },
 }
@@ -94,6 +97,12 @@ pub(crate) struct Member {
     pub(crate) release_sent: bool,
     pub(crate) release_answered: bool,
     pub(crate) health: MemberHealth,
+    /// It said that it lost durable records.
+    pub(crate) damaged: bool,
+    /// It is not filled before: a filling ended just now.
+    pub(crate) fill_after: Instant,
+    /// In this session nobody could bring it the log's tail but the head.
+    pub(crate) fills_refused: bool,
 }
 
 impl Member {
@@ -122,6 +131,9 @@ impl Member {
             release_sent: false,
             release_answered: false,
             health: MemberHealth::new(now),
+            damaged: false,
+            fill_after: now,
+            fills_refused: false,
         }
     }
 
@@ -139,14 +151,16 @@ impl Member {
             | Mode::Sealed(_)
             | Mode::Matching(_)
             | Mode::Truncating { .. }
+            | Mode::Filling(_)
             | Mode::Parked { .. } => false,
         }
     }
 
     /// True if it is connected and nothing is known to keep it from following.
     pub(crate) fn usable(&self) -> bool {
-        match self.mode {
+        match &self.mode {
             Mode::Down | Mode::Parked { .. } | Mode::Resting { error: Some(_), .. } => false,
+            Mode::Filling(filling) => !filling.copies_chunks(),
             Mode::Resting { error: None, .. }
             | Mode::Sealing
             | Mode::Sealed(_)

@@ -229,7 +229,7 @@ impl Head {
         member.role = role;
         match member.mode {
             // What is to be done about it depends on its role: ask how it is.
-            Mode::Parked { .. } => self.reset(slot, None),
+            Mode::Parked { .. } | Mode::Filling(_) => self.reset(slot, None),
             Mode::Down
             | Mode::Resting { .. }
             | Mode::Sealing
@@ -248,6 +248,7 @@ impl Head {
             match &mut member.mode {
                 Mode::Matching(matching) => matching.forget_donor(slot),
                 Mode::CatchingUp(catch_up) => catch_up.forget_donor(slot),
+                Mode::Filling(filling) => filling.forget_source(slot),
                 Mode::Down
                 | Mode::Resting { .. }
                 | Mode::Sealing

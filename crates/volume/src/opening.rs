@@ -108,7 +108,13 @@ impl Head {
                 | Mode::Truncating { .. }
                 | Mode::CatchingUp(_)
                 | Mode::Live => self.reset(index, None),
-                Mode::Down | Mode::Resting { .. } | Mode::Sealing | Mode::Parked { .. } => {}
+                // The log it is brought may be another than the one to come; chunks are not.
+                Mode::Filling(ref filling) if !filling.copies_chunks() => self.reset(index, None),
+                Mode::Down
+                | Mode::Resting { .. }
+                | Mode::Sealing
+                | Mode::Filling(_)
+                | Mode::Parked { .. } => {}
             }
         }
         self.wake_members();

@@ -30,6 +30,7 @@ impl Head {
         member.backoff = backoff;
         member.told_commit = Seq::ZERO;
         member.release_sent = false;
+        member.fills_refused = false;
         member.health.session_up();
         member.enter(Mode::Resting { error: None, until: now }, now);
     }
@@ -105,7 +106,8 @@ impl Head {
                 | Mode::Matching(_)
                 | Mode::Truncating { .. }
                 | Mode::CatchingUp(_)
-                | Mode::Live => false,
+                | Mode::Live
+                | Mode::Filling(_) => false,
             };
             if seal {
                 let number = self.next_number();
@@ -139,6 +141,7 @@ impl Head {
             Kind::Truncate => self.truncate_answered(index, &result),
             Kind::Trim => self.trim_answered(index, &result),
             Kind::Release => self.members[index].release_answered = true,
+            Kind::Install => self.install_answered(index, &result),
             Kind::Renew | Kind::Hello | Kind::HealthOf => {}
         }
     }
@@ -167,6 +170,12 @@ impl Head {
         let now = self.now;
         self.members[index].health.answered();
         self.members[index].trimmed = state.trimmed;
+        self.members[index].damaged = state.damaged;
+        if state.filling || state.damaged {
+            // What it says of its log is less than what it acknowledged: no opening may count on it.
+            let why = if state.filling { MemberMode::Filling } else { MemberMode::Damaged };
+            return self.needs_copy(index, why, false);
+        }
         self.members[index].enter(Mode::Sealed(state), now);
         match self.phase {
             Phase::Sealing { .. } => {}
@@ -224,6 +233,7 @@ impl Member {
             Mode::Parked { until, .. } => until.filter(|_| self.outstanding == 0),
             Mode::Matching(matching) => matching.retry_at,
             Mode::CatchingUp(catch_up) => catch_up.retry_at,
+            Mode::Filling(filling) => filling.deadline(),
             Mode::Down | Mode::Sealing | Mode::Sealed(_) | Mode::Truncating { .. } | Mode::Live => {
                 None
             }

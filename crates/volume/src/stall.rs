@@ -68,6 +68,7 @@ impl Head {
             | Mode::Sealed(_)
             | Mode::Truncating { .. }
             | Mode::Live
+            | Mode::Filling(_)
             | Mode::Parked { .. } => None,
         })
     }
@@ -97,8 +98,19 @@ impl Head {
                 durable: if follows { member.durable() } else { Seq::ZERO },
                 lag: follows.then(|| last.seq.0 - member.acked.0),
                 caught_up: follows && member.acked >= self.log.commit(),
-                damaged: false,
-                fill: None,
+                damaged: member.damaged,
+                fill: match &member.mode {
+                    Mode::Filling(filling) => filling.progress,
+                    Mode::Down
+                    | Mode::Resting { .. }
+                    | Mode::Sealing
+                    | Mode::Sealed(_)
+                    | Mode::Matching(_)
+                    | Mode::Truncating { .. }
+                    | Mode::CatchingUp(_)
+                    | Mode::Live
+                    | Mode::Parked { .. } => None,
+                },
                 down_since: member.health.down_since,
                 others_say: member.health.others_say,
                 draining: member.health.draining,
@@ -132,6 +144,7 @@ fn public_mode(mode: &Mode) -> MemberMode {
         Mode::Matching(_) | Mode::Truncating { .. } => MemberMode::Reconciling,
         Mode::CatchingUp(_) => MemberMode::CatchingUp,
         Mode::Live => MemberMode::Live,
+        Mode::Filling(filling) => filling.mode(),
         Mode::Parked { why, .. } => *why,
     }
 }

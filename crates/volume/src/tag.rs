@@ -15,6 +15,7 @@ pub(crate) enum Kind {
     Renew,
     Hello,
     HealthOf,
+    Install,
 }
 
 const KIND_SHIFT: u32 = 60;
@@ -37,6 +38,7 @@ impl Kind {
             Self::Renew => 9,
             Self::Hello => 10,
             Self::HealthOf => 11,
+            Self::Install => 12,
         }
     }
 
@@ -53,6 +55,7 @@ impl Kind {
             9 => Some(Self::Renew),
             10 => Some(Self::Hello),
             11 => Some(Self::HealthOf),
+            12 => Some(Self::Install),
             _ => None,
         }
     }
