@@ -9,7 +9,7 @@
 //! although requests were waiting.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -107,6 +107,7 @@ impl Window {
 struct Shared {
     stop: AtomicBool,
     abandon: AtomicBool,
+    rate: AtomicU32,
     meter: Mutex<Meter>,
 }
 
@@ -145,6 +146,7 @@ impl Load {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             abandon: AtomicBool::new(false),
+            rate: AtomicU32::new(options.rate),
             meter: Mutex::new(meter),
         });
         let (socket, theirs) = (socket.to_owned(), Arc::clone(&shared));
@@ -180,6 +182,11 @@ impl Load {
             window.pause = window.pause.max(meter.last.elapsed());
         }
         window
+    }
+
+    /// Changes how many requests are started in a second, at most.
+    pub fn set_rate(&self, rate: u32) {
+        self.shared.rate.store(rate, Ordering::Relaxed);
     }
 
     /// When the first request of the window was answered, if one was.
@@ -368,7 +375,8 @@ impl Worker {
         if now < self.due {
             return false;
         }
-        let interval = Duration::from_secs(1).checked_div(self.options.rate).unwrap_or_default();
+        let rate = self.shared.rate.load(Ordering::Relaxed);
+        let interval = Duration::from_secs(1).checked_div(rate).unwrap_or_default();
         self.due = (self.due + interval).max(now.checked_sub(TURN).unwrap_or(now));
         true
     }

@@ -19,6 +19,9 @@ const SLOW_EACH_WAY: Duration = Duration::from_millis(5);
 /// How long a slow member may be slow before it is held against the head.
 const SLOW_SETTLE: Duration = Duration::from_secs(2);
 
+/// Requests a second while a member that was away comes back: that is not what is measured here.
+const RECOVERY_RATE: u32 = 500;
+
 /// How long latencies are gathered.
 const SLOW_MEASURE: Duration = Duration::from_secs(2);
 
@@ -73,7 +76,9 @@ fn repeat(
     load.wait_for(WARM_UP, Deadline::seconds(PATIENCE_SECONDS))?;
     let mut runs = 0;
     while !amount.is_reached(runs) {
+        load.set_rate(RECOVERY_RATE);
         cluster.wait_all_well(0, "disk")?;
+        load.set_rate(options.rate);
         let quiet = watch(&load, QUIET)?;
         let window = fault(VICTIMS[runs % VICTIMS.len()], &load)?;
         runs += 1;
@@ -84,6 +89,7 @@ fn repeat(
             completed: window.completed,
         });
     }
+    load.set_rate(RECOVERY_RATE);
     cluster.wait_all_well(0, "disk")?;
     verify(&socket, load.finish()?)?;
     Ok(())
