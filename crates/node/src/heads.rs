@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use base::{Epoch, Instant, ServerId, Slab, VolumeId};
+use base::{Epoch, Instant, ReplicaKey, ServerId, Slab, StateMessage, VolumeId};
 use nvme::VolumeExport;
 use volume::Head;
 
@@ -104,6 +104,17 @@ impl Heads {
         }
     }
 
+    /// Lets a caller talk to a head, which may have outputs afterwards; `None` if it is gone.
+    pub(crate) fn with<T>(&mut self, tag: u64, talk: impl FnOnce(&mut Head) -> T) -> Option<T> {
+        let entry = self.heads.get_mut(tag)?;
+        let result = talk(&mut entry.head);
+        if !entry.dirty {
+            entry.dirty = true;
+            self.dirty.push(tag);
+        }
+        Some(result)
+    }
+
     /// The next output of any head that was handed something; `None` of a head once, when it has
     /// said everything.
     pub(crate) fn poll_output(&mut self) -> Option<(u64, Option<volume::Output>)> {
@@ -137,6 +148,29 @@ impl Heads {
                 volume::Input::MemberDown { server }
             };
             self.handle(now, tag, input);
+        }
+    }
+
+    /// Tells heads with a member on a server what that says, or of one volume only the head.
+    /// `local`: the member is in this process.
+    pub(crate) fn tell_members(
+        &mut self,
+        now: Instant,
+        (server, local): (ServerId, bool),
+        key: Option<ReplicaKey>,
+        message: StateMessage,
+    ) {
+        let concerned = |entry: &HeadEntry| {
+            let member = if local {
+                entry.local == Some(server)
+            } else {
+                entry.remote.iter().any(|(remote, _)| *remote == server)
+            };
+            member && key.is_none_or(|key| key.volume == entry.export.volume)
+        };
+        self.due.extend(self.heads.iter().filter(|(_, e)| concerned(e)).map(|(tag, _)| tag));
+        while let Some(tag) = self.due.pop() {
+            self.handle(now, tag, volume::Input::State { server, message });
         }
     }
 

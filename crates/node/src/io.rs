@@ -10,6 +10,8 @@ use base::{
 use nvme::ReceiveRegion;
 use volume::{FailStop, StallReason};
 
+use crate::fills::FillEvent;
+
 /// A connection. Accepted ones are numbered by the shell, the others by the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ConnectionId {
@@ -31,6 +33,15 @@ pub struct HeadHandle(pub u64);
 /// One of the shell's front ends: the shell's own number, comes back in replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontEnd(pub u64);
+
+/// Which heads are told a state message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// All that have, or may have, a member on this server.
+    Heads,
+    /// The one that commands the replica that the message is about.
+    Owner,
+}
 
 /// What a node is told. The connection inputs and outputs follow the contract in [`nvme::io`].
 #[derive(Debug)]
@@ -177,6 +188,15 @@ pub enum Output {
         epoch: Epoch,
         /// What.
         event: HeadEvent,
+    },
+    /// A replica of this server is filled from another server's.
+    Fill {
+        /// Which replica.
+        key: ReplicaKey,
+        /// From where.
+        source: ServerId,
+        /// What happened.
+        event: FillEvent,
     },
     /// A session to a peer came or went.
     Peer {

@@ -9,9 +9,11 @@
 //! * `node` — the routes.
 //! * `io` — what goes in and comes out.
 //! * `replica_service` — sessions and epochs of this server's replicas.
+//! * `fills` — fills this server's replicas from those of other servers.
 //! * `heads`, `peers` — who of them has something to say.
 //! * `metrics` — what is counted.
 
+mod fills;
 mod heads;
 mod io;
 pub mod metrics;
@@ -19,5 +21,6 @@ mod node;
 mod peers;
 mod replica_service;
 
-pub use crate::io::{ConnectionId, FrontEnd, HeadEvent, HeadHandle, Input, Output};
+pub use crate::fills::{FillEvent, FillFailure};
+pub use crate::io::{Audience, ConnectionId, FrontEnd, HeadEvent, HeadHandle, Input, Output};
 pub use crate::node::{Node, NodeConfig, OpenHeadError, ServerConfig};

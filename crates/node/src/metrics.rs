@@ -5,6 +5,8 @@ use core::time::Duration;
 
 use base::{Operation, Status};
 
+pub use crate::fills::FillCounters;
+
 /// Upper bounds of the latency buckets, in nanoseconds; one more bucket takes the rest.
 pub const LATENCY_BOUNDS_NS: &[u64] = &[
     10_000,
@@ -125,6 +127,8 @@ pub struct NodeCounters {
     pub seals_held: usize,
     /// Seals whose answers have ever waited for that.
     pub seals_waited: u64,
+    /// What fills of this server's replicas have done.
+    pub fills: FillCounters,
 }
 
 #[cfg(test)]

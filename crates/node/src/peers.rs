@@ -4,8 +4,10 @@ use core::net::SocketAddr;
 use core::time::Duration;
 use std::collections::BTreeMap;
 
-use base::{BufferPool, Health, HolderId, Instant, ReplicaCommand, ServerId, Slab};
+use base::{BufferPool, Health, HolderId, Instant, ReplicaCommand, ServerId, Slab, StateMessage};
 use nvme::{Initiator, InitiatorConfig, Subsystem, Tag};
+
+use crate::fills::Step;
 
 /// Servers that are watched only because a head asked how they are, at most.
 const PROBES_MAX: usize = 64;
@@ -19,11 +21,18 @@ const UNREACHED_AFTER: Duration = Duration::from_secs(1);
 
 /// A command that a peer has not answered.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Outgoing {
-    /// Whose command.
-    pub(crate) head: u64,
-    /// The head's tag.
-    pub(crate) tag: u64,
+pub(crate) enum Outgoing {
+    /// Of a head, with its tag.
+    Head { head: u64, tag: u64 },
+    /// Of a fill, with what it waits for.
+    Fill { fill: u64, step: Step },
+}
+
+/// What a server has said of itself in this session, for heads that come later.
+#[derive(Clone, Copy, Debug, Default)]
+struct Said {
+    degraded: Option<StateMessage>,
+    draining: Option<(Instant, ServerId)>,
 }
 
 pub(crate) struct Peer {
@@ -31,8 +40,9 @@ pub(crate) struct Peer {
     pub(crate) initiator: Initiator,
     pub(crate) up: bool,
     created: Instant,
-    /// Heads with a member there. At zero the peer is stopped.
-    heads: u32,
+    said: Said,
+    /// Heads with a member there, fills from there, and a probe. At zero the peer is stopped.
+    users: u32,
     /// Its outputs have to be taken.
     dirty: bool,
     stopped: bool,
@@ -97,12 +107,12 @@ impl Peers {
         self.addresses.contains_key(&server)
     }
 
-    /// One more head has a member on `server`; true if its session is up. Without a known
+    /// One more user of a session with `server`; true if it is up. Without a known
     /// address nothing is connected: call again when there is one.
     pub(crate) fn retain(&mut self, now: Instant, server: ServerId) -> bool {
         if let Some(tag) = self.by_server.get(&server).copied() {
             let peer = self.peers.get_mut(tag).expect("by_server names live peers");
-            peer.heads += 1;
+            peer.users += 1;
             return peer.up;
         }
         let Some(address) = self.addresses.get(&server).copied() else {
@@ -117,7 +127,8 @@ impl Peers {
             initiator,
             up: false,
             created: now,
-            heads: 1,
+            said: Said::default(),
+            users: 1,
             dirty: false,
             stopped: false,
         };
@@ -127,12 +138,12 @@ impl Peers {
         false
     }
 
-    /// One head less has a member on `server`.
+    /// One user less of a session with `server`.
     pub(crate) fn release(&mut self, now: Instant, server: ServerId) {
         let Some(tag) = self.by_server.get(&server).copied() else { return };
         let peer = self.peers.get_mut(tag).expect("by_server names live peers");
-        peer.heads -= 1;
-        if peer.heads == 0 {
+        peer.users -= 1;
+        if peer.users == 0 {
             self.stop(now, tag);
         }
     }
@@ -221,7 +232,46 @@ impl Peers {
 
     /// Notes that the session of a peer came or went; true if that is news.
     pub(crate) fn set_up(&mut self, tag: u64, up: bool) -> bool {
-        self.peers.get_mut(tag).is_some_and(|peer| std::mem::replace(&mut peer.up, up) != up)
+        self.peers.get_mut(tag).is_some_and(|peer| {
+            peer.said = Said::default();
+            std::mem::replace(&mut peer.up, up) != up
+        })
+    }
+
+    /// Notes what a server says of itself as a whole.
+    pub(crate) fn said(&mut self, now: Instant, server: ServerId, message: StateMessage) {
+        let peer = self.by_server.get(&server).and_then(|tag| self.peers.get_mut(*tag));
+        let Some(peer) = peer else { return };
+        match message {
+            StateMessage::Draining { deadline_ms, successor } => {
+                let until = now + Duration::from_millis(deadline_ms);
+                peer.said.draining = Some((until, successor));
+            }
+            StateMessage::Degraded { .. } => peer.said.degraded = Some(message),
+            StateMessage::Back => peer.said = Said::default(),
+            StateMessage::Superseded { .. }
+            | StateMessage::CatchingUp { .. }
+            | StateMessage::InSync
+            | StateMessage::FailoverServer { .. }
+            | StateMessage::FailoverUnavailable { .. }
+            | StateMessage::Throttled { .. }
+            | StateMessage::Resized { .. } => {}
+        }
+    }
+
+    /// What a server has said of itself and not taken back.
+    pub(crate) fn has_said(
+        &self,
+        now: Instant,
+        server: ServerId,
+    ) -> impl Iterator<Item = StateMessage> + use<> {
+        let peer = self.by_server.get(&server).and_then(|tag| self.peers.get(*tag));
+        let said = peer.map_or_else(Said::default, |peer| peer.said);
+        let draining = said.draining.map(|(until, successor)| {
+            let deadline_ms = u64::try_from(until.since(now).as_millis()).unwrap_or(u64::MAX);
+            StateMessage::Draining { deadline_ms, successor }
+        });
+        [said.degraded, draining].into_iter().flatten()
     }
 
     /// True if there is a session with `server`.

@@ -243,6 +243,10 @@ impl Worker {
                 self.head_event(volume, epoch, event);
                 None
             }
+            Output::Fill { key, source, event } => {
+                fill_event(key, source, event);
+                None
+            }
             Output::Peer { server, down } => {
                 self.peer_event(server, down);
                 None
@@ -546,6 +550,23 @@ fn open_error(error: OpenHeadError) -> OpenError {
         }
         OpenHeadError::TooMany => {
             ControlError::Limit { what: "volumes", limit: base::limits::VOLUMES_MAX }.into()
+        }
+    }
+}
+
+fn fill_event(key: base::ReplicaKey, source: base::ServerId, event: node::FillEvent) {
+    match event {
+        node::FillEvent::Started { chunks: true } => {
+            tracing::info!(replica = %key, %source, "copies what it lacks from another server");
+        }
+        node::FillEvent::Started { chunks: false } => {
+            tracing::info!(replica = %key, %source, "copies the log's end from another server");
+        }
+        node::FillEvent::Done { bytes } => {
+            tracing::info!(replica = %key, %source, bytes, "has caught up with the other server");
+        }
+        node::FillEvent::Failed { failure } => {
+            tracing::warn!(replica = %key, %source, "cannot be filled from there: {failure}");
         }
     }
 }

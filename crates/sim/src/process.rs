@@ -132,6 +132,7 @@ impl Process {
                 backlog_bytes_max: 256 << 10,
                 ..Tunables::default()
             },
+            state_messages: true,
             server,
         }));
     }

@@ -406,7 +406,7 @@ impl World {
             Output::PoolOpened(Err(error)) => self.fail(&format!("a pool does not open: {error}")),
             Output::PoolFailed(failure) => self.fail(&format!("no device failed: {failure}")),
             Output::PoolNotice(store::Notice::Damaged(_)) => self.fail("nothing was damaged"),
-            Output::PoolNotice(_) | Output::Peer { .. } => {}
+            Output::PoolNotice(_) | Output::Fill { .. } | Output::Peer { .. } => {}
             Output::Head { event, epoch, .. } => self.head_event(process, epoch, event),
         }
     }

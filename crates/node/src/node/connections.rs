@@ -79,6 +79,7 @@ impl Node {
                 TargetOutput::SessionOpened { session, subsystem, host } => match subsystem {
                     Subsystem::Replica(_) => {
                         server.sessions.insert(session.0, host);
+                        self.tell_standing(Origin::Remote { session: session.0 });
                     }
                     Subsystem::Discovery | Subsystem::Volume(_) => {}
                 },

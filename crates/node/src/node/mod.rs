@@ -1,8 +1,10 @@
 //! The node: routes between the store, the target, the peers and the heads of one process.
 
 mod connections;
+mod filling;
 mod members;
 mod replicas;
+mod states;
 mod volumes;
 
 use core::net::SocketAddr;
@@ -18,6 +20,8 @@ use nvme::{SessionId, Target, TargetConfig, VolumeExport};
 use store::{DeviceInfo, DiskOperation, Store, StoreConfig};
 use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 
+use self::states::Standing;
+use crate::fills::{Fills, Step};
 use crate::heads::Heads;
 use crate::io::{ConnectionId, FrontEnd, HeadHandle, Input, Output};
 use crate::metrics::{Counters, NodeCounters, OperationKind};
@@ -38,6 +42,9 @@ pub struct NodeConfig {
     /// (`member_bytes_max` and `backlog_bytes_max`) must be well below what there is, or a slow
     /// member holds up guests.
     pub tunables: Tunables,
+    /// Tell heads and hear from servers what happens, as it happens. Without it they find out by
+    /// themselves, later: for tests.
+    pub state_messages: bool,
     /// The pool and the replica service; `None` for a diskless head.
     pub server: Option<ServerConfig>,
 }
@@ -87,6 +94,8 @@ struct Server {
     target: Target,
     offer_volumes: bool,
     service: ReplicaService,
+    fills: Fills,
+    standing: Standing,
     /// The hosts behind the target's replica sessions.
     sessions: BTreeMap<u64, HolderId>,
     /// Commands that the store has not answered.
@@ -98,6 +107,8 @@ struct Server {
 enum StoreCommand {
     /// A session's command.
     Replica { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64 },
+    /// A fill's command.
+    Fill { fill: u64, step: Step },
     /// `CreateReplica`.
     Create { key: ReplicaKey, tag: u64 },
     /// `DeleteReplica`.
@@ -125,6 +136,7 @@ pub struct Node {
     host: HolderId,
     head_buffers: BufferPool,
     tunables: Tunables,
+    state_messages: bool,
     server: Option<Server>,
     peers: Peers,
     heads: Heads,
@@ -144,6 +156,8 @@ impl Node {
             target: Target::new(server.target, server.target_buffers),
             offer_volumes: server.offer_volumes,
             service: ReplicaService::default(),
+            fills: Fills::new(),
+            standing: Standing::default(),
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
         });
@@ -151,6 +165,7 @@ impl Node {
             host: config.host,
             head_buffers: config.head_buffers,
             tunables: config.tunables,
+            state_messages: config.state_messages,
             server,
             peers: Peers::new(config.host, config.peer_buffers, config.jitter_seed),
             heads: Heads::new(),
@@ -194,6 +209,9 @@ impl Node {
                 self.control(StoreCommand::Create { key, tag }, tag, command);
             }
             Input::DeleteReplica { tag, key } => {
+                if let Some(server) = &mut self.server {
+                    server.fills.abort(now, key);
+                }
                 let command = store::Command::Delete { key };
                 self.control(StoreCommand::Delete { key, tag }, tag, command);
             }
@@ -204,7 +222,8 @@ impl Node {
             Input::AbandonHead(head) => self.heads.handle(now, head.0, volume::Input::Abandon),
             Input::StopConnections => {
                 // A diskless head accepts no connections and has only its peers.
-                if self.server.is_some() {
+                if let Some(server) = &mut self.server {
+                    server.fills.stop(now);
                     self.target_input(TargetInput::Stop);
                 }
                 self.peers.stop_all(now);
@@ -220,6 +239,7 @@ impl Node {
             progress |= self.drain_heads();
             progress |= self.drain_store();
             progress |= self.drain_service();
+            progress |= self.drain_fills();
             if !progress {
                 return None;
             }
@@ -237,6 +257,7 @@ impl Node {
     pub fn next_deadline(&self) -> Option<Instant> {
         let server = self.server.as_ref().and_then(|server| {
             let machines = earliest(server.store.next_deadline(), server.target.next_deadline());
+            let machines = earliest(machines, server.fills.next_deadline());
             earliest(machines, server.service.next_deadline())
         });
         let rest = earliest(self.heads.next_deadline(), self.peers.next_deadline());
@@ -279,23 +300,12 @@ impl Node {
         if self.heads.len() >= base::limits::VOLUMES_MAX {
             return Err(OpenHeadError::TooMany);
         }
-        let own = self.server.as_ref().map(|server| (server.server, server.pool));
-        let local = shard
-            .members
-            .iter()
-            .find(|member| own == Some((member.server, member.pool)))
-            .map(|member| member.server);
-        // A member on this very server but in another pool is neither: that pool is gone.
-        let remote: Vec<ServerId> = shard
-            .members
-            .iter()
-            .map(|member| member.server)
-            .filter(|server| own.is_none_or(|(own, _)| own != *server))
-            .collect();
+        let (local, remote) = self.places(&shard);
         let config = HeadConfig {
             epoch: volume.epoch,
             shard,
-            local,
+            // Its member here may come later.
+            local: self.server.as_ref().map(|server| server.server),
             buffers: self.head_buffers.clone(),
             tunables: self.tunables,
             volume,
@@ -311,6 +321,7 @@ impl Node {
         let tag = self.heads.insert(head, export, local, members);
         if let Some(server) = local {
             self.heads.handle(now, tag, volume::Input::MemberUp { server });
+            self.tell_standing(Origin::Local { head: tag });
         }
         for server in remote {
             self.retain_peer(tag, server);
@@ -359,7 +370,7 @@ impl Node {
     pub fn counters(&self) -> NodeCounters {
         let Some(server) = &self.server else { return NodeCounters::default() };
         let (seals_held, seals_waited) = server.service.seals_held();
-        NodeCounters { seals_held, seals_waited }
+        NodeCounters { seals_held, seals_waited, fills: server.fills.counters() }
     }
 
     /// Asserts what must hold between any two calls. For tests and the simulator.
@@ -378,6 +389,7 @@ impl Node {
             server.store.handle(now, store::Input::Tick);
             server.target.handle(now, TargetInput::Tick);
             server.service.tick(now);
+            server.fills.tick(now);
         }
         self.peers.tick(now);
         self.heads.tick(now);

@@ -6,7 +6,7 @@ use nvme::{SessionId, Tag};
 
 use super::{Node, StoreCommand};
 use crate::io::Output;
-use crate::replica_service::Origin;
+use crate::replica_service::{Admitted, Origin};
 
 impl Node {
     pub(super) fn control(&mut self, pending: StoreCommand, tag: u64, command: store::Command) {
@@ -33,10 +33,52 @@ impl Node {
             Some(client) => server.service.admit(self.now, &command, origin, client),
             None => Err(ReplicaError::NotSealed),
         };
-        if let Err(error) = admitted {
-            self.replica_reply(origin, tag, Err(error));
-            return;
+        match admitted {
+            Ok(Admitted::Command) => {}
+            Ok(Admitted::Seal { deposed }) => {
+                server.fills.sealed(self.now, command.key, command.epoch);
+                if let Some(deposed) = deposed {
+                    self.tell_deposed(deposed, command.key, command.epoch);
+                }
+            }
+            Err(error) => {
+                self.replica_reply(origin, tag, Err(error));
+                return;
+            }
         }
+        match self.answer_here(&command) {
+            Some(result) => self.replica_reply(origin, tag, result),
+            None => self.store_command(origin, tag, command),
+        }
+    }
+
+    /// The answer to a command that is not for the store.
+    fn answer_here(&mut self, command: &ReplicaCommand) -> Option<Result<ReplyBody, ReplicaError>> {
+        match &command.body {
+            CommandBody::Renew | CommandBody::Hello { .. } => Some(Ok(ReplyBody::Done)),
+            CommandBody::HealthOf { server } => {
+                let own = self.server.as_ref().is_some_and(|own| own.server == *server);
+                let health =
+                    if own { Health::Healthy } else { self.peers.health(self.now, *server) };
+                Some(Ok(ReplyBody::Health(health)))
+            }
+            CommandBody::Install { .. } => {
+                Some(self.install((command.key, command.epoch), &command.body))
+            }
+            CommandBody::Seal
+            | CommandBody::Append { .. }
+            | CommandBody::Read { .. }
+            | CommandBody::Flush
+            | CommandBody::Scan { .. }
+            | CommandBody::Truncate { .. }
+            | CommandBody::Trim
+            | CommandBody::Release
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. } => None,
+        }
+    }
+
+    fn store_command(&mut self, origin: Origin, tag: u64, command: ReplicaCommand) {
         let ReplicaCommand { key, epoch, commit, body } = command;
         let command = match body {
             CommandBody::Seal => store::Command::Seal { key, epoch },
@@ -50,24 +92,18 @@ impl Node {
             CommandBody::Scan { seq, buffer } => store::Command::Scan { key, seq, buffer },
             CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
             CommandBody::Trim | CommandBody::Release => store::Command::Commit { key, commit },
-            CommandBody::Renew | CommandBody::Hello { .. } => {
-                self.replica_reply(origin, tag, Ok(ReplyBody::Done));
-                return;
+            CommandBody::List { unit, first, buffer } => {
+                store::Command::List { key, unit, first, buffer }
             }
-            CommandBody::HealthOf { server: asked } => {
-                let health = if asked == server.server {
-                    Health::Healthy
-                } else {
-                    self.peers.health(self.now, asked)
-                };
-                self.replica_reply(origin, tag, Ok(ReplyBody::Health(health)));
-                return;
+            CommandBody::Fetch { lba, end, buffer } => {
+                store::Command::Fetch { key, lba, end, buffer }
             }
-            CommandBody::Install { .. } | CommandBody::List { .. } | CommandBody::Fetch { .. } => {
-                self.replica_reply(origin, tag, Err(ReplicaError::Invalid));
-                return;
-            }
+            CommandBody::Renew
+            | CommandBody::Hello { .. }
+            | CommandBody::HealthOf { .. }
+            | CommandBody::Install { .. } => unreachable!("answered without the store"),
         };
+        let server = self.server.as_mut().expect("the caller found it");
         let pending = StoreCommand::Replica { key, epoch, origin, tag };
         let tag = server.commands.insert_or_grow(pending);
         server.store.handle(self.now, store::Input::Command { tag, command });
@@ -120,6 +156,7 @@ impl Node {
                     self.replica_reply(origin, tag, result);
                 }
             }
+            StoreCommand::Fill { fill, step } => self.fill_answer(fill, step, result),
             StoreCommand::Create { key, tag } => {
                 if result.is_ok() {
                     let sealed = server.store.replica(key).map_or(Epoch::NONE, |r| r.state.sealed);
@@ -153,9 +190,13 @@ impl Node {
                 store::Output::Disk(operation) => self.disk.push_back(operation),
                 store::Output::Done { tag, result } => self.store_done(tag, result),
                 store::Output::Failed(failure) => {
+                    self.pool_failed();
                     self.outputs.push_back(Output::PoolFailed(failure));
                 }
-                store::Output::Notice(notice) => self.outputs.push_back(Output::PoolNotice(notice)),
+                store::Output::Notice(notice) => {
+                    self.pool_notice(notice);
+                    self.outputs.push_back(Output::PoolNotice(notice));
+                }
             }
         }
         progress

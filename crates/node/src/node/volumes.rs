@@ -129,7 +129,7 @@ impl Node {
             self.replica_command(Origin::Local { head }, tag, command);
             return;
         }
-        let from = Outgoing { head, tag };
+        let from = Outgoing::Head { head, tag };
         if !self.peers.command(self.now, server, from, command) {
             let result = Err(ReplicaError::Disconnected);
             self.heads.handle(self.now, head, volume::Input::Reply { server, tag, result });
