@@ -124,11 +124,9 @@ impl Head {
             *slot != index && except & bit(*slot) == 0 && member.in_sync() && member.follows()
         };
         let able = self.members.iter().enumerate().filter(able);
-        let fastest = able.clone().map(|(_, member)| member.latency_nanos).min()?;
         let rank = |(_, member): &(usize, &Member)| {
-            let slow = member.latency_nanos > fastest.saturating_mul(10).max(2_000_000);
-            let weak = member.health.draining.is_some() || member.health.degraded.is_some();
-            (slow, weak, self.local == Some(member.server), member.latency_nanos)
+            let weak = member.reads_badly() || member.health.degraded.is_some();
+            (weak, self.local == Some(member.server), member.speed.reads.expected(self.now))
         };
         able.min_by_key(rank).map(|(slot, _)| slot)
     }

@@ -12,7 +12,7 @@ pub(crate) enum Grounds {
     Written { seq: Seq },
     /// Every record through `target` is on media at a write quorum.
     Flushed { target: Seq },
-    /// Verified data, in which nothing newer than record `seen` can show.
+    /// Verified data, in which nothing newer than record `seen` can show, and grants to show it.
     Read { data: Buffer, seen: Seq },
     /// Every copy is damaged, or the stall deadline passed.
     Failed,
@@ -43,6 +43,11 @@ impl Head {
             Grounds::Read { data: bytes, seen } => {
                 assert!(self.serves(), "no read before EpochStart is settled");
                 assert!(seen <= self.log.commit(), "what a read shows is settled");
+                assert!(self.trusted(), "no read while another head may be open");
+                assert!(
+                    !matches!(self.phase, Phase::Releasing { until: Some(_) }),
+                    "no read once members may have been told of the release"
+                );
                 data = Some(bytes);
                 Status::Ok
             }

@@ -12,6 +12,8 @@ use base::{
 use crate::config::{DEPTH_EXPECTED, HeadConfig, HeadError, Tunables};
 use crate::ending::Unanswered;
 use crate::flush::FlushWaiter;
+use crate::grants::Grants;
+use crate::health::Polls;
 use crate::log::Log;
 use crate::member::Member;
 use crate::membership::FailStop;
@@ -143,6 +145,10 @@ pub struct Head {
     pub(crate) log: Log,
     pub(crate) newest: Newest,
     pub(crate) reads: Reads,
+    pub(crate) grants: Grants,
+    pub(crate) polls: Polls,
+    /// The members' latencies are compared then.
+    pub(crate) speeds_at: Instant,
     pub(crate) flushes: VecDeque<FlushWaiter>,
     pub(crate) queue: VecDeque<Queued>,
     /// The first queued request waits for a buffer; try again then.
@@ -223,6 +229,9 @@ impl Head {
             log: Log::new(DEPTH_EXPECTED),
             newest: Newest::new(volume.block_size),
             reads: Reads::new(),
+            grants: Grants::new(),
+            polls: Polls::new(),
+            speeds_at: now,
             flushes: VecDeque::with_capacity(DEPTH_EXPECTED),
             queue: VecDeque::with_capacity(DEPTH_EXPECTED),
             buffer_retry: None,
@@ -281,9 +290,16 @@ impl Head {
         self.forget_acknowledged();
         self.advance_flushes();
         self.advance_reads();
+        self.advance_hedges();
+        self.advance_grants();
         self.send_commit_news();
         self.expire();
         self.advance_release();
+        if let Phase::Ended(_) = self.phase {
+            return;
+        }
+        self.advance_polls();
+        self.advance_speeds();
         self.watch_for_stall();
     }
 
@@ -307,6 +323,10 @@ impl Head {
         let mut deadline = earliest(self.buffer_retry, self.trim_at);
         deadline = earliest(deadline, self.settle_at);
         deadline = earliest(deadline, self.reads.retry_at());
+        deadline = earliest(deadline, self.grants.retry_at);
+        deadline = earliest(deadline, self.hedge_deadline());
+        deadline = earliest(deadline, self.speeds_deadline());
+        deadline = earliest(deadline, self.polls_deadline());
         deadline = earliest(deadline, self.phase_deadline());
         deadline = earliest(deadline, self.stall_deadline());
         if self.policy.stall_deadline_ms.is_some() && self.unanswered() > 0 {
@@ -360,15 +380,9 @@ impl Head {
     }
 
     /// Sends a command to a member; commit news rides along.
-    pub(crate) fn send(
-        &mut self,
-        member: usize,
-        kind: Kind,
-        number: u64,
-        body: CommandBody,
-    ) -> u64 {
+    pub(crate) fn send(&mut self, index: usize, kind: Kind, number: u64, body: CommandBody) -> u64 {
         let (commit, now) = (self.log.durable, self.now);
-        let member = &mut self.members[member];
+        let member = &mut self.members[index];
         assert!(member.connected, "commands go to connected members only");
         // What a member has not acknowledged it may yet have to truncate, or may not hold.
         let commit = if member.follows() { commit.min(member.acked) } else { Seq::ZERO };
@@ -378,6 +392,7 @@ impl Head {
         let tag = tag(kind, member.session, number);
         let command = ReplicaCommand { key: self.key, epoch: self.epoch, commit, body };
         self.outputs.push_back(Output::Command { server: member.server, tag, command });
+        self.time_append(index, kind, tag);
         tag
     }
 

@@ -266,7 +266,7 @@ impl Head {
             except & 1 << index == 0 && member.follows() && member.acked >= seq
         };
         let rank = |(_, member): &(usize, &crate::member::Member)| {
-            (member.trimmed >= seq, self.local != Some(member.server), member.latency_nanos)
+            (member.trimmed >= seq, self.local != Some(member.server), self.reluctance(member))
         };
         self.members.iter().enumerate().filter(able).min_by_key(rank).map(|(index, _)| index)
     }

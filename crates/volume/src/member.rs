@@ -7,9 +7,11 @@ use base::{Epoch, Instant, ReplicaError, ReplicaState, Role, Seq, ServerId};
 
 use crate::catchup::CatchUp;
 use crate::fill::Filling;
+use crate::grants::Grant;
 use crate::health::MemberHealth;
 use crate::log::pinned;
 use crate::matching::Matching;
+use crate::slow::Speed;
 use crate::status::MemberMode;
 
 const WORDS: usize = MEMBER_COMMANDS_MAX / 64;
@@ -92,7 +94,6 @@ pub(crate) struct Member {
     /// A Flush is under way and will put everything through here on media.
     pub(crate) flushing: Option<Seq>,
     pub(crate) trimmed: Seq,
-    pub(crate) latency_nanos: u64,
     pub(crate) backoff: Duration,
     pub(crate) release_sent: bool,
     pub(crate) release_answered: bool,
@@ -103,6 +104,8 @@ pub(crate) struct Member {
     pub(crate) fill_after: Instant,
     /// In this session nobody could bring it the log's tail but the head.
     pub(crate) fills_refused: bool,
+    pub(crate) grant: Grant,
+    pub(crate) speed: Speed,
 }
 
 impl Member {
@@ -126,7 +129,6 @@ impl Member {
             told_at: now,
             flushing: None,
             trimmed: Seq::ZERO,
-            latency_nanos: 0,
             backoff,
             release_sent: false,
             release_answered: false,
@@ -134,6 +136,8 @@ impl Member {
             damaged: false,
             fill_after: now,
             fills_refused: false,
+            grant: Grant::new(),
+            speed: Speed::default(),
         }
     }
 
@@ -232,16 +236,6 @@ impl Member {
             self.answered.put(self.acked, false);
         }
         self.acked > before
-    }
-
-    /// Notes how long an answer took: a smoothed mean over about eight.
-    pub(crate) fn learn_latency(&mut self, took: Duration) {
-        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX / 16);
-        self.latency_nanos = if self.latency_nanos == 0 {
-            nanos.max(1)
-        } else {
-            (self.latency_nanos / 8 * 7).saturating_add(nanos / 8).max(1)
-        };
     }
 }
 

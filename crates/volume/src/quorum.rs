@@ -64,6 +64,11 @@ impl Sets {
         self.old
     }
 
+    /// True if the member in `slot` is in the set, or in one of two.
+    pub(crate) fn counts(self, slot: usize) -> bool {
+        self.each().any(|set| set & bit(slot) != 0)
+    }
+
     /// The one set, or both.
     fn each(self) -> impl Iterator<Item = Bits> {
         core::iter::once(self.old).chain(self.new)

@@ -1,28 +1,46 @@
 //! Reads: from the local member if it holds the newest acknowledged record of the range, else from the
-//! fastest that does; on failure from the next. Data that may show a record which is not at a
-//! quorum yet is held back until it is: what a guest has seen never reverts.
+//! fastest that does; on failure from the next. A member that takes far longer than usual is not
+//! waited for (see `hedge`). Data that may show a record which is not at a quorum yet is held back until
+//! it is: what a guest has seen never reverts. And no data leaves while another head may have been
+//! opened (see `grants`).
 
+use core::time::Duration;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use base::limits::HEAD_REQUESTS_MAX;
 use base::{
-    BlockCount, Buffer, BufferMut, CommandBody, Instant, Lba, ReplicaError, ReplyBody, RequestId,
-    Seq,
+    BlockCount, Buffer, BufferMut, CommandBody, DegradedReason, Instant, Lba, ReplicaError,
+    ReplyBody, RequestId, Seq,
 };
 
 use crate::config::DEPTH_EXPECTED;
 use crate::gate::Grounds;
 use crate::head::{Head, Phase};
+use crate::hedge::{Hedging, Link};
+use crate::member::Member;
+use crate::quorum::bit;
 use crate::sessions::Answer;
 use crate::tag::Kind;
+
+/// Slots: reads that were answered keep theirs while a member still works for them.
+const SLOTS_MAX: usize = 2 * HEAD_REQUESTS_MAX;
+/// The bits of a tag's number that name the slot; the rest counts commands.
+const SLOT_BITS: u32 = 16;
+
+const _: () = assert!(SLOTS_MAX < 1 << SLOT_BITS);
+
+/// The local member is read from while it takes no longer than this many times the fastest other
+const LOCAL_TIMES: u32 = 3;
+/// and this.
+const LOCAL_FAVOUR: Duration = Duration::from_micros(300);
 
 /// All reads under way.
 #[derive(Debug)]
 pub(crate) struct Reads {
-    slots: Vec<Option<Read>>,
+    pub(crate) slots: Vec<Option<Read>>,
     free: Vec<u16>,
-    /// Read, but to be held until the seq is settled.
+    /// Read, but to be held until the seq is settled and the head is trusted.
     held: BinaryHeap<Reverse<(Seq, u16)>>,
     /// Reads whose request is unanswered.
     unanswered: usize,
@@ -30,30 +48,49 @@ pub(crate) struct Reads {
     waiting: usize,
     retry: bool,
     retry_at: Option<Instant>,
+    /// Commands sent, for their tags.
+    sent: u64,
+    pub(crate) hedging: Hedging,
 }
 
 #[derive(Debug)]
-struct Read {
-    /// `None` once answered, by the stall deadline.
-    request: Option<RequestId>,
-    lba: Lba,
-    blocks: BlockCount,
+pub(crate) struct Read {
+    /// `None` once answered.
+    pub(crate) request: Option<RequestId>,
+    pub(crate) lba: Lba,
+    pub(crate) blocks: BlockCount,
     arrived: Instant,
-    state: ReadState,
+    pub(crate) state: ReadState,
+    /// Commands under way for it: a first one, and perhaps a second opinion.
+    pub(crate) asks: [Option<Ask>; 2],
+    /// Its place among those that may become too late.
+    pub(crate) link: Option<Link>,
+    /// The second member was asked because the first was late.
+    pub(crate) hedged: bool,
     /// Members where the data is damaged.
-    damaged: u8,
+    pub(crate) damaged: u8,
     /// Members that failed in this round.
-    failed: u8,
+    pub(crate) failed: u8,
+}
+
+/// A command under way to a member.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask {
+    pub(crate) member: usize,
+    pub(crate) tag: u64,
+    at: Instant,
 }
 
 #[derive(Debug)]
-enum ReadState {
-    /// A member was asked.
-    Asked { member: usize, tag: u64, at: Instant },
-    /// The data is here and waits for `until` to be settled.
+pub(crate) enum ReadState {
+    /// A member was asked, or two.
+    Asked,
+    /// The data is here and waits for `until` to be settled, or for grants.
     Held { until: Seq, data: Buffer },
     /// No member can be asked now. The buffer may have been lost with a command.
     Waiting { buffer: Option<BufferMut> },
+    /// Answered; somebody still works for it.
+    Answered,
 }
 
 /// An unanswered read of a head that ended.
@@ -63,6 +100,12 @@ pub(crate) struct LostRead {
     pub(crate) lba: Lba,
     pub(crate) blocks: BlockCount,
     pub(crate) buffer: Option<BufferMut>,
+}
+
+impl Read {
+    pub(crate) fn idle(&self) -> bool {
+        self.asks.iter().all(Option::is_none)
+    }
 }
 
 impl Reads {
@@ -75,6 +118,8 @@ impl Reads {
             waiting: 0,
             retry: false,
             retry_at: None,
+            sent: 0,
+            hedging: Hedging::new(),
         }
     }
 
@@ -87,7 +132,7 @@ impl Reads {
     }
 
     pub(crate) fn room(&self) -> bool {
-        !self.free.is_empty() || self.slots.len() < HEAD_REQUESTS_MAX
+        !self.free.is_empty() || self.slots.len() < SLOTS_MAX
     }
 
     /// Puts a read into a free slot; the caller saw room.
@@ -121,16 +166,46 @@ impl Reads {
         if self.waiting > 0 { self.retry_at } else { None }
     }
 
-    fn release(&mut self, slot: u16) -> Option<Read> {
-        let read = self.slots[usize::from(slot)].take()?;
-        if read.request.is_some() {
-            self.unanswered -= 1;
+    /// The number of the next command for `slot`.
+    pub(crate) fn number(&mut self, slot: u16) -> u64 {
+        self.sent += 1;
+        self.sent << SLOT_BITS | u64::from(slot)
+    }
+
+    pub(crate) fn at(&self, slot: u16) -> Option<&Read> {
+        self.slots.get(usize::from(slot))?.as_ref()
+    }
+
+    pub(crate) fn at_mut(&mut self, slot: u16) -> Option<&mut Read> {
+        self.slots.get_mut(usize::from(slot))?.as_mut()
+    }
+
+    /// Enters `state`, and leaves the one before.
+    fn enter(&mut self, slot: u16, state: ReadState) -> Option<ReadState> {
+        let read = self.slots.get_mut(usize::from(slot))?.as_mut()?;
+        self.waiting += usize::from(matches!(state, ReadState::Waiting { .. }));
+        let before = core::mem::replace(&mut read.state, state);
+        self.waiting -= usize::from(matches!(before, ReadState::Waiting { .. }));
+        Some(before)
+    }
+
+    /// A read's request is answered now: its name, and what it waited with.
+    fn answer(&mut self, slot: u16) -> Option<(RequestId, ReadState)> {
+        let request = self.at_mut(slot)?.request.take()?;
+        self.unanswered -= 1;
+        let before = self.enter(slot, ReadState::Answered)?;
+        self.settled(slot);
+        self.free_if_done(slot);
+        Some((request, before))
+    }
+
+    /// Frees a slot that nobody works for any more.
+    fn free_if_done(&mut self, slot: u16) {
+        let done = |read: &Read| matches!(read.state, ReadState::Answered) && read.idle();
+        if self.at(slot).is_some_and(done) {
+            self.slots[usize::from(slot)] = None;
+            self.free.push(slot);
         }
-        if let ReadState::Waiting { .. } = read.state {
-            self.waiting -= 1;
-        }
-        self.free.push(slot);
-        Some(read)
     }
 
     /// Takes all unanswered reads, at the end of a head.
@@ -138,13 +213,14 @@ impl Reads {
         self.held.clear();
         self.unanswered = 0;
         self.waiting = 0;
+        self.hedging = Hedging::new();
         let count = u16::try_from(self.slots.len()).expect("the limit fits");
         self.free.clear();
         self.free.extend(0..count);
         self.slots.iter_mut().filter_map(|slot| {
             let Read { request, lba, blocks, state, .. } = slot.take()?;
             let buffer = match state {
-                ReadState::Asked { .. } => None,
+                ReadState::Asked | ReadState::Answered => None,
                 ReadState::Held { data, .. } => data.try_into_mut().ok(),
                 ReadState::Waiting { buffer } => buffer,
             };
@@ -157,13 +233,29 @@ impl Reads {
         assert_eq!(used.clone().count() + self.free.len(), self.slots.len());
         let unanswered = used.clone().filter(|read| read.request.is_some()).count();
         assert_eq!(unanswered, self.unanswered);
-        let waiting = used.filter(|read| matches!(read.state, ReadState::Waiting { .. })).count();
-        assert_eq!(waiting, self.waiting);
+        let waiting = |read: &&Read| matches!(read.state, ReadState::Waiting { .. });
+        assert_eq!(used.clone().filter(waiting).count(), self.waiting);
+        for read in used {
+            let answered = matches!(read.state, ReadState::Answered);
+            assert_eq!(read.request.is_none(), answered);
+            assert!(!answered || !read.idle(), "an answered read is kept for its commands only");
+            assert!(!waiting(&read) || read.idle(), "a read waits for one thing at a time");
+        }
+        self.check_hedging();
     }
 }
 
-fn bit(member: usize) -> u8 {
-    1 << member
+impl Member {
+    /// True if reads are better asked of others: it is slow, goes away, or has trouble with reading.
+    pub(crate) fn reads_badly(&self) -> bool {
+        let degraded = match self.health.degraded {
+            Some(
+                DegradedReason::SlowDevice | DegradedReason::FailedDevice | DegradedReason::Damage,
+            ) => true,
+            Some(DegradedReason::LogFull) | None => false,
+        };
+        degraded || self.speed.slow_since.is_some() || self.health.draining.is_some()
+    }
 }
 
 impl Head {
@@ -176,23 +268,50 @@ impl Head {
         buffer: BufferMut,
     ) {
         let state = ReadState::Waiting { buffer: Some(buffer) };
-        let read = Read { request: Some(id), lba, blocks, arrived, state, damaged: 0, failed: 0 };
+        let read = Read {
+            request: Some(id),
+            lba,
+            blocks,
+            arrived,
+            state,
+            asks: [None; 2],
+            link: None,
+            hedged: false,
+            damaged: 0,
+            failed: 0,
+        };
         let slot = self.reads.insert(read);
+        self.plan_renewals();
         self.dispatch(slot);
     }
 
+    /// How eagerly a member is read from: the least is the best.
+    pub(crate) fn reluctance(&self, member: &Member) -> (bool, Duration, bool) {
+        let expected = member.speed.reads.expected(self.now).unwrap_or_default();
+        let local = self.local == Some(member.server);
+        let cost =
+            if local { expected.saturating_sub(LOCAL_FAVOUR) / LOCAL_TIMES } else { expected };
+        (member.reads_badly(), cost, !local)
+    }
+
+    /// True if the member can answer a read that shows everything through `covers`.
+    pub(crate) fn can_read(member: &Member, covers: Seq) -> bool {
+        member.in_sync() && member.follows() && member.acked >= covers
+    }
+
     /// The best member to read from, of those that hold `covers`.
-    fn reader(&self, covers: Seq, except: u8) -> Option<usize> {
-        let able = |(index, member): &(usize, &crate::member::Member)| {
-            except & bit(*index) == 0
-                && member.in_sync()
-                && member.follows()
-                && member.acked >= covers
-        };
-        let rank = |(_, member): &(usize, &crate::member::Member)| {
-            (self.local != Some(member.server), member.latency_nanos)
-        };
-        self.members.iter().enumerate().filter(able).min_by_key(rank).map(|(index, _)| index)
+    pub(crate) fn reader(&self, covers: Seq, except: u8) -> Option<usize> {
+        let members = self.members.iter().enumerate();
+        members
+            .filter(|(index, member)| except & bit(*index) == 0 && Self::can_read(member, covers))
+            .min_by_key(|(_, member)| self.reluctance(member))
+            .map(|(index, _)| index)
+    }
+
+    /// The newest acknowledged record of a range; what came before this epoch is below EpochStart.
+    pub(crate) fn covers(&self, lba: Lba, blocks: BlockCount) -> Seq {
+        let start = self.log.start().expect("reads begin after EpochStart");
+        self.newest.touching(lba, blocks).min(self.log.commit()).max(start)
     }
 
     fn damaged_everywhere(&self, damaged: u8) -> bool {
@@ -202,23 +321,17 @@ impl Head {
 
     /// Sends a waiting read to a member, if one can serve it.
     fn dispatch(&mut self, slot: u16) {
-        let commit = self.log.commit();
-        let Some(read) = &self.reads.slots[usize::from(slot)] else { return };
+        let Some(read) = self.reads.at(slot) else { return };
         let (lba, blocks, damaged, failed) = (read.lba, read.blocks, read.damaged, read.failed);
         if self.damaged_everywhere(damaged) {
-            if let Some(Read { request: Some(id), .. }) = self.reads.release(slot) {
-                self.answer(id, Grounds::Failed);
-            }
+            self.fail_read(slot);
             return;
         }
-        // The newest acknowledged record of the range; what came before this epoch is below
-        // EpochStart.
-        let start = self.log.start().expect("reads begin after EpochStart");
-        let covers = self.newest.touching(lba, blocks).min(commit).max(start);
+        let covers = self.covers(lba, blocks);
         let bytes = usize::try_from(blocks.bytes(self.block_size)).expect("checked at arrival");
         let target = self.reader(covers, damaged | failed);
         let again = self.now + self.tunables.retry_min;
-        let Some(read) = &mut self.reads.slots[usize::from(slot)] else { return };
+        let Some(read) = self.reads.at_mut(slot) else { return };
         let ReadState::Waiting { buffer: own } = &mut read.state else { return };
         let buffer = own.take().or_else(|| self.buffers.take(bytes));
         let (Some(member), Some(_)) = (target, &buffer) else {
@@ -228,43 +341,75 @@ impl Head {
             return;
         };
         let Some(buffer) = buffer else { return };
+        self.ask(slot, member, covers, buffer);
+        self.reads.enter(slot, ReadState::Asked);
+        self.watch(slot, member);
+        self.probe(slot, member, covers);
+    }
+
+    /// Sends a read to a member.
+    pub(crate) fn ask(&mut self, slot: u16, member: usize, covers: Seq, buffer: BufferMut) {
+        let Some(read) = self.reads.at(slot) else { return };
+        let (lba, blocks) = (read.lba, read.blocks);
+        let number = self.reads.number(slot);
         let body = CommandBody::Read { lba, blocks, covers, buffer };
-        let tag = self.send(member, Kind::Read, u64::from(slot), body);
+        let tag = self.send(member, Kind::Read, number, body);
         let at = self.now;
-        if let Some(read) = &mut self.reads.slots[usize::from(slot)] {
-            read.state = ReadState::Asked { member, tag, at };
-            self.reads.waiting -= 1;
+        self.members[member].speed.reads.sent(tag, at);
+        let Some(read) = self.reads.at_mut(slot) else { return };
+        let place = read.asks.iter_mut().find(|ask| ask.is_none());
+        *place.expect("a third member is never asked") = Some(Ask { member, tag, at });
+    }
+
+    fn fail_read(&mut self, slot: u16) {
+        if let Some((id, _)) = self.reads.answer(slot) {
+            self.answer(id, Grounds::Failed);
         }
     }
 
     pub(crate) fn read_answered(&mut self, index: usize, tag: u64, number: u64, result: Answer) {
-        let Ok(slot) = u16::try_from(number) else { return };
-        let Some(Some(read)) = self.reads.slots.get_mut(usize::from(slot)) else { return };
-        let ReadState::Asked { tag: asked, at, .. } = read.state else { return };
-        if asked != tag {
+        let _ = self.members[index].speed.reads.timed(tag);
+        let Ok(slot) = u16::try_from(number & ((1 << SLOT_BITS) - 1)) else { return };
+        let Some(read) = self.reads.at_mut(slot) else { return };
+        let asked = |ask: &&mut Option<Ask>| ask.is_some_and(|ask| ask.tag == tag);
+        let Some(Ask { at, .. }) = read.asks.iter_mut().find(asked).and_then(Option::take) else {
             return;
-        }
-        if read.request.is_none() {
-            self.reads.release(slot);
-            return;
-        }
+        };
         let bytes = read.blocks.bytes(self.block_size);
+        self.reads.ask_ended(slot, index);
         let failure = match result {
             Ok(ReplyBody::Data(data)) if data.len() as u64 == bytes => {
-                self.members[index].learn_latency(self.now - at);
+                let now = self.now;
+                let member = &mut self.members[index];
+                member.speed.reads.learn(now.since(at), now);
+                member.grant.learn(at);
                 self.hold_or_answer(slot, data);
+                self.reads.free_if_done(slot);
                 return;
             }
             Ok(_) => ReplicaError::Damaged,
             Err(error) => error,
         };
-        if failure == ReplicaError::Damaged {
-            read.damaged |= bit(index);
-        } else {
-            read.failed |= bit(index);
+        self.read_failed(slot, index, failure);
+        self.reads.free_if_done(slot);
+    }
+
+    /// A member could not answer a read.
+    fn read_failed(&mut self, slot: u16, index: usize, failure: ReplicaError) {
+        let mut again = false;
+        if let Some(read) = self.reads.at_mut(slot)
+            && matches!(read.state, ReadState::Asked)
+        {
+            if failure == ReplicaError::Damaged {
+                read.damaged |= bit(index);
+            } else {
+                read.failed |= bit(index);
+            }
+            again = read.idle();
         }
-        read.state = ReadState::Waiting { buffer: None };
-        self.reads.waiting += 1;
+        if again {
+            self.reads.enter(slot, ReadState::Waiting { buffer: None });
+        }
         match failure {
             ReplicaError::Damaged | ReplicaError::Behind { .. } | ReplicaError::Invalid => {}
             ReplicaError::Superseded { .. }
@@ -281,38 +426,50 @@ impl Head {
                 }
             }
         }
-        self.dispatch(slot);
+        if again {
+            self.dispatch(slot);
+        }
     }
 
-    /// Answers a read unless its data may show what is not settled.
+    /// Answers a read unless its data may show what is not settled, or may be out of date. Data that
+    /// came too late to be of use is dropped.
     fn hold_or_answer(&mut self, slot: u16, data: Buffer) {
-        let Some(read) = &mut self.reads.slots[usize::from(slot)] else { return };
+        let Some(read) = self.reads.at(slot) else { return };
+        if !matches!(read.state, ReadState::Asked) {
+            return;
+        }
         let until = self.newest.touching(read.lba, read.blocks);
-        if until > self.log.commit() {
-            read.state = ReadState::Held { until, data };
+        self.reads.settled(slot);
+        if until > self.log.commit() || !self.trusted() {
+            self.reads.enter(slot, ReadState::Held { until, data });
             self.reads.held.push(Reverse((until, slot)));
-        } else if let Some(Read { request: Some(id), .. }) = self.reads.release(slot) {
+        } else if let Some((id, _)) = self.reads.answer(slot) {
             self.answer(id, Grounds::Read { data, seen: until });
         }
     }
 
-    /// Answers reads whose data is settled by now.
+    /// True if data that is settled is held back for want of grants.
+    pub(crate) fn reads_ungranted(&self) -> bool {
+        let first = self.reads.held.peek();
+        first.is_some_and(|Reverse((until, _))| *until <= self.log.commit()) && !self.trusted()
+    }
+
+    /// Answers reads whose data is settled by now, while the head is trusted.
     pub(crate) fn release_held_reads(&mut self) {
         while let Some(Reverse((until, slot))) = self.reads.held.peek().copied() {
             if until > self.log.commit() {
                 return;
             }
-            self.reads.held.pop();
             let held = matches!(
-                &self.reads.slots[usize::from(slot)],
+                self.reads.at(slot),
                 Some(Read { state: ReadState::Held { until: u, .. }, .. }) if *u == until
             );
-            if !held {
-                continue; // answered by the stall deadline
+            if held && !self.trusted() {
+                return;
             }
-            if let Some(Read { request: Some(id), state: ReadState::Held { data, .. }, .. }) =
-                self.reads.release(slot)
-            {
+            self.reads.held.pop();
+            // Others were answered by the stall deadline.
+            if held && let Some((id, ReadState::Held { data, .. })) = self.reads.answer(slot) {
                 self.answer(id, Grounds::Read { data, seen: until });
             }
         }
@@ -321,16 +478,17 @@ impl Head {
     /// A member's session is gone, and with it the reads it was asked for.
     pub(crate) fn reads_lost(&mut self, lost: usize) {
         for slot in 0..self.reads.slots.len() {
-            let Some(read) = &mut self.reads.slots[slot] else { continue };
-            if !matches!(read.state, ReadState::Asked { member, .. } if member == lost) {
-                continue;
-            }
             let slot = u16::try_from(slot).expect("bounded by the limit");
-            read.state = ReadState::Waiting { buffer: None };
-            self.reads.waiting += 1;
-            if read.request.is_none() {
-                self.reads.release(slot);
+            let Some(read) = self.reads.at_mut(slot) else { continue };
+            let of_lost = |ask: &&mut Option<Ask>| ask.is_some_and(|ask| ask.member == lost);
+            let Some(ask) = read.asks.iter_mut().find(of_lost) else { continue };
+            *ask = None;
+            let again = matches!(read.state, ReadState::Asked) && read.idle();
+            self.reads.ask_ended(slot, lost);
+            if again {
+                self.reads.enter(slot, ReadState::Waiting { buffer: None });
             }
+            self.reads.free_if_done(slot);
         }
         self.reads.retry();
     }
@@ -362,20 +520,10 @@ impl Head {
     /// Answers reads that arrived before `oldest` with an error.
     pub(crate) fn expire_reads(&mut self, oldest: Instant) {
         for slot in 0..self.reads.slots.len() {
-            let Some(read) = &mut self.reads.slots[slot] else { continue };
-            if read.arrived >= oldest {
-                continue;
+            let Some(read) = &self.reads.slots[slot] else { continue };
+            if read.arrived < oldest {
+                self.fail_read(u16::try_from(slot).expect("bounded by the limit"));
             }
-            let Some(id) = read.request.take() else { continue };
-            self.reads.unanswered -= 1;
-            match read.state {
-                // The command still owns the slot's tag.
-                ReadState::Asked { .. } => {}
-                ReadState::Held { .. } | ReadState::Waiting { .. } => {
-                    self.reads.release(u16::try_from(slot).expect("bounded by the limit"));
-                }
-            }
-            self.answer(id, Grounds::Failed);
         }
     }
 

@@ -31,7 +31,9 @@ impl Head {
         member.told_commit = Seq::ZERO;
         member.release_sent = false;
         member.fills_refused = false;
-        member.health.session_up();
+        member.health.session_up(now);
+        member.grant.session_over();
+        member.speed.session_over();
         member.enter(Mode::Resting { error: None, until: now }, now);
     }
 
@@ -42,11 +44,14 @@ impl Head {
         if !member.connected {
             return;
         }
+        let unanswered = member.outstanding > 0;
         member.connected = false;
         member.session = session;
         member.outstanding = 0;
         member.release_answered = member.release_sent;
-        member.health.session_down(now);
+        member.health.session_down(now, unanswered);
+        member.grant.session_over();
+        member.speed.session_over();
         member.enter(Mode::Down, now);
         self.reads_lost(index);
         self.donor_lost(index);
@@ -59,6 +64,7 @@ impl Head {
         let member = &mut self.members[index];
         let until = if error.is_some() { now + member.backoff } else { now };
         if error.is_some() {
+            member.health.failed();
             member.backoff = (member.backoff * 2).min(retry_max);
         }
         member.enter(Mode::Resting { error, until }, now);
@@ -126,6 +132,7 @@ impl Head {
         }
         let Some((kind, number)) = parse(tag, member.session) else { return };
         member.outstanding = member.outstanding.saturating_sub(1);
+        member.health.heard(self.now);
         if let Err(ReplicaError::Superseded { sealed }) = result
             && sealed > self.epoch
         {
@@ -134,7 +141,10 @@ impl Head {
         }
         match kind {
             Kind::Seal => self.seal_answered(index, &result),
-            Kind::Append => self.append_answered(index, number, &result),
+            Kind::Append => {
+                self.append_timed(index, tag, result.is_ok());
+                self.append_answered(index, number, &result);
+            }
             Kind::Read => self.read_answered(index, tag, number, result),
             Kind::Flush => self.flush_answered(index, &result),
             Kind::Scan => self.scan_answered(index, tag, result),
@@ -142,7 +152,9 @@ impl Head {
             Kind::Trim => self.trim_answered(index, &result),
             Kind::Release => self.members[index].release_answered = true,
             Kind::Install => self.install_answered(index, &result),
-            Kind::Renew | Kind::Hello | Kind::HealthOf => {}
+            Kind::Renew => self.renew_answered(index, number, &result),
+            Kind::Hello => self.hello_answered(index, &result),
+            Kind::HealthOf => self.health_answered(number, &result),
         }
     }
 
@@ -168,7 +180,7 @@ impl Head {
             return;
         }
         let now = self.now;
-        self.members[index].health.answered();
+        self.say_hello(index);
         self.members[index].trimmed = state.trimmed;
         self.members[index].damaged = state.damaged;
         if state.filling || state.damaged {

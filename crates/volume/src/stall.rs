@@ -49,6 +49,9 @@ impl Head {
         {
             return Some(StallReason::Unanswered { seq });
         }
+        if self.reads_ungranted() {
+            return Some(self.no_grant());
+        }
         self.reads_stalled().then_some(StallReason::NoReader)
     }
 
@@ -116,9 +119,9 @@ impl Head {
                 draining: member.health.draining,
                 degraded: member.health.degraded,
                 throttled: member.health.throttled,
-                slow_since: None,
-                read_latency: None,
-                append_latency: None,
+                slow_since: member.speed.slow_since,
+                read_latency: member.speed.reads.mean(self.now),
+                append_latency: member.speed.appends.mean(self.now),
             }
         };
         HeadStatus {
