@@ -11,9 +11,13 @@ use base::{
 };
 
 use crate::error::{StoreError, StoreErrorKind};
+use crate::events::{Event, EventKind};
+use crate::heal::Step;
 use crate::lease::{self, Acquire, AcquireError};
-use crate::records::{Heartbeat, Problem, ServerRecord};
-use crate::servers::{self, RegisterError};
+use crate::members::{self, ChangeOutcome};
+use crate::records::{Draining, Heartbeat, Problem, ServerRecord, VolumeEntry};
+use crate::servers::{self, DrainError, RegisterError, Remaining};
+use crate::status::{FillReport, MemberReport, Rates, StallReport, VolumeStatus};
 use crate::store::ClusterStore;
 use crate::volumes::{self, CreateError, DeleteError, NewVolume, Task};
 
@@ -22,7 +26,7 @@ pub(crate) type Opened = (Box<dyn ClusterStore>, Box<dyn ClusterStore>, Box<dyn 
 
 /// Runs every test on stores that `open` makes.
 pub(crate) fn run(open: impl Fn() -> Opened) {
-    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 10] = [
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 16] = [
         inserts_are_unique_and_seen_by_others,
         updates_are_conditional_on_both_versions,
         epochs_and_tombstones_do_not_go_back,
@@ -33,6 +37,12 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
         leases_have_one_holder,
         servers_keep_their_names,
         racing_acquirers_get_distinct_epochs,
+        statuses_and_events_are_told,
+        draining_is_kept_and_conditional,
+        members_change_only_as_expected,
+        late_members_do_not_count_and_do_not_hold_up,
+        repairers_give_way,
+        servers_are_drained_if_there_is_room,
     ];
     for test in tests {
         let (one, two, _keep) = open();
@@ -378,4 +388,218 @@ fn racing_acquirers_get_distinct_epochs(one: &dyn ClusterStore, two: &dyn Cluste
     let last = one.volume(entry.volume.id).unwrap().unwrap().volume.epoch.0;
     assert_eq!(last, 4 * EACH, "every acquisition is a new epoch");
     assert_eq!(sum.into_inner(), last * (last + 1) / 2, "and no epoch is given twice");
+}
+
+/// A holder's words about `entry`.
+fn status(entry: &VolumeEntry, epoch: u64, written_ms: u64) -> VolumeStatus {
+    VolumeStatus {
+        volume: entry.volume.id,
+        epoch: Epoch(epoch),
+        holder: "server s1".to_owned(),
+        written_ms,
+        phase: "open".to_owned(),
+        stall: Some(StallReport { reason: "1 of 3".to_owned(), since_ms: 5 }),
+        last: 9,
+        commit: 8,
+        in_flight: 3,
+        queued: 0,
+        rates: Rates { writes_per_second: 7, ..Rates::default() },
+        members: vec![MemberReport {
+            server: ServerId::from_bytes([9; 16]),
+            role: Role::CatchingUp,
+            mode: "filling".to_owned(),
+            since_ms: 4,
+            connected: true,
+            last: 7,
+            durable: 6,
+            lag: Some(2),
+            slow: true,
+            draining: true,
+            fill: Some(FillReport { copied_bytes: 1, total_bytes: 21, bytes_per_second: 8 }),
+        }],
+    }
+}
+
+fn event(number: u64) -> Event {
+    Event {
+        at_ms: number,
+        kind: EventKind::MemberAdded,
+        volume: Some(VolumeId::from_bytes([1; 16])),
+        server: None,
+        text: format!("event {number}"),
+        cause: String::new(),
+    }
+}
+
+/// Statuses and events of a store with a volume `entry` and without events.
+pub(crate) fn tells_and_remembers(store: &dyn ClusterStore, entry: &VolumeEntry) {
+    let revision = store.revision().unwrap();
+    assert_eq!(store.statuses().unwrap(), []);
+    let unknown = VolumeStatus { volume: VolumeId::from_bytes([77; 16]), ..status(entry, 5, 1) };
+    store.put_statuses(&[status(entry, 5, 1_000), unknown]).unwrap();
+    assert_eq!(store.statuses().unwrap(), [status(entry, 5, 1_000)]);
+    store.put_statuses(&[status(entry, 4, 2_000)]).unwrap();
+    assert_eq!(store.statuses().unwrap(), [status(entry, 5, 1_000)], "a deposed head's words");
+    store.put_statuses(&[status(entry, 5, 3_000)]).unwrap();
+    store.put_statuses(&[status(entry, 6, 2_500)]).unwrap();
+    assert_eq!(store.statuses().unwrap(), [status(entry, 6, 2_500)]);
+    assert_eq!(store.events(0, 10).unwrap(), []);
+    for number in 1..=5 {
+        assert_eq!(store.append_event(&event(number)).unwrap(), number);
+    }
+    assert_eq!(store.last_event().unwrap(), 5);
+    assert_eq!(store.events(1, 2).unwrap(), [(2, event(2)), (3, event(3))]);
+    assert_eq!(store.events(3, usize::MAX).unwrap(), [(4, event(4)), (5, event(5))]);
+    assert_eq!(store.events(u64::MAX, 9).unwrap(), []);
+    assert_eq!(store.revision().unwrap(), revision, "nothing that anybody decides on");
+}
+
+fn statuses_and_events_are_told(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    tells_and_remembers(one, &entry);
+    assert_eq!(two.statuses().unwrap().len(), 1);
+    assert_eq!(two.append_event(&event(6)).unwrap(), 6);
+    assert_eq!(one.last_event().unwrap(), 6);
+    let told = status(&entry, 5, 10_000);
+    let mut entry = entry;
+    assert!(!told.is_current(&entry, 10_000), "of another epoch");
+    entry.volume.epoch = Epoch(5);
+    assert!(!told.is_current(&entry, 10_000), "nobody holds it");
+    entry.volume.holder = Some(holder(1));
+    assert!(told.is_current(&entry, 9_000) && told.is_current(&entry, 15_000));
+    assert!(!told.is_current(&entry, 15_001), "stale");
+    let fill = told.members[0].fill.unwrap();
+    assert_eq!(fill.seconds_left(), Some(3));
+    assert_eq!(FillReport { bytes_per_second: 0, ..fill }.seconds_left(), None);
+    // A purged volume's status goes with it.
+    entry.deleted = true;
+    entry.shard.members.clear();
+    entry.versions = one.update_volume(&entry).unwrap();
+    one.purge_volume(entry.volume.id, entry.versions).unwrap();
+    assert_eq!(two.statuses().unwrap(), []);
+}
+
+fn draining_is_kept_and_conditional(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let id = running_server(one, 1, 100);
+    let revision = one.revision().unwrap();
+    let draining = Some(Draining { since_ms: 7 });
+    let stale = one.set_draining(id, draining, revision - 1);
+    assert!(matches!(kind(stale), StoreErrorKind::Conflict));
+    let before = one.servers().unwrap().remove(0);
+    two.set_draining(id, draining, revision).unwrap();
+    assert!(two.revision().unwrap() > revision, "it is news");
+    let after = one.servers().unwrap().remove(0);
+    assert_eq!(after.server, ServerRecord { draining, ..before.server });
+    assert_eq!(after.last_seen_ms, before.last_seen_ms, "it still runs");
+    two.heartbeat(&beat(id, 1, 70)).unwrap();
+    two.heartbeat(&Heartbeat { stopping: true, ..beat(id, 1, 70) }).unwrap();
+    assert_eq!(one.servers().unwrap()[0].server.draining, draining, "heartbeats keep it");
+    one.set_draining(id, None, one.revision().unwrap()).unwrap();
+    assert_eq!(two.servers().unwrap()[0].server.draining, None);
+    let nobody = one.set_draining(ServerId::from_bytes([8; 16]), None, one.revision().unwrap());
+    assert!(matches!(kind(nobody), StoreErrorKind::NoServer(_)));
+}
+
+fn members_change_only_as_expected(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let (id, old) = (entry.volume.id, entry.shard);
+    lease::acquire(one, id, &holder(1), Acquire::default()).unwrap();
+    let (server, pool) = (ServerId::from_bytes([3; 16]), pool(3));
+    let add = Step::AddSpare { server, pool, at_ms: 5, counts: true };
+    let new = add.apply(&old);
+    let change = |store, epoch, number, new| {
+        members::change(store, id, Epoch(epoch), holder(number).id, &old, new).unwrap()
+    };
+    assert!(matches!(change(one, 2, 1, &new), ChangeOutcome::Deposed(_)), "another epoch");
+    assert!(matches!(change(one, 1, 2, &new), ChangeOutcome::Deposed(_)), "another holder");
+    let ChangeOutcome::Changed(written) = change(two, 1, 1, &new) else { panic!("the holder may") };
+    assert_eq!(one.volume(id).unwrap(), Some(written.clone()));
+    assert_eq!(written.shard.moves, [base::Move { server, at_ms: 5 }]);
+    assert_eq!(change(one, 1, 1, &new), ChangeOutcome::Changed(written.clone()), "done before");
+    let other = Step::UpdateFailover { failover: vec![server] }.apply(&old);
+    assert_eq!(change(one, 1, 1, &other), ChangeOutcome::Conflict(written));
+    let forced = Acquire { force: true, ..Acquire::default() };
+    let taken = lease::acquire(two, id, &holder(2), forced).unwrap();
+    assert_eq!(change(one, 1, 1, &new), ChangeOutcome::Deposed(taken));
+}
+
+fn late_members_do_not_count_and_do_not_hold_up(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let id = entry.volume.id;
+    lease::acquire(one, id, &holder(1), Acquire::default()).unwrap();
+    let (server, pool) = (ServerId::from_bytes([3; 16]), pool(3));
+    let new = Step::AddSpare { server, pool, at_ms: 5, counts: false }.apply(&entry.shard);
+    members::change(one, id, Epoch(1), holder(1).id, &entry.shard, &new).unwrap();
+    let again = lease::acquire(two, id, &holder(1), Acquire::default()).unwrap();
+    assert_eq!(again.volume.epoch, Epoch(2), "opened while a member is provisioning");
+    let all = two.volumes().unwrap();
+    assert!(matches!(&volumes::tasks(&all, server, pool)[..], [Task::Provision(_)]));
+    assert!(volumes::provisioned(two, id, server, pool).unwrap());
+    assert!(!volumes::provisioned(one, id, server, pool).unwrap());
+    let entry = one.volume(id).unwrap().unwrap();
+    assert_eq!(entry.shard.members[1].role, Role::CatchingUp, "it was never filled");
+    let left = Step::Remove { server }.apply(&entry.shard);
+    members::change(one, id, Epoch(2), holder(1).id, &entry.shard, &left).unwrap();
+    let all = two.volumes().unwrap();
+    assert!(matches!(&volumes::tasks(&all, server, pool)[..], [Task::Remove(_)]));
+    volumes::removed(two, id, server, pool).unwrap();
+    assert_eq!(one.volume(id).unwrap().unwrap().shard.members, shard(1).members);
+}
+
+fn repairers_give_way(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
+    let id = entry.volume.id;
+    let servers = [running_server(one, 1, 100), running_server(one, 2, 100)];
+    let own = |number: usize, repair| {
+        let id = HolderId::from_bytes(servers[number].bytes());
+        Holder { id, name: format!("server s{}", number + 1), repair }
+    };
+    let repair = |number| lease::acquire_repair(two, id, &own(number, true), Epoch::NONE);
+    assert_eq!(repair(0).unwrap().volume.epoch, Epoch(1));
+    assert_eq!(repair(0).unwrap().volume.epoch, Epoch(2), "it died and is back");
+    assert!(matches!(repair(1), Err(AcquireError::Held { .. })), "the other one runs");
+    one.heartbeat(&Heartbeat { stopping: true, ..beat(servers[0], 1, 100) }).unwrap();
+    assert_eq!(repair(1).unwrap().volume.holder, Some(own(1, true)), "the other one is gone");
+    let served = lease::acquire(one, id, &holder(9), Acquire::default()).unwrap();
+    assert_eq!((served.volume.epoch, served.volume.holder), (Epoch(4), Some(holder(9))));
+    assert!(matches!(repair(1), Err(AcquireError::Held { .. })), "never over one that serves");
+    assert!(lease::release(one, id, holder(9).id, Epoch(4)).unwrap());
+    lease::acquire(one, id, &own(1, false), Acquire::default()).unwrap();
+    assert!(matches!(repair(1), Err(AcquireError::Held { .. })), "not over itself either");
+    assert!(lease::release(one, id, own(1, false).id, Epoch(5)).unwrap());
+    repair(1).unwrap();
+    volumes::delete(one, id).unwrap();
+    assert!(matches!(repair(1), Err(AcquireError::Deleted { .. })));
+}
+
+fn servers_are_drained_if_there_is_room(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let first = running_server(one, 1, 16 << 20);
+    running_server(one, 2, 4 << 20);
+    let refused = servers::drain(one, "s9", false).unwrap_err();
+    assert!(matches!(refused, DrainError::NotFound(_)));
+    for name in ["v", "w"] {
+        let made = volumes::create(one, &new_volume(name, 1)).unwrap();
+        let member = made.shard.members[0];
+        assert_eq!(member.server, first, "it has most room");
+        volumes::provisioned(one, made.volume.id, member.server, member.pool).unwrap();
+    }
+    let refused = servers::drain(one, "s1", false).unwrap_err().to_string();
+    for part in [": its last copy is here, and no other", "4194304 needed", "--force"] {
+        assert!(refused.contains(part), "{part} in {refused}");
+    }
+    running_server(two, 3, 4 << 20);
+    let entry = servers::drain(two, "s1", false).unwrap();
+    assert!(entry.server.draining.is_some() && entry.is_alive(crate::unix_ms()));
+    assert_eq!(servers::drain(one, "s1", false).unwrap(), entry, "once is enough");
+    let remaining = Remaining::on(&entry, &one.volumes().unwrap());
+    assert_eq!(remaining.replicas, ["v", "w"]);
+    assert!(remaining.held.is_empty() && !remaining.is_empty());
+    let full = volumes::create(one, &NewVolume { size_bytes: 5 << 20, ..new_volume("x", 1) });
+    let full = full.unwrap_err().to_string();
+    assert!(full.contains("s1: is being drained"), "{full}");
+    assert_eq!(servers::undrain(two, "s1").unwrap().server.draining, None);
+    assert_eq!(servers::undrain(two, "s1").unwrap().server.draining, None);
+    servers::drain(one, "s2", true).unwrap();
+    servers::drain(one, "s3", false).unwrap();
+    servers::drain(one, "s1", true).unwrap();
 }

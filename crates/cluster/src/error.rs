@@ -62,7 +62,10 @@ pub enum StoreErrorKind {
     #[error("there is no server {0}; `holdfast server list` shows what there is")]
     NoServer(ServerId),
     /// Another server has this name or pool.
-    #[error("there is a server with the name '{0}' or its pool already")]
+    #[error(
+        "there is a server with the name '{0}' or its pool already; choose another name, or format \
+         the pool again with --force"
+    )]
     ServerTaken(String),
     /// The server is not registered, or with another pool.
     #[error(

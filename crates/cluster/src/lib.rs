@@ -10,8 +10,10 @@
 //! conditional on the versions of both.
 
 mod address;
+mod drain;
 mod error;
 mod events;
+pub mod heal;
 pub mod lease;
 pub mod members;
 mod name;
@@ -30,7 +32,7 @@ pub use address::{InvalidStoreAddress, StoreAddress, open};
 pub use error::{StoreError, StoreErrorKind};
 pub use events::{EVENTS_MAX, Event, EventKind};
 pub use name::{InvalidName, check_name};
-pub use placement::{PlacementError, Usage, place};
+pub use placement::{FAILOVER_MAX, Picture, PlacementError, Usage, failover, place};
 pub use records::{
     ALIVE_MS, Draining, Heartbeat, Problem, ServerEntry, ServerRecord, Versions, VolumeEntry,
     unix_ms,

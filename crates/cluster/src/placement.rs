@@ -1,11 +1,14 @@
-//! Choosing the servers that keep a new volume.
+//! Choosing servers: those that keep a new volume, and those that can take a lost member's place.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use base::{Member, Role, ServerId};
 
-use crate::records::{ServerEntry, VolumeEntry};
+use crate::records::{ServerEntry, ServerRecord, VolumeEntry};
+
+/// Failover servers of a volume, at most.
+pub const FAILOVER_MAX: usize = 3;
 
 /// Home space is given out in chunks of at most this many bytes.
 const CHUNK_BYTES_MAX: u64 = 4 << 20;
@@ -15,10 +18,14 @@ fn home_bytes(size_bytes: u64) -> u64 {
     size_bytes.checked_next_multiple_of(CHUNK_BYTES_MAX).unwrap_or(u64::MAX)
 }
 
-/// Bytes of each server's home space that volumes have been promised, deleted ones too until
-/// their replicas are gone.
+/// Room of the servers' pools that volumes have been promised, deleted ones too until their
+/// replicas are gone; and room that is kept for replacing what one lost server kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Usage(BTreeMap<ServerId, u64>);
+pub struct Usage {
+    promised: BTreeMap<ServerId, u64>,
+    /// By failover server and member: what the first would be given if the second were lost.
+    reserved: BTreeMap<(ServerId, ServerId), u64>,
+}
 
 impl Usage {
     /// What `volumes` take.
@@ -27,11 +34,16 @@ impl Usage {
             servers.iter().map(|entry| (entry.server.id, entry.server.pool)).collect();
         let mut usage = Self::default();
         for entry in volumes {
+            let bytes = home_bytes(entry.volume.size_bytes);
             for member in &entry.shard.members {
                 if pools.get(&member.server) == Some(&member.pool) {
-                    let bytes = usage.0.entry(member.server).or_default();
-                    *bytes = bytes.saturating_add(home_bytes(entry.volume.size_bytes));
+                    let promised = usage.promised.entry(member.server).or_default();
+                    *promised = promised.saturating_add(bytes);
                 }
+            }
+            for key in reservations(entry) {
+                let reserved = usage.reserved.entry(key).or_default();
+                *reserved = reserved.saturating_add(bytes);
             }
         }
         usage
@@ -39,7 +51,97 @@ impl Usage {
 
     /// Bytes promised by `server`.
     pub fn bytes(&self, server: ServerId) -> u64 {
-        self.0.get(&server).copied().unwrap_or(0)
+        self.promised.get(&server).copied().unwrap_or(0)
+    }
+
+    /// Bytes that `server` keeps free as a failover server: enough for the loss of any one other
+    /// server.
+    pub fn reserved(&self, server: ServerId) -> u64 {
+        self.reserved_but_for(server, None)
+    }
+
+    /// The same without what it keeps for the volume of `but`.
+    fn reserved_but_for(&self, server: ServerId, but: Option<&VolumeEntry>) -> u64 {
+        let own = |key: &(ServerId, ServerId)| {
+            let entry = but.filter(|entry| reservations(entry).any(|own| own == *key));
+            entry.map_or(0, |entry| home_bytes(entry.volume.size_bytes))
+        };
+        let lost_members = self.reserved.iter().filter(|((failover, _), _)| *failover == server);
+        lost_members.map(|(key, bytes)| bytes.saturating_sub(own(key))).max().unwrap_or(0)
+    }
+
+    /// Promises room for one more replica of `entry`'s volume at `server`.
+    pub(crate) fn promise(&mut self, server: ServerId, entry: &VolumeEntry) {
+        let promised = self.promised.entry(server).or_default();
+        *promised = promised.saturating_add(home_bytes(entry.volume.size_bytes));
+    }
+}
+
+/// Which room is kept for a volume: at its first failover server, for the loss of each member. A
+/// single copy that is lost cannot be made again, so nothing is kept for it.
+fn reservations(entry: &VolumeEntry) -> impl Iterator<Item = (ServerId, ServerId)> {
+    let wanted = !entry.deleted && entry.volume.policy.replicas > 1;
+    let first = entry.shard.failover.first().copied().filter(|_| wanted);
+    let members = entry.shard.members.iter().filter(|member| member.role != Role::Leaving);
+    first.into_iter().flat_map(move |first| members.clone().map(move |lost| (first, lost.server)))
+}
+
+/// What a decision about places is made on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Picture {
+    /// All servers.
+    pub servers: Vec<ServerEntry>,
+    /// What is promised of their room.
+    pub usage: Usage,
+    /// Members of all volumes that are being made or filled.
+    pub filling: usize,
+}
+
+impl Picture {
+    /// The picture that `volumes` and `servers` make.
+    pub fn of(volumes: &[VolumeEntry], servers: Vec<ServerEntry>) -> Self {
+        let alive = volumes.iter().filter(|entry| !entry.deleted && entry.volume.epoch.0 > 0);
+        let members = alive.flat_map(|entry| &entry.shard.members);
+        let filling = members
+            .filter(|member| match member.role {
+                Role::Provisioning | Role::CatchingUp => true,
+                Role::InSync | Role::Leaving => false,
+            })
+            .count();
+        Self { usage: Usage::of(volumes, &servers), servers, filling }
+    }
+
+    /// The server with this id.
+    pub fn server(&self, id: ServerId) -> Option<&ServerEntry> {
+        self.servers.iter().find(|entry| entry.server.id == id)
+    }
+}
+
+/// How much of one failure domain two or more servers would have in common: replicas in the same
+/// rack, then replicas in the same zone. Less is better. Servers without labels are domains of their
+/// own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Shared {
+    racks: usize,
+    zones: usize,
+}
+
+impl Shared {
+    /// Of `server` with `others`.
+    pub(crate) fn of<'a>(
+        server: &ServerRecord,
+        others: impl Iterator<Item = &'a ServerRecord>,
+    ) -> Self {
+        let label = |record: &ServerRecord, name: &str| record.labels.get(name).cloned();
+        let (zone, rack) = (label(server, "zone"), label(server, "rack"));
+        let mut shared = Self::default();
+        for other in others {
+            let same_zone = zone == label(other, "zone");
+            shared.zones += usize::from(same_zone && zone.is_some());
+            shared.racks +=
+                usize::from(same_zone && rack.is_some() && rack == label(other, "rack"));
+        }
+        shared
     }
 }
 
@@ -80,9 +182,10 @@ impl fmt::Display for PlacementError {
 
 impl std::error::Error for PlacementError {}
 
-/// Chooses members for a volume of `size_bytes`: distinct servers that are alive at `now_ms` and
-/// have room, those with most room first. Space is promised, not hoped for: what `usage` says is
-/// taken is taken, even if nothing is written there yet.
+/// Chooses members for a volume of `size_bytes`: distinct servers that are alive at `now_ms`, not
+/// being drained, and have room; in distinct failure domains (label `zone`, then `rack`) as far as
+/// there are any, then those with most room. Space is promised, not hoped for: what `usage` says
+/// is taken is taken, even if nothing is written there yet.
 pub fn place(
     size_bytes: u64,
     replicas: usize,
@@ -94,7 +197,7 @@ pub fn place(
     let mut suitable = Vec::new();
     let mut unsuitable = Vec::new();
     for entry in servers {
-        match room(entry, needed, usage, now_ms) {
+        match room(entry, needed, usage, None, now_ms) {
             Ok(room) => suitable.push((room, entry)),
             Err(reason) => unsuitable.push((entry.server.name.clone(), reason)),
         }
@@ -104,17 +207,138 @@ pub fn place(
         let suitable = suitable.iter().map(|(_, entry)| entry.server.name.clone()).collect();
         return Err(PlacementError { needed: replicas, suitable, unsuitable, absent });
     }
-    suitable.sort_by_key(|(room, entry)| (u64::MAX - room, entry.server.id));
+    let mut chosen: Vec<&ServerEntry> = Vec::with_capacity(replicas);
+    while chosen.len() < replicas {
+        let (at, _) = suitable
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, (room, entry))| {
+                let others = chosen.iter().map(|other| &other.server);
+                (Shared::of(&entry.server, others), u64::MAX - room, entry.server.id)
+            })
+            .expect("there are at least as many as replicas");
+        chosen.push(suitable.swap_remove(at).1);
+    }
     let member = |entry: &ServerEntry| Member {
         server: entry.server.id,
         pool: entry.server.pool,
         role: Role::Provisioning,
     };
-    Ok(suitable.iter().take(replicas).map(|(_, entry)| member(entry)).collect())
+    Ok(chosen.into_iter().map(member).collect())
+}
+
+/// The server that had best be given a replica of `entry`'s volume beside those of `staying`: alive,
+/// not being drained, without a replica of it, with room (kept for other volumes only if nothing else
+/// is left); in other failure domains than `staying` as far as possible, then the first failover
+/// server, then the one with most room. Else why no server qualifies.
+pub(crate) fn spare<'a>(
+    entry: &VolumeEntry,
+    staying: &[ServerId],
+    picture: &'a Picture,
+    now_ms: u64,
+) -> Result<&'a ServerEntry, String> {
+    let staying: Vec<_> = staying.iter().filter_map(|id| picture.server(*id)).collect();
+    let needed = home_bytes(entry.volume.size_bytes);
+    let failover = |id: ServerId| {
+        let at = entry.shard.failover.iter().position(|other| *other == id);
+        at.unwrap_or(usize::MAX)
+    };
+    let mut reasons = Vec::new();
+    for usage in [&picture.usage, &without_reservations(&picture.usage)] {
+        let mut best = None;
+        reasons.clear();
+        for server in &picture.servers {
+            let id = server.server.id;
+            if entry.shard.members.iter().any(|member| member.server == id) {
+                continue;
+            }
+            match room(server, needed, usage, Some(entry), now_ms) {
+                Ok(room) => {
+                    let others = staying.iter().map(|other| &other.server);
+                    let shared = Shared::of(&server.server, others);
+                    let key = (shared, failover(id), u64::MAX - room, id);
+                    if best.is_none_or(|(other, _)| key < other) {
+                        best = Some((key, server));
+                    }
+                }
+                Err(reason) => reasons.push(format!("{}: {reason}", server.server.name)),
+            }
+        }
+        if let Some((_, server)) = best {
+            return Ok(server);
+        }
+    }
+    if reasons.is_empty() {
+        Err("every server is a member".to_owned())
+    } else {
+        Err(reasons.join("; "))
+    }
+}
+
+fn without_reservations(usage: &Usage) -> Usage {
+    Usage { promised: usage.promised.clone(), reserved: BTreeMap::new() }
+}
+
+/// Servers that can take the place of a lost member of `entry`'s volume, best first, at most
+/// [`FAILOVER_MAX`]: alive, not being drained, with room, without a replica of it, in other failure
+/// domains than the members and each other as far as possible. What is there and still fits stays
+/// in front.
+pub fn failover(entry: &VolumeEntry, picture: &Picture, now_ms: u64) -> Vec<ServerId> {
+    let needed = home_bytes(entry.volume.size_bytes);
+    let is_member = |id| entry.shard.members.iter().any(|member| member.server == id);
+    let mut candidates: Vec<_> = picture
+        .servers
+        .iter()
+        .filter(|server| !is_member(server.server.id))
+        .filter_map(|server| {
+            let room = room(server, needed, &picture.usage, Some(entry), now_ms).ok()?;
+            Some((room, server))
+        })
+        .collect();
+    let staying = entry.shard.members.iter().filter(|member| member.role != Role::Leaving);
+    let mut others: Vec<_> = staying.filter_map(|member| picture.server(member.server)).collect();
+    let mut chosen = Vec::new();
+    while chosen.len() < FAILOVER_MAX {
+        let best = candidates.iter().enumerate().min_by_key(|(_, (room, server))| {
+            let id = server.server.id;
+            let shared = Shared::of(&server.server, others.iter().map(|other| &other.server));
+            (shared, !entry.shard.failover.contains(&id), u64::MAX - room, id)
+        });
+        let Some((at, _)) = best else { break };
+        let (_, server) = candidates.swap_remove(at);
+        others.push(server);
+        chosen.push(server.server.id);
+    }
+    chosen
+}
+
+/// True if `id` can go on being a failover server of `entry`'s volume, though it may be late.
+pub(crate) fn may_stay_failover(
+    entry: &VolumeEntry,
+    id: ServerId,
+    picture: &Picture,
+    now_ms: u64,
+) -> bool {
+    /// How long a failover server may be silent: lists are not rewritten for every restart.
+    const PATIENCE_MS: u64 = 60_000;
+    let Some(server) = picture.server(id) else { return false };
+    let free = server.server.capacity_bytes.saturating_sub(picture.usage.bytes(id));
+    let is_member = entry.shard.members.iter().any(|member| member.server == id);
+    !is_member
+        && server.server.draining.is_none()
+        && now_ms.saturating_sub(server.last_seen_ms) <= PATIENCE_MS
+        && free >= home_bytes(entry.volume.size_bytes)
 }
 
 /// Bytes that `entry` can still promise, if they are enough.
-fn room(entry: &ServerEntry, needed: u64, usage: &Usage, now_ms: u64) -> Result<u64, String> {
+/// Room that is kept for the volume of `replaced` counts as free.
+fn room(
+    entry: &ServerEntry,
+    needed: u64,
+    usage: &Usage,
+    replaced: Option<&VolumeEntry>,
+    now_ms: u64,
+) -> Result<u64, String> {
     let server = &entry.server;
     if entry.last_seen_ms == 0 {
         return Err("has not run yet".to_owned());
@@ -126,10 +350,19 @@ fn room(entry: &ServerEntry, needed: u64, usage: &Usage, now_ms: u64) -> Result<
         let seconds = now_ms.saturating_sub(entry.last_seen_ms) / 1000;
         return Err(format!("not heard of for {seconds} s"));
     }
-    let promised = usage.bytes(server.id);
-    let room = server.capacity_bytes.saturating_sub(promised);
+    if server.draining.is_some() {
+        return Err("is being drained".to_owned());
+    }
+    let reserved = usage.reserved_but_for(server.id, replaced);
+    let free = server.capacity_bytes.saturating_sub(usage.bytes(server.id));
+    let room = free.saturating_sub(reserved);
     if room < needed {
-        return Err(format!("{room} bytes of room, {needed} needed"));
+        let kept = if reserved == 0 {
+            String::new()
+        } else {
+            format!(" ({reserved} more are kept for failover)")
+        };
+        return Err(format!("{room} bytes of room{kept}, {needed} needed"));
     }
     Ok(room)
 }
@@ -137,7 +370,6 @@ fn room(entry: &ServerEntry, needed: u64, usage: &Usage, now_ms: u64) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::ServerRecord;
     use base::PoolId;
 
     fn server(number: u8, chunks: u64, last_seen_ms: u64) -> ServerEntry {
@@ -195,7 +427,8 @@ mod tests {
     #[test]
     fn promised_space_is_taken() {
         let servers = [server(1, 100, 5)];
-        let usage = Usage([(ServerId::from_bytes([1; 16]), 60 * CHUNK_BYTES_MAX)].into());
+        let promised = [(ServerId::from_bytes([1; 16]), 60 * CHUNK_BYTES_MAX)].into();
+        let usage = Usage { promised, reserved: BTreeMap::new() };
         assert!(place(40 * CHUNK_BYTES_MAX + 1, 1, &servers, &usage, 10).is_err());
         assert!(place(40 * CHUNK_BYTES_MAX, 1, &servers, &usage, 10).is_ok());
     }

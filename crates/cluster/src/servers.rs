@@ -1,4 +1,4 @@
-//! Registering servers.
+//! Registering servers, and emptying them.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +8,8 @@ use crate::error::{StoreError, StoreErrorKind};
 use crate::name::{InvalidName, check_name};
 use crate::records::{ServerEntry, ServerRecord, unix_ms};
 use crate::store::ClusterStore;
+
+pub use crate::drain::{DrainError, Remaining, Stuck, drain, undrain, would_stick};
 
 /// Why a server was not registered.
 #[derive(Debug, thiserror::Error)]

@@ -502,6 +502,28 @@ mod tests {
     }
 
     #[test]
+    fn a_store_of_the_first_schema_is_brought_up_to_date() {
+        let (_directory, path) = temporary();
+        schema::make_first(&path);
+        let store = SqliteStore::open(&path, Create::Never).unwrap();
+        let found = store.volumes().unwrap();
+        assert_eq!((found.len(), found[0].volume.name.as_str()), (1, "old"));
+        assert_eq!(store.servers().unwrap()[0].server.draining, None);
+        assert_eq!(store.last_event().unwrap(), 0);
+        conformance::tells_and_remembers(&store, &found[0]);
+        // Twice is once, and the first schema's programs find all that they know.
+        drop(store);
+        drop(SqliteStore::open(&path, Create::Never).unwrap());
+        let other = Connection::open(&path).unwrap();
+        let version: i64 =
+            other.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        assert_eq!(version, SCHEMA_VERSION);
+        for query in ["SELECT id, name, deleted, version, record FROM volumes", SELECT_VOLUME] {
+            assert!(other.prepare(query).unwrap().exists([]).unwrap());
+        }
+    }
+
+    #[test]
     fn a_newer_store_is_refused_and_left_alone() {
         let (_directory, path) = temporary();
         drop(SqliteStore::open(&path, Create::IfMissing).unwrap());

@@ -14,8 +14,8 @@ use base::{
 
 use crate::error::{StoreError, StoreErrorKind};
 use crate::name::{InvalidName, check_name};
-use crate::placement::{PlacementError, Usage, place};
-use crate::records::{VolumeEntry, unix_ms};
+use crate::placement::{Picture, PlacementError, failover as failover_of, place};
+use crate::records::{Versions, VolumeEntry, unix_ms};
 use crate::store::ClusterStore;
 
 /// How often an operation reads again and tries again when someone else was faster. Every lost
@@ -139,9 +139,9 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             let kind = StoreErrorKind::VolumeNameTaken(new.name.clone());
             return Err(StoreError { store: store.address(), kind }.into());
         }
-        let usage = Usage::of(&volumes, &servers);
+        let (picture, now_ms) = (Picture::of(&volumes, servers), unix_ms());
         let replicas = usize::from(new.policy.replicas);
-        let members = place(new.size_bytes, replicas, &servers, &usage, unix_ms())?;
+        let members = place(new.size_bytes, replicas, &picture.servers, &picture.usage, now_ms)?;
         let volume = VolumeRecord {
             id,
             name: new.name.clone(),
@@ -151,15 +151,13 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             epoch: Epoch::NONE,
             holder: None,
         };
-        let shard = ShardRecord {
-            volume: id,
-            shard: ShardIndex(0),
-            members,
-            failover: Vec::new(),
-            moves: Vec::new(),
-        };
+        let (failover, moves) = (Vec::new(), Vec::new());
+        let shard = ShardRecord { volume: id, shard: ShardIndex(0), members, failover, moves };
+        let versions = Versions { volume: 0, shard: 0 };
+        let mut entry = VolumeEntry { volume, shard, deleted: false, versions };
+        entry.shard.failover = failover_of(&entry, &picture, now_ms);
         attempt += 1;
-        match store.insert_volume(&volume, &shard, revision) {
+        match store.insert_volume(&entry.volume, &entry.shard, revision) {
             Err(error) if error.is_conflict() && attempt < ATTEMPTS => {}
             done => return Ok(done?),
         }

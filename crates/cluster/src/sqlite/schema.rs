@@ -20,7 +20,7 @@ const APPLICATION_ID: i64 = 0x4846_4353;
 /// How long a process waits for another one's transaction.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// What makes each schema of the one before it.
-const STEPS: [&str; SCHEMA_VERSION.cast_unsigned() as usize] = [TABLES, BOARD];
+const STEPS: [&str; 2] = [TABLES, BOARD];
 
 const TABLES: &str = "
     CREATE TABLE cluster (
@@ -189,4 +189,29 @@ fn migrate(connection: &mut Connection, create: Create) -> Kind<()> {
 pub(super) fn read_cluster_id(connection: &Connection) -> Kind<ClusterId> {
     let text: String = connection.query_row("SELECT id FROM cluster", [], |row| row.get(0))?;
     text.parse().map_err(|error| StoreErrorKind::Damaged(format!("cluster id: {error}")))
+}
+
+/// A store as the first schema's programs left it, with a volume and a server.
+#[cfg(test)]
+pub(super) fn make_first(path: &Path) {
+    let connection = Connection::open(path).unwrap();
+    connection.execute_batch("PRAGMA journal_mode = WAL").unwrap();
+    connection.execute_batch(TABLES).unwrap();
+    connection
+        .execute_batch(
+            r#"
+            PRAGMA application_id = 1212564307;
+            PRAGMA user_version = 1;
+            INSERT INTO cluster VALUES (1, '5f7c2b52-3ad0-4d5a-9f6e-0f3f0d6f3f11', 9);
+            INSERT INTO servers VALUES ('09090909-0909-0909-0909-090909090909', 's',
+                '09090909-0909-0909-0909-090909090909', 3, 5,
+                '{"id":"09090909-0909-0909-0909-090909090909","name":"s","pool":"09090909-0909-0909-0909-090909090909","addresses":["127.0.0.1:4420"],"labels":{"rack":"7"},"capacity_bytes":100,"free_bytes":50,"version":"0.1.0","stopped":false,"problems":[]}');
+            INSERT INTO volumes VALUES ('01010101-0101-0101-0101-010101010101', 'old', 0, 4,
+                '{"id":"01010101-0101-0101-0101-010101010101","name":"old","size_bytes":1048576,"block_size":4096,"policy":{"replicas":1,"durability":"flush","stall_deadline_ms":null,"read_only":false},"epoch":3,"holder":{"id":"02020202-0202-0202-0202-020202020202","name":"server s"}}');
+            INSERT INTO shards VALUES ('01010101-0101-0101-0101-010101010101', 0, 4,
+                '{"volume":"01010101-0101-0101-0101-010101010101","shard":0,"members":[{"server":"09090909-0909-0909-0909-090909090909","pool":"09090909-0909-0909-0909-090909090909","role":"in_sync"}]}');
+            "#,
+        )
+        .unwrap();
+    assert_eq!(APPLICATION_ID, 1_212_564_307);
 }
