@@ -139,7 +139,7 @@ const COMMON: &str = "40 0000 05000000 1100000000000000 2200000000000000";
 
 #[test]
 fn replica_commands() {
-    let pool = BufferPool::heap(2, 4);
+    let pool = BufferPool::heap(2, 2);
     let key = command(CommandBody::Flush).key;
     let header = RecordHeader {
         key,
@@ -154,8 +154,6 @@ fn replica_commands() {
     let record = Record::encode(header, pool.take(4096).unwrap());
     let small = pool.take(4096).unwrap();
     let large = pool.take(128 * 1024).unwrap();
-    let (list, run) = (pool.take(128 * 1024).unwrap(), pool.take(128 * 1024).unwrap());
-    let other = ServerId::from_bytes([7; 16]);
     let answer = "0000000000000000";
     let table = [
         (
@@ -192,6 +190,17 @@ fn replica_commands() {
         ),
         (CommandBody::Trim, format!("da {COMMON} {answer} 10000000 0000005a (00*24)")),
         (CommandBody::Release, format!("de {COMMON} {answer} 10000000 0000005a (00*24)")),
+    ];
+    check_commands(table);
+}
+
+#[test]
+fn replica_commands_of_state_and_filling() {
+    let pool = BufferPool::heap(0, 2);
+    let (list, run) = (pool.take(128 * 1024).unwrap(), pool.take(128 * 1024).unwrap());
+    let other = ServerId::from_bytes([7; 16]);
+    let answer = "0000000000000000";
+    check_commands([
         (CommandBody::Renew, format!("ee {COMMON} {answer} 10000000 0000005a (00*24)")),
         (
             CommandBody::Hello { reason: HelloReason::IoError, acknowledged: Seq(0x33) },
@@ -227,7 +236,11 @@ fn replica_commands() {
                 "e2 {COMMON} {answer} 00100200 0000005a 4400000000000000 5500000000000000 (00*8)"
             ),
         ),
-    ];
+    ]);
+}
+
+fn check_commands(table: impl IntoIterator<Item = (CommandBody, String)>) {
+    let key = command(CommandBody::Flush).key;
     for (body, expected) in table {
         let name = body.name();
         let encoded = replica::encode(&command(body), 5);

@@ -119,6 +119,19 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out.opcode = opcode::RELEASE;
             out
         }
+        CommandBody::Renew
+        | CommandBody::Hello { .. }
+        | CommandBody::HealthOf { .. }
+        | CommandBody::Install { .. }
+        | CommandBody::List { .. }
+        | CommandBody::Fetch { .. } => encode_more(command, out),
+    }
+}
+
+/// The commands that no write or read waits for.
+fn encode_more(command: &ReplicaCommand, mut out: Command) -> Command {
+    let answer = |length: usize| Sgl::Transport { length: u32::try_from(length).unwrap_or(0) };
+    match &command.body {
         CommandBody::Renew => {
             out.opcode = opcode::RENEW;
             out
@@ -159,6 +172,14 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out.sgl = answer(base::limits::HEADER_BYTES + base::limits::PAYLOAD_BYTES_MAX);
             out.with_wide(0, lba.0).with_wide(1, end.0)
         }
+        CommandBody::Seal
+        | CommandBody::Append { .. }
+        | CommandBody::Read { .. }
+        | CommandBody::Flush
+        | CommandBody::Scan { .. }
+        | CommandBody::Truncate { .. }
+        | CommandBody::Trim
+        | CommandBody::Release => unreachable!("encoded by the caller"),
     }
 }
 

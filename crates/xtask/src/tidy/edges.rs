@@ -66,6 +66,7 @@ const LAYERS: &[Layer] = &[
         tests_use: &[],
         sans_io: false,
     },
+    Layer { path: "crates/model", uses: &["base"], tests_use: &[], sans_io: false },
     Layer { path: "qemu-tests", uses: &["base", "blkio-client"], tests_use: &[], sans_io: false },
     Layer { path: "crates/xtask", uses: &[], tests_use: &[], sans_io: false },
 ];
