@@ -1,19 +1,47 @@
-//! A disk, page by page, with a volatile write cache.
+//! A disk, page by page, with a volatile write cache and faults of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use base::Instant;
 use base::limits::PAGE_BYTES;
+use store::DiskError;
 
 use crate::random::Random;
 
+const SECTOR_BYTES: usize = 512;
+
 type Page = Box<[u8; PAGE_BYTES]>;
 
-/// A simulated disk. What was written and not synced survives a power cut page by page or not.
+/// What the next write of a disk does instead of what it says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteFault {
+    /// Nothing, but says it did.
+    Lost,
+    /// Lands so many pages further.
+    Misdirected(u64),
+}
+
+/// A simulated disk. What was written and not synced survives a power cut sector by sector or not.
 #[derive(Debug, Default)]
 pub struct Disk {
-    media: BTreeMap<u64, Page>,
-    /// Unsynced versions of a page, oldest first.
-    cache: BTreeMap<u64, Vec<Page>>,
+    /// What reads see; absent pages are zero.
+    pages: Vec<Option<Page>>,
+    /// What unsynced writes replaced, oldest first.
+    replaced: Vec<(u64, Option<Page>)>,
+    free: Vec<Page>,
+    /// Pages that cannot be read until they are written.
+    bad: BTreeSet<u64>,
+    /// Reads that fail before the next good one.
+    pub(crate) read_errors: u64,
+    pub(crate) write_fault: Option<WriteFault>,
+    /// The next sync fails, and what it should have put on media may be gone after a restart.
+    pub(crate) sync_fails: bool,
+    condemned: bool,
+    /// Operations take this many times longer before [`Disk::slow_until`].
+    pub(crate) slowness: u64,
+    pub(crate) slow_until: Instant,
+    /// Nothing is answered before.
+    pub(crate) hangs_until: Instant,
 }
 
 fn page_of(offset: u64) -> u64 {
@@ -21,42 +49,141 @@ fn page_of(offset: u64) -> u64 {
     offset / PAGE_BYTES as u64
 }
 
+fn index(page: u64) -> usize {
+    usize::try_from(page).expect("a small disk")
+}
+
 impl Disk {
     /// Reads what was last written, synced or not.
-    pub fn read(&self, offset: u64, out: &mut [u8]) {
-        for (page, chunk) in (page_of(offset)..).zip(out.chunks_exact_mut(PAGE_BYTES)) {
-            let newest = self.cache.get(&page).and_then(|versions| versions.last());
-            match newest.or_else(|| self.media.get(&page)) {
+    pub fn read(&mut self, offset: u64, out: &mut [u8]) -> Result<(), DiskError> {
+        if self.read_errors > 0 {
+            self.read_errors -= 1;
+            return Err(DiskError::Io);
+        }
+        let first = page_of(offset);
+        let pages = first..first + (out.len() / PAGE_BYTES) as u64;
+        if !self.bad.is_empty() && self.bad.range(pages).next().is_some() {
+            return Err(DiskError::Io);
+        }
+        for (page, chunk) in (first..).zip(out.chunks_exact_mut(PAGE_BYTES)) {
+            match self.pages.get(index(page)).and_then(Option::as_ref) {
                 Some(bytes) => chunk.copy_from_slice(&bytes[..]),
                 None => chunk.fill(0),
             }
         }
+        Ok(())
     }
 
     /// Writes into the cache.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
-        for (page, chunk) in (page_of(offset)..).zip(bytes.chunks_exact(PAGE_BYTES)) {
-            let chunk: &[u8; PAGE_BYTES] = chunk.try_into().expect("chunks are pages");
-            self.cache.entry(page).or_default().push(Box::new(*chunk));
+        let shift = match self.write_fault.take() {
+            None => 0,
+            Some(WriteFault::Lost) => return,
+            Some(WriteFault::Misdirected(pages)) => pages,
+        };
+        for (page, chunk) in (page_of(offset) + shift..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+            let mut fresh = self.free.pop().unwrap_or_else(|| Box::new([0; PAGE_BYTES]));
+            fresh.copy_from_slice(chunk);
+            self.bad.remove(&page);
+            let at = index(page);
+            if at >= self.pages.len() {
+                self.pages.resize_with((at + 1).next_power_of_two(), || None);
+            }
+            self.replaced.push((page, self.pages[at].replace(fresh)));
         }
     }
 
     /// Puts the cache on media.
-    pub fn sync(&mut self) {
-        for (page, mut versions) in std::mem::take(&mut self.cache) {
-            self.media.insert(page, versions.pop().expect("a cached page has a version"));
+    pub fn sync(&mut self) -> Result<(), DiskError> {
+        if std::mem::take(&mut self.sync_fails) {
+            self.condemned = true;
+            return Err(DiskError::Io);
+        }
+        self.free.extend(self.replaced.drain(..).filter_map(|(_, page)| page));
+        self.free.truncate(256);
+        Ok(())
+    }
+
+    /// The process that used it is gone. A disk that failed a sync has dropped what it liked.
+    pub(crate) fn process_died(&mut self, random: &mut Random) {
+        if std::mem::take(&mut self.condemned) {
+            self.power_cut(random);
         }
     }
 
-    /// The power goes: of each unsynced page any version, or none, has reached media.
+    /// The power goes: of each unsynced page any version, or a mix of the sectors of two, has
+    /// reached media.
     pub fn power_cut(&mut self, random: &mut Random) {
-        for (page, mut versions) in std::mem::take(&mut self.cache) {
-            let survivor = random.index(versions.len() + 1);
-            if survivor < versions.len() {
-                self.media.insert(page, versions.swap_remove(survivor));
+        let mut versions: BTreeMap<u64, Vec<Option<Page>>> = BTreeMap::new();
+        for (page, old) in self.replaced.drain(..) {
+            versions.entry(page).or_default().push(old);
+        }
+        for (page, mut versions) in versions {
+            let current = &mut self.pages[index(page)];
+            versions.push(current.take());
+            let one = random.index(versions.len());
+            let other = if random.one_in(4) { random.index(versions.len()) } else { one };
+            *current = if one == other {
+                versions.swap_remove(one)
+            } else {
+                Some(torn(versions[one].as_ref(), versions[other].as_ref(), random))
+            };
+        }
+        self.sync_fails = false;
+    }
+
+    /// The `number`th written page from here on, if there is any page.
+    pub(crate) fn some_page(&self, number: u64) -> Option<u64> {
+        let count = self.pages.len() as u64;
+        (0..count)
+            .map(|step| (number + step) % count)
+            .find(|page| self.pages[index(*page)].is_some())
+    }
+
+    /// Flips a bit on media.
+    pub(crate) fn rot(&mut self, page: u64, bit: usize) {
+        if let Some(bytes) = self.pages[index(page)].as_mut() {
+            bytes[bit / 8 % PAGE_BYTES] ^= 1 << (bit % 8);
+        }
+    }
+
+    /// A page cannot be read until it is written.
+    pub(crate) fn make_bad(&mut self, page: u64) {
+        self.bad.insert(page);
+    }
+
+    /// No fault strikes any more; damage done stays.
+    pub(crate) fn heal(&mut self) {
+        self.read_errors = 0;
+        self.write_fault = None;
+        self.sync_fails = false;
+        self.slow_until = Instant::ZERO;
+        self.hangs_until = Instant::ZERO;
+    }
+
+    /// How long an operation begun at `now` takes that would take `nanos` on a good day.
+    pub(crate) fn delay(&self, now: Instant, nanos: u64) -> u64 {
+        let nanos = if now < self.slow_until { nanos * self.slowness } else { nanos };
+        let hang = self.hangs_until.since(now);
+        nanos + u64::try_from(hang.as_nanos()).expect("disks hang for seconds")
+    }
+}
+
+/// A page of which some sectors are of one version, the rest of another.
+fn torn(one: Option<&Page>, other: Option<&Page>, random: &mut Random) -> Page {
+    let mut page = one.cloned().unwrap_or_else(|| Box::new([0; PAGE_BYTES]));
+    for start in (0..PAGE_BYTES).step_by(SECTOR_BYTES) {
+        if random.one_in(2) {
+            match other {
+                Some(other) => {
+                    page[start..start + SECTOR_BYTES]
+                        .copy_from_slice(&other[start..start + SECTOR_BYTES]);
+                }
+                None => page[start..start + SECTOR_BYTES].fill(0),
             }
         }
     }
+    page
 }
 
 #[cfg(test)]
@@ -65,26 +192,41 @@ mod tests {
 
     #[test]
     fn only_synced_pages_are_sure_to_survive() {
-        let (mut lost, mut kept) = (0, 0);
-        for seed in 0..64 {
+        let (mut lost, mut kept, mut torn) = (0, 0, 0);
+        for seed in 0..128 {
             let mut random = Random::new(seed);
             let mut disk = Disk::default();
             disk.write(0, &[1; PAGE_BYTES]);
-            disk.sync();
+            disk.sync().unwrap();
             disk.write(0, &[2; PAGE_BYTES]);
             disk.write(PAGE_BYTES as u64, &[3; PAGE_BYTES]);
             let mut bytes = [0; 2 * PAGE_BYTES];
-            disk.read(0, &mut bytes);
+            disk.read(0, &mut bytes).unwrap();
             assert_eq!((bytes[0], bytes[PAGE_BYTES]), (2, 3));
             disk.power_cut(&mut random);
-            disk.read(0, &mut bytes);
-            assert!(bytes[0] == 1 || bytes[0] == 2);
-            match bytes[PAGE_BYTES] {
-                0 => lost += 1,
-                3 => kept += 1,
-                other => panic!("page holds {other}"),
+            disk.read(0, &mut bytes).unwrap();
+            assert!(bytes[..PAGE_BYTES].iter().all(|byte| *byte == 1 || *byte == 2));
+            let second = &bytes[PAGE_BYTES..];
+            assert!(second.iter().all(|byte| *byte == 0 || *byte == 3));
+            match (second.contains(&0), second.contains(&3)) {
+                (true, true) => torn += 1,
+                (true, false) => lost += 1,
+                (false, _) => kept += 1,
             }
         }
-        assert!(lost > 10 && kept > 10);
+        assert!(lost > 10 && kept > 10 && torn > 5, "{lost} {kept} {torn}");
+    }
+
+    #[test]
+    fn a_bad_page_is_good_again_when_it_is_written() {
+        let mut disk = Disk::default();
+        disk.write(0, &[1; 2 * PAGE_BYTES]);
+        disk.make_bad(1);
+        let mut bytes = [0; 2 * PAGE_BYTES];
+        assert_eq!(disk.read(0, &mut bytes), Err(DiskError::Io));
+        assert_eq!(disk.read(0, &mut bytes[..PAGE_BYTES]), Ok(()));
+        disk.write(PAGE_BYTES as u64, &[2; PAGE_BYTES]);
+        assert_eq!(disk.read(0, &mut bytes), Ok(()));
+        assert_eq!(bytes[PAGE_BYTES], 2);
     }
 }

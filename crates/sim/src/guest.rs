@@ -1,5 +1,7 @@
 //! Requests of the guest.
 
+use base::Epoch;
+
 use crate::oracle::Stamp;
 
 /// A request of the guest that is not answered.
@@ -13,7 +15,9 @@ pub(crate) struct Guest {
     pub(crate) submitted: Stamp,
     /// Whose head has it.
     pub(crate) process: usize,
-    /// A newer head served already when it was submitted: it must never take effect.
+    /// That head's epoch.
+    pub(crate) epoch: Epoch,
+    /// A newer head had opened already when it was submitted: it must never take effect.
     pub(crate) stale: bool,
 }
 

@@ -1,15 +1,52 @@
-//! Connections between processes: two byte pipes each, delivered in random pieces.
+//! Connections between processes, as TCP keeps them: bytes arrive in order or not at all, late, in
+//! random pieces; a connection stalls or breaks, and the other end may not hear of that for long.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use base::BufferMut;
+use base::{Buffer, BufferMut, Instant};
+use core::time::Duration;
 use node::ConnectionId;
 use nvme::ReceiveRegion;
 
 use crate::random::Random;
 
-/// One end of a connection: the process and its name for the connection.
-pub(crate) type End = (usize, ConnectionId);
+/// One end of a connection: the process, which life of it, and its name for the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct End {
+    pub(crate) process: usize,
+    pub(crate) life: u64,
+    pub(crate) connection: ConnectionId,
+}
+
+/// An end's number; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Socket(u32);
+
+impl Socket {
+    pub(crate) fn number(self) -> u64 {
+        self.0.into()
+    }
+}
+
+/// Bytes that may wait at a reader, or be on the way to it; a writer's further bytes wait with it.
+const WINDOW_BYTES: usize = 4 << 20;
+/// TCP's first retransmission time-out.
+const RETRANSMIT_NANOS: u64 = 200_000_000;
+/// A silent partition's backlog comes at the latest so long after its end.
+const BACKOFF_NANOS_MAX: u64 = 2_000_000_000;
+
+/// What the network wants done later.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Later {
+    /// Bytes, or the end of them, may have arrived.
+    Deliver(Socket),
+    /// Bytes of a writer that waited for room have left.
+    Sent(Socket, usize),
+    /// The connection is gone.
+    Closed(Socket),
+    /// An end whose other end is gone tries to say something again.
+    Retransmit(Socket),
+}
 
 /// A receive that a process has under way.
 struct Pending {
@@ -17,96 +54,381 @@ struct Pending {
     region: ReceiveRegion,
 }
 
-#[derive(Default)]
-struct Pipe {
+/// One end and the pipe that it reads.
+struct SocketState {
+    end: End,
+    peer: Socket,
+    open: bool,
     bytes: VecDeque<u8>,
+    /// How many of the bytes have arrived.
+    arrived: usize,
+    /// Bytes on the way: when they arrive, and how many.
+    segments: VecDeque<(Instant, usize)>,
+    last_arrival: Instant,
     receive: Option<Pending>,
-    /// The writer has closed; the reader learns of it after the bytes.
-    ended: bool,
+    /// The writer has closed; the reader learns of it after the bytes, not before this time.
+    ended: Option<Instant>,
+    /// What this end has to send and the window has no room for.
+    unsent: VecDeque<Buffer>,
+}
+
+/// The way from one process to another.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Link {
+    /// Nothing arrives before.
+    pub(crate) blocked_until: Instant,
+    /// How long it was blocked in one go, for the backoff.
+    blocked_nanos: u64,
+    /// Segments are lost, and so late, once in so many times.
+    pub(crate) loss: Option<(u64, Instant)>,
+    /// Segments have a bit flipped once in so many times.
+    pub(crate) corruption: Option<(u64, Instant)>,
+    /// Everything takes up to so many nanoseconds longer.
+    pub(crate) extra: Option<(u64, Instant)>,
+    /// A byte takes so many nanoseconds.
+    pub(crate) byte_nanos: Option<(u64, Instant)>,
+    busy_until: Instant,
 }
 
 /// What a delivery gave.
 pub(crate) struct Delivery {
+    pub(crate) end: End,
     pub(crate) buffer: BufferMut,
     pub(crate) bytes: usize,
 }
 
-/// All connections. A pipe is named by the end that reads it.
-#[derive(Default)]
+/// All connections.
 pub(crate) struct Network {
-    pipes: BTreeMap<End, Pipe>,
-    peers: BTreeMap<End, End>,
+    sockets: Vec<SocketState>,
+    by_end: BTreeMap<End, Socket>,
+    processes: usize,
+    links: Vec<Link>,
+    random: Random,
+    /// Now and then something takes a hundred times longer.
+    hiccups: bool,
+    later: Vec<(Instant, Later)>,
+    /// Segments whose bits were flipped, lost segments.
+    pub(crate) corrupted: u64,
+    pub(crate) lost: u64,
 }
 
 impl Network {
-    /// Joins two ends.
-    pub(crate) fn join(&mut self, a: End, b: End) {
-        self.peers.insert(a, b);
-        self.peers.insert(b, a);
-        self.pipes.insert(a, Pipe::default());
-        self.pipes.insert(b, Pipe::default());
-    }
-
-    /// The other end.
-    pub(crate) fn peer(&self, end: End) -> Option<End> {
-        self.peers.get(&end).copied()
-    }
-
-    /// Writes bytes at one end; they arrive at the other.
-    pub(crate) fn send(&mut self, from: End, bytes: &[u8]) {
-        if let Some(peer) = self.peers.get(&from)
-            && let Some(pipe) = self.pipes.get_mut(peer)
-        {
-            pipe.bytes.extend(bytes);
+    pub(crate) fn new(processes: usize, seed: u64, hiccups: bool) -> Self {
+        Self {
+            sockets: Vec::new(),
+            by_end: BTreeMap::new(),
+            processes,
+            links: vec![Link::default(); processes * processes],
+            random: Random::of(seed, "network"),
+            hiccups,
+            later: Vec::new(),
+            corrupted: 0,
+            lost: 0,
         }
     }
 
+    /// What is to be done later, once.
+    pub(crate) fn take_later(&mut self) -> Option<(Instant, Later)> {
+        self.later.pop()
+    }
+
+    pub(crate) fn link(&mut self, from: usize, to: usize) -> &mut Link {
+        &mut self.links[from * self.processes + to]
+    }
+
+    /// Nothing passes from one process to another until then; nobody is told.
+    pub(crate) fn block(&mut self, now: Instant, from: usize, to: usize, until: Instant) {
+        let link = self.link(from, to);
+        if until > link.blocked_until {
+            link.blocked_until = until;
+            link.blocked_nanos = u64::try_from(until.since(now).as_nanos()).expect("seconds");
+        }
+    }
+
+    pub(crate) fn is_open(&self, now: Instant, from: usize, to: usize) -> bool {
+        self.links[from * self.processes + to].blocked_until <= now
+    }
+
+    /// All faults of the network end.
+    pub(crate) fn heal(&mut self, now: Instant) {
+        for link in &mut self.links {
+            *link = Link { busy_until: now, ..Link::default() };
+        }
+        for number in 0..self.sockets.len() {
+            let socket = &mut self.sockets[number];
+            if !socket.open || socket.segments.is_empty() && socket.ended.is_none() {
+                continue;
+            }
+            let at = now + Duration::from_nanos(self.random.below(RETRANSMIT_NANOS));
+            for (arrival, _) in &mut socket.segments {
+                *arrival = (*arrival).min(at);
+            }
+            socket.last_arrival = socket.last_arrival.min(at);
+            socket.ended = socket.ended.map(|ended| ended.min(at));
+            let number = Socket(u32::try_from(number).expect("few connections"));
+            self.later.push((at, Later::Deliver(number)));
+        }
+    }
+
+    /// When what is sent now arrives.
+    fn arrival(&mut self, now: Instant, from: usize, to: usize, bytes: usize) -> Instant {
+        let hiccup = self.hiccups && self.random.one_in(500);
+        let mut nanos = if hiccup {
+            self.random.between(1_000_000, 30_000_000)
+        } else {
+            self.random.between(5_000, 60_000)
+        };
+        let index = from * self.processes + to;
+        let link = self.links[index];
+        if let Some((most, until)) = link.extra
+            && now < until
+        {
+            nanos += self.random.below(most);
+        }
+        if let Some((times, until)) = link.loss
+            && now < until
+            && self.random.one_in(times)
+        {
+            self.lost += 1;
+            nanos += RETRANSMIT_NANOS << self.random.below(3);
+        }
+        let byte_nanos = match link.byte_nanos {
+            Some((byte_nanos, until)) if now < until => byte_nanos,
+            Some(_) | None => 1,
+        };
+        let start = link.busy_until.max(now);
+        let done = start + Duration::from_nanos(byte_nanos * bytes as u64);
+        self.links[index].busy_until = done;
+        let mut at = done + Duration::from_nanos(nanos);
+        if at < link.blocked_until {
+            let backoff = link.blocked_nanos.clamp(1, BACKOFF_NANOS_MAX);
+            at = link.blocked_until + Duration::from_nanos(self.random.below(backoff));
+        }
+        at
+    }
+
+    /// Joins two ends.
+    pub(crate) fn join(&mut self, a: End, b: End) {
+        let first = u32::try_from(self.sockets.len()).expect("few connections");
+        for (end, number, peer) in [(a, first, first + 1), (b, first + 1, first)] {
+            self.by_end.insert(end, Socket(number));
+            self.sockets.push(SocketState {
+                end,
+                peer: Socket(peer),
+                open: true,
+                bytes: VecDeque::new(),
+                arrived: 0,
+                segments: VecDeque::new(),
+                last_arrival: Instant::ZERO,
+                receive: None,
+                ended: None,
+                unsent: VecDeque::new(),
+            });
+        }
+    }
+
+    fn state(&mut self, socket: Socket) -> &mut SocketState {
+        &mut self.sockets[socket.0 as usize]
+    }
+
+    /// The end that a socket is, while it is open.
+    pub(crate) fn end(&self, socket: Socket) -> Option<End> {
+        let state = &self.sockets[socket.0 as usize];
+        state.open.then_some(state.end)
+    }
+
+    /// Writes at one end; gives how many bytes left at once.
+    pub(crate) fn send(&mut self, now: Instant, from: End, part: Buffer) -> usize {
+        let Some(socket) = self.by_end.get(&from).copied() else { return 0 };
+        let peer = self.state(socket).peer;
+        if !self.state(peer).open {
+            let at = now + Duration::from_nanos(self.random.between(20_000, 200_000));
+            self.later.push((at, Later::Retransmit(socket)));
+            return part.len();
+        }
+        if self.state(peer).bytes.len() >= WINDOW_BYTES || !self.state(socket).unsent.is_empty() {
+            self.state(socket).unsent.push_back(part);
+            return 0;
+        }
+        self.transmit(now, peer, from.process, &part);
+        part.len()
+    }
+
+    fn transmit(&mut self, now: Instant, to: Socket, from: usize, part: &Buffer) {
+        let process = self.state(to).end.process;
+        let bytes = part.bytes();
+        let at = self.arrival(now, from, process, bytes.len());
+        let corrupt = self.link(from, process).corruption.is_some_and(|(_, until)| now < until);
+        let times = self.link(from, process).corruption.map_or(1, |(times, _)| times);
+        let flip = (corrupt && self.random.one_in(times))
+            .then(|| (self.random.index(bytes.len()), self.random.below(8)));
+        let state = self.state(to);
+        let start = state.bytes.len();
+        state.bytes.extend(bytes);
+        if let Some((index, bit)) = flip {
+            state.bytes[start + index] ^= 1 << bit;
+        }
+        let at = at.max(state.last_arrival);
+        state.last_arrival = at;
+        state.segments.push_back((at, bytes.len()));
+        self.corrupted += u64::from(flip.is_some());
+        self.later.push((at, Later::Deliver(to)));
+    }
+
     /// Starts a receive. The buffer is dropped if the connection is gone.
-    pub(crate) fn receive(&mut self, at: End, buffer: BufferMut, region: ReceiveRegion) {
-        if let Some(pipe) = self.pipes.get_mut(&at) {
-            assert!(pipe.receive.is_none(), "one receive at a time");
-            pipe.receive = Some(Pending { buffer, region });
+    pub(crate) fn receive(
+        &mut self,
+        now: Instant,
+        at: End,
+        buffer: BufferMut,
+        region: ReceiveRegion,
+    ) {
+        let Some(socket) = self.by_end.get(&at).copied() else { return };
+        let state = self.state(socket);
+        assert!(state.receive.is_none(), "one receive at a time");
+        state.receive = Some(Pending { buffer, region });
+        if state.arrived > 0
+            || state.segments.front().is_some_and(|(at, _)| *at <= now)
+            || state.ended.is_some()
+        {
+            let at = now + Duration::from_nanos(self.random.between(1_000, 8_000));
+            self.later.push((at, Later::Deliver(socket)));
         }
     }
 
     /// Delivers some of the bytes that wait at an end, if a receive is under way there.
-    pub(crate) fn deliver(&mut self, at: End, random: &mut Random) -> Option<Delivery> {
-        let pipe = self.pipes.get_mut(&at)?;
-        if pipe.receive.is_none() || (pipe.bytes.is_empty() && !pipe.ended) {
+    pub(crate) fn deliver(&mut self, now: Instant, socket: Socket) -> Option<Delivery> {
+        let piece = self.random.bits();
+        let state = self.state(socket);
+        while let Some((at, bytes)) = state.segments.front().copied()
+            && at <= now
+        {
+            state.arrived += bytes;
+            state.segments.pop_front();
+        }
+        let over = state.segments.is_empty() && state.ended.is_some_and(|at| at <= now);
+        if !state.open || state.receive.is_none() || (state.arrived == 0 && !over) {
             return None;
         }
-        let mut pending = pipe.receive.take().expect("it was there just now");
-        let most = pipe.bytes.len().min(pending.region.len());
-        let bytes = match random.below(4) {
-            0 if most > 0 => usize::try_from(random.between(1, most as u64)).expect("fits"),
+        let mut pending = state.receive.take().expect("it was there just now");
+        let most = state.arrived.min(pending.region.len());
+        let bytes = match piece % 4 {
+            0 if most > 0 => usize::try_from(1 + (piece >> 2) % most as u64).expect("fits"),
             _ => most,
         };
         let out = &mut pending.region.bytes(&mut pending.buffer)[..bytes];
-        for (to, from) in out.iter_mut().zip(pipe.bytes.drain(..bytes)) {
-            *to = from;
+        let (front, back) = state.bytes.as_slices();
+        let split = front.len().min(bytes);
+        out[..split].copy_from_slice(&front[..split]);
+        out[split..].copy_from_slice(&back[..bytes - split]);
+        state.bytes.drain(..bytes);
+        state.arrived -= bytes;
+        let end = state.end;
+        self.refill(now, socket);
+        Some(Delivery { end, buffer: pending.buffer, bytes })
+    }
+
+    /// The reader has made room: the writer's bytes that waited go out.
+    fn refill(&mut self, now: Instant, reader: Socket) {
+        let writer = self.state(reader).peer;
+        let mut sent = 0;
+        while self.state(reader).bytes.len() < WINDOW_BYTES
+            && let Some(part) = self.state(writer).unsent.pop_front()
+        {
+            sent += part.len();
+            let from = self.state(writer).end.process;
+            self.transmit(now, reader, from, &part);
         }
-        Some(Delivery { buffer: pending.buffer, bytes })
-    }
-
-    /// One end closes in good order. The other reads what was sent and then the end.
-    pub(crate) fn shut(&mut self, end: End) -> Option<End> {
-        self.pipes.remove(&end);
-        let peer = self.peers.remove(&end)?;
-        if let Some(pipe) = self.pipes.get_mut(&peer) {
-            pipe.ended = true;
+        if sent > 0 && self.state(writer).open {
+            let at = now + Duration::from_nanos(self.random.between(10_000, 100_000));
+            self.later.push((at, Later::Sent(writer, sent)));
         }
-        Some(peer)
     }
 
-    /// Every connection of a process breaks; gives the other ends.
-    pub(crate) fn break_all(&mut self, process: usize) -> Vec<End> {
-        let ends: Vec<End> = self.pipes.keys().filter(|end| end.0 == process).copied().collect();
-        ends.into_iter().filter_map(|end| self.shut(end)).collect()
+    /// One end closes after what it had to send. The other reads that and then the end, unless it
+    /// is not to be told.
+    pub(crate) fn shut(&mut self, now: Instant, end: End, silently: bool) -> bool {
+        let Some(socket) = self.by_end.remove(&end) else { return false };
+        let peer = self.state(socket).peer;
+        let unsent = std::mem::take(&mut self.state(socket).unsent);
+        if self.state(peer).open && !silently {
+            for part in unsent {
+                self.transmit(now, peer, end.process, &part);
+            }
+            let process = self.state(peer).end.process;
+            let at = self.arrival(now, end.process, process, 0).max(self.state(peer).last_arrival);
+            self.state(peer).ended = Some(at);
+            self.later.push((at, Later::Deliver(peer)));
+        }
+        let state = self.state(socket);
+        state.open = false;
+        state.receive = None;
+        state.bytes = VecDeque::new();
+        state.segments = VecDeque::new();
+        true
     }
 
-    /// One random connection of a process, if it has any.
+    /// The connection breaks: both ends are told, each as soon as the network lets it know.
+    pub(crate) fn reset(&mut self, now: Instant, end: End) {
+        let Some(socket) = self.by_end.get(&end).copied() else { return };
+        let peer = self.state(socket).peer;
+        for (to, from) in [(socket, peer), (peer, socket)] {
+            let (to_process, from_process) =
+                (self.state(to).end.process, self.state(from).end.process);
+            let at = self.arrival(now, from_process, to_process, 0);
+            self.later.push((at, Later::Closed(to)));
+        }
+    }
+
+    /// An end speaks to nobody: it is told so if the network lets it know, else tries again.
+    /// Gives the end if the connection is gone.
+    pub(crate) fn retransmit(
+        &mut self,
+        now: Instant,
+        socket: Socket,
+        is_up: impl Fn(usize) -> bool,
+    ) -> Option<End> {
+        let end = self.end(socket)?;
+        let peer = self.state(socket).peer;
+        let other = self.state(peer).end.process;
+        if is_up(other)
+            && self.is_open(now, end.process, other)
+            && self.is_open(now, other, end.process)
+        {
+            return self.gone(socket);
+        }
+        let nanos = RETRANSMIT_NANOS + self.random.below(RETRANSMIT_NANOS);
+        self.later.push((now + Duration::from_nanos(nanos), Later::Retransmit(socket)));
+        None
+    }
+
+    /// The kernel ends a connection of which it learnt that it is broken; gives the end that has to
+    /// be told.
+    pub(crate) fn gone(&mut self, socket: Socket) -> Option<End> {
+        let end = self.end(socket)?;
+        self.by_end.remove(&end);
+        let state = self.state(socket);
+        state.open = false;
+        state.receive = None;
+        state.unsent.clear();
+        state.bytes = VecDeque::new();
+        state.segments = VecDeque::new();
+        Some(end)
+    }
+
+    /// A process is gone, and all its ends with it.
+    pub(crate) fn break_all(&mut self, now: Instant, process: usize, silently: bool) {
+        let ends: Vec<End> =
+            self.by_end.keys().filter(|end| end.process == process).copied().collect();
+        for end in ends {
+            self.shut(now, end, silently);
+        }
+    }
+
+    /// Some connection of a process, if it has any.
     pub(crate) fn any_of(&self, process: usize, random: &mut Random) -> Option<End> {
-        let ends: Vec<End> = self.pipes.keys().filter(|end| end.0 == process).copied().collect();
-        if ends.is_empty() { None } else { Some(ends[random.index(ends.len())]) }
+        let ends: Vec<End> =
+            self.by_end.keys().filter(|end| end.process == process).copied().collect();
+        if ends.is_empty() { None } else { Some(random.choose(&ends)) }
     }
 }

@@ -4,7 +4,8 @@
 //! are numbered in the order of their submission. A read may return what was settled at any time
 //! between its submission and its answer, or an undecided write's value, which is settled by
 //! that (I3: once seen, it never reverts). A write whose head is gone is decided by the first
-//! read that is submitted later, whichever value it returns.
+//! read that is submitted later, whichever value it returns. A write of an earlier epoch comes before
+//! every write of a later one, whenever it was submitted (I2, I5).
 
 use std::collections::BTreeMap;
 
@@ -15,10 +16,22 @@ pub struct Stamp(u64);
 #[derive(Clone, Copy, Debug)]
 struct Undecided {
     value: u64,
-    /// The process whose head has it.
-    process: usize,
     /// Its head is gone since then.
     orphaned: Option<Stamp>,
+}
+
+/// Where a write is in the order of all that may land: its epoch, then its number.
+type Order = (u64, u64);
+
+/// How a read's value was explained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Explained {
+    /// It was settled.
+    Settled,
+    /// A write was undecided and is settled by this.
+    Decided,
+    /// It was settled, and undecided writes of heads that are gone never landed.
+    Dropped,
 }
 
 /// One block.
@@ -26,15 +39,14 @@ struct Undecided {
 struct Register {
     /// Values and since when they are settled, oldest first; never empty.
     settled: Vec<(Stamp, u64)>,
-    /// By the number of the write.
-    undecided: BTreeMap<u64, Undecided>,
+    undecided: BTreeMap<Order, Undecided>,
 }
 
 impl Register {
-    /// Write `number` is settled, and before it whatever was submitted earlier: a read that is
+    /// A write is settled, and before it whatever comes earlier in the order: a read that is
     /// under way may have seen any of that.
-    fn settle(&mut self, at: Stamp, number: u64) {
-        let later = self.undecided.split_off(&(number + 1));
+    fn settle(&mut self, at: Stamp, write: Order) {
+        let later = self.undecided.split_off(&(write.0, write.1 + 1));
         let settled = std::mem::replace(&mut self.undecided, later);
         self.settled.extend(settled.values().map(|write| (at, write.value)));
     }
@@ -66,27 +78,28 @@ impl Oracle {
         Stamp(self.now)
     }
 
-    /// Write `number` of `value` was submitted to the head of `process`.
-    pub fn submitted(&mut self, block: usize, number: u64, value: u64, process: usize) {
-        let undecided = Undecided { value, process, orphaned: None };
-        self.blocks[block].undecided.insert(number, undecided);
+    /// Write `number` of `value` was submitted to the head of `epoch`.
+    pub fn submitted(&mut self, block: usize, epoch: u64, number: u64, value: u64) {
+        let undecided = Undecided { value, orphaned: None };
+        self.blocks[block].undecided.insert((epoch, number), undecided);
     }
 
-    /// Write `number` was acknowledged: it and nothing submitted before it.
-    pub fn acknowledged(&mut self, block: usize, number: u64) {
+    /// Write `number` of `epoch` was acknowledged: it and nothing before it.
+    pub fn acknowledged(&mut self, block: usize, epoch: u64, number: u64) {
         let at = self.stamp();
         let register = &mut self.blocks[block];
-        if register.undecided.contains_key(&number) {
-            register.settle(at, number);
+        if register.undecided.contains_key(&(epoch, number)) {
+            register.settle(at, (epoch, number));
         }
     }
 
-    /// The head of `process` is gone, and with it whoever could answer its writes.
-    pub fn orphaned(&mut self, process: usize) {
+    /// The head of `epoch` is gone, and with it whoever could answer its writes.
+    pub fn orphaned(&mut self, epoch: u64) {
         let at = self.stamp();
-        let writes = self.blocks.iter_mut().flat_map(|block| block.undecided.values_mut());
-        for write in writes.filter(|write| write.process == process) {
-            write.orphaned.get_or_insert(at);
+        for block in &mut self.blocks {
+            for (_, write) in block.undecided.range_mut((epoch, 0)..(epoch + 1, 0)) {
+                write.orphaned.get_or_insert(at);
+            }
         }
     }
 
@@ -94,26 +107,38 @@ impl Oracle {
     ///
     /// # Errors
     /// What the read should have returned.
-    pub fn read(&mut self, block: usize, since: Stamp, value: u64) -> Result<(), String> {
+    pub fn read(&mut self, block: usize, since: Stamp, value: u64) -> Result<Explained, String> {
         self.checked += 1;
         let at = self.stamp();
         let register = &mut self.blocks[block];
         let first = register.first(since);
-        if register.settled[first..].iter().any(|(_, settled)| *settled == value) {
-            register.undecided.retain(|_, write| write.orphaned.is_none_or(|gone| gone >= since));
-            return Ok(());
+        let known = register.settled[first..].iter().any(|(_, settled)| *settled == value);
+        if !known {
+            let write = register.undecided.iter().find(|(_, write)| write.value == value);
+            let Some(order) = write.map(|(order, _)| *order) else {
+                return Err(format!(
+                    "block {block} reads {value}; it should be one of {:?} or of the undecided {:?}",
+                    &register.settled[first..],
+                    register.undecided
+                ));
+            };
+            register.settle(at, order);
         }
-        let write = register.undecided.iter().find(|(_, write)| write.value == value);
-        if let Some(number) = write.map(|(number, _)| *number) {
-            register.settle(at, number);
-            register.undecided.retain(|_, write| write.orphaned.is_none_or(|gone| gone >= since));
-            return Ok(());
+        let before = register.undecided.len();
+        register.undecided.retain(|_, write| write.orphaned.is_none_or(|gone| gone >= since));
+        Ok(match (known, before == register.undecided.len()) {
+            (false, _) => Explained::Decided,
+            (true, true) => Explained::Settled,
+            (true, false) => Explained::Dropped,
+        })
+    }
+
+    /// Reads submitted before `stamp` have all been answered: what they might have seen is forgotten.
+    pub fn forget(&mut self, stamp: Stamp) {
+        for register in &mut self.blocks {
+            let first = register.first(stamp);
+            register.settled.drain(..first);
         }
-        Err(format!(
-            "block {block} reads {value}; it should be one of {:?} or of the undecided {:?}",
-            &register.settled[first..],
-            register.undecided
-        ))
     }
 
     /// Blocks checked by reads so far.
@@ -130,8 +155,8 @@ mod tests {
     fn a_read_sees_what_was_settled_while_it_was_under_way() {
         let mut oracle = Oracle::new(1);
         let early = oracle.stamp();
-        oracle.submitted(0, 1, 1, 0);
-        oracle.acknowledged(0, 1);
+        oracle.submitted(0, 1, 1, 1);
+        oracle.acknowledged(0, 1, 1);
         assert!(oracle.read(0, early, 0).is_ok());
         let late = oracle.stamp();
         assert!(oracle.read(0, late, 0).is_err());
@@ -143,13 +168,24 @@ mod tests {
     fn an_undecided_write_is_settled_by_the_first_read_after_its_head_is_gone() {
         for seen in [0, 1] {
             let mut oracle = Oracle::new(1);
-            oracle.submitted(0, 1, 1, 0);
-            oracle.orphaned(0);
+            oracle.submitted(0, 7, 1, 1);
+            oracle.orphaned(7);
             let stamp = oracle.stamp();
             assert!(oracle.read(0, stamp, seen).is_ok());
             let stamp = oracle.stamp();
             assert!(oracle.read(0, stamp, 1 - seen).is_err());
             assert!(oracle.read(0, stamp, seen).is_ok());
         }
+    }
+
+    #[test]
+    fn a_write_of_an_old_epoch_never_lands_after_one_of_a_new_epoch() {
+        let mut oracle = Oracle::new(1);
+        oracle.submitted(0, 2, 1, 1);
+        oracle.submitted(0, 1, 2, 2);
+        oracle.acknowledged(0, 2, 1);
+        let stamp = oracle.stamp();
+        assert!(oracle.read(0, stamp, 2).is_err(), "the newer epoch's write came later");
+        assert!(oracle.read(0, stamp, 1).is_ok());
     }
 }

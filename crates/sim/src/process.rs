@@ -2,12 +2,17 @@
 
 use core::net::SocketAddr;
 
-use base::{BufferPool, ClusterId, HolderId, PoolId, ServerId};
+use base::limits::PAGE_BYTES;
+use base::{BufferPool, ClusterId, Epoch, HolderId, Instant, PoolId, ServerId, Slab};
 use node::{HeadHandle, Node, NodeConfig, ServerConfig};
 use nvme::TargetConfig;
-use store::{DeviceInfo, DeviceRole, FlushPolicy, FormatConfig, StoreConfig};
+use store::{
+    DeviceInfo, DeviceRole, DiskKind, DiskOperation, FlushPolicy, FormatConfig, StoreConfig,
+};
 use volume::Tunables;
 
+use crate::clock::Clock;
+use crate::cluster_store::Lease;
 use crate::disk::Disk;
 use crate::random::Random;
 
@@ -23,19 +28,43 @@ pub(crate) struct Process {
     pub(crate) life: u64,
     pub(crate) disks: Vec<Disk>,
     pub(crate) open: bool,
-    pub(crate) head: Option<HeadHandle>,
-    /// The time at which a tick is due already.
-    pub(crate) tick_at: Option<base::Instant>,
+    pub(crate) head: Option<RunningHead>,
+    pub(crate) lease: Lease,
+    /// Restarted by every start of the process.
+    pub(crate) clock: Clock,
+    /// Stopped until then: what happens to it waits.
+    pub(crate) paused_until: Instant,
+    /// The machine is there, whether or not the process is.
+    pub(crate) machine_up: bool,
+    /// A device has failed: the next start comes with a better one.
+    pub(crate) device_failed: bool,
+    /// Disk operations under way.
+    pub(crate) operations: Slab<DiskOperation>,
+    /// The time, on its own clock, at which a tick is due already.
+    pub(crate) tick_at: Option<Instant>,
     /// Ticks in a row that were due at once.
     ticks_at_once: u32,
     /// Buffers of this life's front end.
     pub(crate) guest_buffers: BufferPool,
 }
 
+/// A head in a process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RunningHead {
+    pub(crate) handle: HeadHandle,
+    pub(crate) epoch: Epoch,
+    pub(crate) opened: bool,
+}
+
 pub(crate) fn id(index: usize, kind: u8) -> [u8; 16] {
     let mut bytes = [kind; 16];
     bytes[0] = u8::try_from(index + 1).expect("few processes");
     bytes
+}
+
+/// Who a process is to servers and to the cluster store.
+pub(crate) fn host_id(index: usize) -> [u8; 16] {
+    id(index, 0x40)
 }
 
 pub(crate) fn server_id(index: usize) -> ServerId {
@@ -78,7 +107,9 @@ impl Process {
             for write in writes {
                 disks[usize::from(write.device.0)].write(write.offset, &write.bytes);
             }
-            disks.iter_mut().for_each(Disk::sync);
+            for disk in &mut disks {
+                disk.sync().expect("a new disk syncs");
+            }
         }
         Self {
             index,
@@ -87,6 +118,12 @@ impl Process {
             disks,
             open: false,
             head: None,
+            lease: Lease::Idle,
+            clock: Clock::new(Instant::ZERO, 0, 0),
+            paused_until: Instant::ZERO,
+            machine_up: true,
+            device_failed: false,
+            operations: Slab::with_capacity(64),
             tick_at: None,
             ticks_at_once: 0,
             guest_buffers: BufferPool::heap(1, 1),
@@ -98,10 +135,11 @@ impl Process {
     }
 
     /// Starts the process.
-    pub(crate) fn start(&mut self, random: &mut Random) {
+    pub(crate) fn start(&mut self, now: Instant, drift: i64, random: &mut Random) {
         self.life += 1;
         self.open = !self.is_server();
-        self.head = None;
+        self.machine_up = true;
+        self.clock = Clock::new(now, random.below(1 << 40), drift);
         self.tick_at = None;
         self.guest_buffers = BufferPool::heap(256, 32);
         let server = self.is_server().then(|| ServerConfig {
@@ -123,7 +161,7 @@ impl Process {
             offer_volumes: true,
         });
         self.node = Some(Node::new(NodeConfig {
-            host: HolderId::from_bytes(id(self.index, 0x40)),
+            host: HolderId::from_bytes(host_id(self.index)),
             jitter_seed: random.bits(),
             head_buffers: BufferPool::heap(64, 16),
             peer_buffers: BufferPool::heap(64, 24),
@@ -148,12 +186,45 @@ impl Process {
 
     /// `kill -9`, or the power goes.
     pub(crate) fn stop(&mut self, power_cut: bool, random: &mut Random) {
+        self.settle_writes(random);
         self.node = None;
         self.open = false;
         self.head = None;
+        self.lease = Lease::Idle;
+        self.paused_until = Instant::ZERO;
+        self.machine_up = !power_cut;
+        self.device_failed = false;
+        self.operations = Slab::with_capacity(64);
         self.life += 1;
-        if power_cut {
-            self.disks.iter_mut().for_each(|disk| disk.power_cut(random));
+        for disk in &mut self.disks {
+            disk.process_died(random);
+            if power_cut {
+                disk.power_cut(random);
+            }
         }
+    }
+
+    /// Writes under way when their process dies have reached the disk, page by page, or not.
+    fn settle_writes(&mut self, random: &mut Random) {
+        for (_, operation) in self.operations.iter() {
+            let DiskKind::Write { offset, parts } = &operation.kind else { continue };
+            if random.one_in(3) {
+                continue;
+            }
+            let torn = random.one_in(2);
+            let mut at = *offset;
+            for page in parts.iter().flat_map(|part| part.bytes().chunks_exact(PAGE_BYTES)) {
+                if !torn || random.one_in(2) {
+                    self.disks[usize::from(operation.device.0)].write(at, page);
+                }
+                at += PAGE_BYTES as u64;
+            }
+        }
+    }
+
+    /// True if a disk write is under way.
+    pub(crate) fn is_writing(&self) -> bool {
+        let mut operations = self.operations.iter();
+        operations.any(|(_, operation)| matches!(operation.kind, DiskKind::Write { .. }))
     }
 }

@@ -10,6 +10,16 @@ impl Random {
         Self(seed)
     }
 
+    /// A sequence of its own for one `part` of a world: what one part draws does not shift what
+    /// another one gets.
+    pub fn of(seed: u64, part: &str) -> Self {
+        let hash = part.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let mut random = Self(seed ^ hash);
+        Self(random.bits())
+    }
+
     /// The next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -41,5 +51,10 @@ impl Random {
     /// An index below `length`.
     pub fn index(&mut self, length: usize) -> usize {
         usize::try_from(self.below(length as u64)).expect("below a usize")
+    }
+
+    /// One of `choices`.
+    pub fn choose<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.index(choices.len())]
     }
 }

@@ -1,30 +1,44 @@
 //! The world: simulated time, processes, faults, a guest's workload and its checks.
 
+mod control;
+mod strike;
+mod transport;
+mod workload;
+
+use core::fmt::Write as _;
 use core::time::Duration;
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use base::limits::PAGE_BYTES;
 use base::{
-    BlockCount, BlockReply, BlockRequest, BlockSize, Durability, Epoch, Instant, Lba, Member,
-    Operation, Policy, ReplicaKey, RequestId, Role, ShardIndex, ShardRecord, Status, VolumeId,
-    VolumeRecord,
+    BlockSize, Durability, Epoch, Instant, Member, Policy, ReplicaKey, Role, ShardIndex,
+    ShardRecord, VolumeId, VolumeRecord,
 };
-use node::{ConnectionId, FrontEnd, HeadEvent, Input, Output};
-use store::{DiskId, DiskKind, DiskOperation, DiskResult};
+use node::{ConnectionId, HeadEvent, Input, Node, Output};
 
-use crate::content::{fill, value_of};
-use crate::guest::{Guest, Kind};
-use crate::network::{End, Network};
+use crate::cluster_store::{Answer, Call, ClusterStore};
+use crate::disk::Disk;
+use crate::faults::{Fault, Profile, schedule};
+use crate::guest::Guest;
+use crate::network::{Later, Network};
 use crate::oracle::Oracle;
-use crate::process::{Process, address, pool_id, server_id};
+use crate::places::{Place, Places};
+use crate::process::{Process, RunningHead, address, pool_id, server_id};
+use crate::queue::Queue;
 use crate::random::Random;
+use crate::trace::Trace;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
 const KEY: ReplicaKey = ReplicaKey { volume: VOLUME, shard: ShardIndex(0) };
 
+/// Machines check themselves after every one of so many events, and wherever a fault strikes.
+const CHECK_EVERY: u64 = 32;
+
+/// When faults begin, at the earliest.
+const FAULTS_FROM: Duration = Duration::from_millis(20);
+
 /// A run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct WorldConfig {
     /// Decides everything.
     pub seed: u64,
@@ -34,50 +48,190 @@ pub struct WorldConfig {
     pub diskless: bool,
     /// Blocks of 4 KiB of the volume.
     pub blocks: u64,
-    /// Requests to submit before the faults stop.
+    /// Requests to submit, at most.
     pub requests: u64,
-    /// Processes die, lose connections; heads are replaced.
-    pub faults: bool,
+    /// The longest pause between two requests but for rare long ones, in nanoseconds.
+    pub pause_nanos: u64,
+    /// What goes wrong; see [`WorldConfig::with_faults`].
+    pub faults: Vec<Fault>,
+    /// The phase of faults lasts so long; zero: until all requests have been submitted.
+    pub length: Duration,
     /// Now and then a disk or the network is a hundred times slower, and members fall behind.
     pub hiccups: bool,
-    /// When a write counts. Only with [`Durability::Durable`] do servers lose power, one at a
-    /// time: with [`Durability::Flush`] that may cost what was acknowledged and not flushed.
+    /// When a write counts. Only with [`Durability::Durable`] do servers lose power: with
+    /// [`Durability::Flush`] that may cost what was acknowledged and not flushed.
     pub durability: Durability,
+    /// Print what happens.
+    pub trace: bool,
     /// Print what happens to this block.
     pub trace_block: Option<u64>,
     /// Counts the process's allocations, for [`Report::node_allocations`].
     pub allocations: fn() -> u64,
 }
 
+impl WorldConfig {
+    /// A cluster in which nothing fails.
+    pub fn quiet(seed: u64, servers: usize, diskless: bool, requests: u64) -> Self {
+        Self {
+            seed,
+            servers,
+            diskless,
+            blocks: 512,
+            requests,
+            pause_nanos: 80_000,
+            faults: Vec::new(),
+            length: Duration::ZERO,
+            hiccups: true,
+            durability: Durability::Flush,
+            trace: false,
+            trace_block: None,
+            allocations: || 0,
+        }
+    }
+
+    /// The cluster and the faults that a seed stands for.
+    pub fn with_faults(seed: u64) -> Self {
+        let mut random = Random::of(seed, "configuration");
+        let servers = random.choose(&[3, 3, 3, 5, 2, 1]);
+        let diskless = random.one_in(3);
+        let length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
+        let profile = Profile {
+            seed,
+            servers,
+            processes: servers + usize::from(diskless),
+            from: Instant::ZERO + FAULTS_FROM,
+            length,
+        };
+        let durability = random.choose(&[Durability::Durable, Durability::Flush]);
+        Self {
+            requests: 4000,
+            pause_nanos: random.choose(&[80_000, 1_000_000, 8_000_000]),
+            faults: schedule(&profile),
+            length,
+            durability,
+            blocks: random.choose(&[64, 512, 512]),
+            ..Self::quiet(seed, servers, diskless, 0)
+        }
+    }
+}
+
 /// What a run did.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// Requests answered.
     pub answered: u64,
+    /// Writes and discards acknowledged.
+    pub written: u64,
     /// Blocks read and checked.
     pub checked: u64,
-    /// Faults injected.
+    /// Faults that struck.
     pub faults: u64,
     /// Heads opened.
     pub heads: u64,
     /// Simulated time.
     pub simulated: Duration,
+    /// From the end of the faults until every request was answered.
+    pub recovery: Duration,
     /// Events handled.
     pub events: u64,
     /// Allocations that nodes made while the second half of the requests was worked on.
     pub node_allocations: u64,
+    /// A digest of every event and its time.
+    pub digest: u64,
+    /// What was reached.
+    pub places: Places,
 }
 
+#[derive(Debug)]
 enum Event {
-    Disk { process: usize, life: u64, operation: Box<DiskOperation> },
-    Deliver { at: End, life: u64 },
-    Connect { process: usize, life: u64, connection: ConnectionId, address: core::net::SocketAddr },
-    Closed { at: End, life: u64 },
-    Tick { process: usize, life: u64 },
-    Start { process: usize },
-    OpenHead,
+    Disk {
+        process: usize,
+        life: u64,
+        tag: u64,
+    },
+    Network(Later),
+    Connect {
+        process: usize,
+        life: u64,
+        connection: ConnectionId,
+        address: core::net::SocketAddr,
+    },
+    Connected {
+        process: usize,
+        life: u64,
+        connection: ConnectionId,
+        refused: bool,
+    },
+    Accepted {
+        process: usize,
+        life: u64,
+        connection: u64,
+    },
+    ClosedByUs {
+        process: usize,
+        life: u64,
+        connection: ConnectionId,
+    },
+    Tick {
+        process: usize,
+        life: u64,
+    },
+    Start {
+        process: usize,
+    },
+    Resume {
+        process: usize,
+    },
+    /// A process ends by itself, and is started again.
+    Exit {
+        process: usize,
+        life: u64,
+    },
+    Control {
+        process: usize,
+        life: u64,
+    },
+    StoreEffect {
+        process: usize,
+        life: u64,
+        call: Box<Call>,
+        answer: Option<Instant>,
+    },
+    StoreAnswer {
+        process: usize,
+        life: u64,
+        answer: Box<Answer>,
+    },
     Submit,
-    Fault,
+    Fault {
+        number: usize,
+    },
+}
+
+impl Event {
+    /// What tells it from other events, for the digest of a run.
+    fn digest(&self) -> (u8, u64, u64) {
+        match self {
+            Self::Disk { process, tag, .. } => (1, *process as u64, *tag),
+            Self::Network(Later::Deliver(socket)) => (2, socket.number(), 0),
+            Self::Network(Later::Sent(socket, bytes)) => (3, socket.number(), *bytes as u64),
+            Self::Network(Later::Closed(socket)) => (4, socket.number(), 0),
+            Self::Network(Later::Retransmit(socket)) => (5, socket.number(), 0),
+            Self::Connect { process, address, .. } => (6, *process as u64, address.port().into()),
+            Self::Connected { process, refused, .. } => (7, *process as u64, (*refused).into()),
+            Self::Accepted { process, connection, .. } => (8, *process as u64, *connection),
+            Self::ClosedByUs { process, .. } => (9, *process as u64, 0),
+            Self::Tick { process, life } => (10, *process as u64, *life),
+            Self::Start { process } => (11, *process as u64, 0),
+            Self::Resume { process } => (12, *process as u64, 0),
+            Self::Control { process, .. } => (13, *process as u64, 0),
+            Self::StoreEffect { process, .. } => (14, *process as u64, 0),
+            Self::StoreAnswer { process, .. } => (15, *process as u64, 0),
+            Self::Submit => (16, 0, 0),
+            Self::Exit { process, .. } => (18, *process as u64, 0),
+            Self::Fault { number } => (17, *number as u64, 0),
+        }
+    }
 }
 
 /// A simulated cluster with one volume and one guest.
@@ -85,23 +239,27 @@ pub struct World {
     config: WorldConfig,
     random: Random,
     now: Instant,
-    queue: BinaryHeap<Reverse<(Instant, u64)>>,
-    events: BTreeMap<u64, Event>,
-    next_event: u64,
+    queue: Queue<Event>,
     processes: Vec<Process>,
+    /// What waits for processes that stand still.
+    held: Vec<Vec<Event>>,
     network: Network,
+    connecting: BTreeSet<(usize, u64, ConnectionId)>,
     accepted: u64,
-    /// What the cluster store says.
-    epoch: Epoch,
-    /// Which process is to run the head.
-    head_at: usize,
+    store: ClusterStore,
+    /// Which process somebody wants the head in.
+    desired: usize,
+    /// The newest epoch in which a head has opened.
+    opened: Epoch,
+    /// Whose disks lie, and no other's.
+    faulty: Option<usize>,
     provisioned: usize,
-    serving: bool,
     oracle: Oracle,
     requests: BTreeMap<u64, Guest>,
     next_request: u64,
     next_write: u64,
     faults_on: bool,
+    trace: Trace,
     report: Report,
 }
 
@@ -109,31 +267,33 @@ impl World {
     /// A cluster whose servers are about to start.
     pub fn new(config: WorldConfig) -> Self {
         let servers = config.servers;
+        let count = servers + usize::from(config.diskless);
+        let (volume, shard) = records(&config);
+        let mut random = Random::of(config.seed, "world");
         let mut world = Self {
-            random: Random::new(config.seed),
             now: Instant::ZERO,
-            queue: BinaryHeap::new(),
-            events: BTreeMap::new(),
-            next_event: 0,
-            processes: (0..servers).map(|index| Process::new(index, true)).collect(),
-            network: Network::default(),
+            queue: Queue::new(),
+            processes: (0..count).map(|index| Process::new(index, index < servers)).collect(),
+            held: (0..count).map(|_| Vec::new()).collect(),
+            network: Network::new(count, config.seed, config.hiccups),
+            connecting: BTreeSet::new(),
             accepted: 0,
-            epoch: Epoch::NONE,
-            head_at: if config.diskless { servers } else { 0 },
+            store: ClusterStore::new(volume, shard, config.seed),
+            desired: if config.diskless { servers } else { 0 },
+            opened: Epoch::NONE,
+            faulty: (servers >= 3).then(|| random.index(servers)),
             provisioned: 0,
-            serving: false,
             oracle: Oracle::new(usize::try_from(config.blocks).expect("a small volume")),
             requests: BTreeMap::new(),
             next_request: 1,
             next_write: 1,
-            faults_on: config.faults,
+            faults_on: !config.faults.is_empty(),
+            trace: Trace::new(config.trace),
             report: Report::default(),
+            random,
             config,
         };
-        if config.diskless {
-            world.processes.push(Process::new(servers, false));
-        }
-        for process in 0..world.processes.len() {
+        for process in 0..count {
             world.after(0, Event::Start { process });
         }
         world
@@ -146,100 +306,182 @@ impl World {
     pub fn run(mut self) -> Report {
         let limit = Instant::ZERO + Duration::from_mins(10);
         self.run_until(limit, "to provision", |world| world.provisioned == world.config.servers);
-        self.after(0, Event::OpenHead);
+        self.control(self.desired);
         self.after(0, Event::Submit);
-        if self.faults_on {
-            self.after(1_000_000, Event::Fault);
+        for number in 0..self.config.faults.len() {
+            let at = self.config.faults[number].at.max(self.now);
+            self.queue.push(at, Event::Fault { number });
         }
         let total = self.config.requests;
-        self.run_until(limit, "to submit all requests", |world| world.next_request > total);
+        if self.config.length.is_zero() {
+            self.run_until(limit, "to submit all requests", |world| world.next_request > total);
+        } else {
+            let end = self.now + self.config.length;
+            self.run_until(limit, "for the faults to end", |world| world.now >= end);
+        }
         self.heal();
+        let healed = self.now;
         let bound = self.now + Duration::from_mins(1);
-        self.run_until(bound, "to serve again after faults stopped", |world| {
-            world.serving && world.requests.is_empty()
+        self.run_until(bound, "to serve again after faults stopped (I6)", |world| {
+            world.serving() && world.requests.is_empty() || world.needs_copy()
         });
+        self.report.recovery = self.now.since(healed);
+        if self.needs_copy() {
+            self.report.places.reach(Place::MemberTooFarBehind);
+            return self.finish();
+        }
         self.read_everything(bound);
+        self.finish()
+    }
+
+    /// Too few members are left that a log can bring up to date. Nothing copies chunks yet.
+    fn needs_copy(&self) -> bool {
+        self.processes[self.desired].node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
+            let lost = status.members.iter().filter(|member| {
+                matches!(member.mode, volume::MemberMode::TooFarBehind | volume::MemberMode::Down)
+            });
+            status.members.iter().any(|member| member.mode == volume::MemberMode::TooFarBehind)
+                && 2 * lost.count() > status.members.len()
+        })
+    }
+
+    fn finish(mut self) -> Report {
         self.report.simulated = self.now.since(Instant::ZERO);
         self.report.checked = self.oracle.checked();
+        self.report.digest = self.trace.digest();
         self.report
     }
 
     fn fail(&self, what: &str) -> ! {
         panic!(
-            "{what}\n  at {} after {} events; configuration {:?}\n  replay: SIM_SEED={} SIM_SERVERS={} \
-             SIM_DISKLESS={} cargo test -p sim replay -- --nocapture",
+            "{what}\n  at {} after {} events; {} servers, diskless {}, {:?}, faults at server {:?}\n  \
+             {}",
             self.now,
             self.report.events,
-            self.config,
-            self.config.seed,
             self.config.servers,
-            self.config.diskless
+            self.config.diskless,
+            self.config.durability,
+            self.faulty,
+            self.describe()
         )
     }
 
     fn after(&mut self, nanos: u64, event: Event) {
-        let at = self.now + Duration::from_nanos(nanos);
-        self.next_event += 1;
-        self.events.insert(self.next_event, event);
-        self.queue.push(Reverse((at, self.next_event)));
+        self.queue.push(self.now + Duration::from_nanos(nanos), event);
     }
 
     fn run_until(&mut self, limit: Instant, what: &str, done: impl Fn(&Self) -> bool) {
         while !done(self) {
-            let Some(Reverse((at, id))) = self.queue.pop() else {
+            let Some((at, event)) = self.queue.pop() else {
                 self.fail(&format!("nothing happens any more, waiting {what}"));
             };
             if at > limit {
-                let heads = self.describe();
-                self.fail(&format!("took too long {what}: {heads}"));
+                self.fail(&format!("took too long {what}"));
             }
             self.now = self.now.max(at);
             self.report.events += 1;
-            let event = self.events.remove(&id).expect("a queued event exists");
             self.event(event);
+            while let Some((at, later)) = self.network.take_later() {
+                self.queue.push(at, Event::Network(later));
+            }
         }
     }
 
     fn describe(&self) -> String {
-        let heads = self.processes.iter().flat_map(|process| {
-            process.node.iter().flat_map(node::Node::heads).map(|(_, _, status, _)| {
-                format!("\n  process {}: {status} {:?}", process.index, status.members)
-            })
-        });
-        let processes = self.processes.iter().map(|process| {
-            let running = process.node.is_some();
-            format!("\n  process {}: running {running}, open {}", process.index, process.open)
-        });
-        format!(
-            "{} requests unanswered, head at process {}, serving {}{}{}",
+        let mut text = format!(
+            "{} requests unanswered, head wanted at process {}, opened {}, store {:?} holder {:?}",
             self.requests.len(),
-            self.head_at,
-            self.serving,
-            processes.collect::<String>(),
-            heads.collect::<String>()
-        )
+            self.desired,
+            self.opened,
+            self.store.records.volume.epoch,
+            self.store.records.volume.holder.as_ref().map(|holder| &holder.name)
+        );
+        for process in &self.processes {
+            let (index, open, lease) = (process.index, process.open, &process.lease);
+            let running = process.node.is_some();
+            let _ = write!(text, "\n  process {index}: running {running}, open {open}, {lease:?}");
+            for (_, _, status, _) in process.node.iter().flat_map(Node::heads) {
+                let _ = write!(text, "\n    head: {status} {:?}", status.members);
+            }
+            for (_, info) in
+                process.node.iter().filter_map(Node::store).flat_map(store::Store::replicas)
+            {
+                let _ = write!(text, "\n    replica: {:?}", info.state);
+            }
+        }
+        text
+    }
+
+    /// The process that an event happens to, and in which life of it.
+    fn victim(&self, event: &Event) -> Option<(usize, u64)> {
+        match event {
+            Event::Disk { process, life, .. }
+            | Event::Connected { process, life, .. }
+            | Event::Accepted { process, life, .. }
+            | Event::ClosedByUs { process, life, .. }
+            | Event::Tick { process, life }
+            | Event::Exit { process, life }
+            | Event::Control { process, life }
+            | Event::StoreAnswer { process, life, .. } => Some((*process, *life)),
+            Event::Network(Later::Deliver(socket) | Later::Sent(socket, _)) => {
+                self.network.end(*socket).map(|end| (end.process, end.life))
+            }
+            Event::Network(Later::Closed(_) | Later::Retransmit(_))
+            | Event::Connect { .. }
+            | Event::Start { .. }
+            | Event::Resume { .. }
+            | Event::StoreEffect { .. }
+            | Event::Submit
+            | Event::Fault { .. } => None,
+        }
     }
 
     fn event(&mut self, event: Event) {
+        if let Some((process, life)) = self.victim(&event) {
+            if self.processes[process].life != life {
+                return;
+            }
+            if self.processes[process].paused_until > self.now {
+                self.held[process].push(event);
+                return;
+            }
+            if self.report.events.is_multiple_of(CHECK_EVERY) {
+                self.check_invariants(process);
+            }
+        }
+        let (kind, who, detail) = event.digest();
+        self.trace.event(self.now, kind, who, detail);
         match event {
-            Event::Disk { process, life, operation } => self.disk_done(process, life, *operation),
-            Event::Deliver { at, life } => self.deliver(at, life),
+            Event::Disk { process, life: _, tag } => self.disk_done(process, tag),
+            Event::Network(later) => self.network_event(later),
             Event::Connect { process, life, connection, address } => {
                 self.connect(process, life, connection, address);
             }
-            Event::Closed { at, life } => {
-                self.input(at.0, life, Input::Closed { connection: at.1 });
+            Event::Connected { process, life, connection, refused } => {
+                self.connected(process, life, connection, refused);
+            }
+            Event::Accepted { process, life, connection } => {
+                self.input(process, life, Input::Accepted { connection });
+            }
+            Event::ClosedByUs { process, life, connection } => {
+                self.input(process, life, Input::Closed { connection });
             }
             Event::Tick { process, life } => {
-                if self.processes[process].life == life {
-                    self.processes[process].tick_at = None;
-                }
+                self.processes[process].tick_at = None;
                 self.input(process, life, Input::Tick);
             }
             Event::Start { process } => self.start(process),
-            Event::OpenHead => self.open_head(),
+            Event::Resume { process } => self.resume(process),
+            Event::Exit { process, life: _ } => self.stop(process, false),
+            Event::Control { process, life: _ } => self.control(process),
+            Event::StoreEffect { process, life, call, answer } => {
+                self.store_effect(process, life, *call, answer);
+            }
+            Event::StoreAnswer { process, life: _, answer } => {
+                self.store_answer(process, *answer);
+            }
             Event::Submit => self.submit(),
-            Event::Fault => self.fault(),
+            Event::Fault { number } => self.strike(number),
         }
     }
 
@@ -249,7 +491,10 @@ impl World {
         if self.processes[process].node.is_some() {
             return;
         }
-        self.processes[process].start(&mut self.random);
+        let drift = i64::try_from(self.random.below(2001)).expect("small") - 1000;
+        let drift = if self.config.faults.is_empty() { 0 } else { drift };
+        self.processes[process].start(self.now, drift, &mut self.random);
+        self.trace.say(self.now, || format!("process {process} starts"));
         self.pump(process);
         if !self.processes[process].is_server() {
             self.process_opened(process);
@@ -261,17 +506,17 @@ impl World {
         self.processes[process].open = true;
         let servers: Vec<_> =
             (0..self.config.servers).map(|index| (server_id(index), address(index))).collect();
-        let now = self.now;
+        let local = self.processes[process].clock.local(self.now);
         let life = self.processes[process].life;
         let node = self.processes[process].node.as_mut().expect("it runs");
-        node.set_servers(now, servers);
-        if self.processes[process].is_server() && self.epoch == Epoch::NONE {
+        node.set_servers(local, servers);
+        if self.processes[process].is_server() && self.provisioned < self.config.servers {
             let blocks = self.config.blocks;
             let create =
                 Input::CreateReplica { tag: 1, key: KEY, block_size: BlockSize::B4096, blocks };
             self.input(process, life, create);
-        } else if process == self.head_at && self.epoch != Epoch::NONE {
-            self.after(0, Event::OpenHead);
+        } else {
+            self.control(process);
         }
     }
 
@@ -279,52 +524,45 @@ impl World {
         if self.processes[process].node.is_none() {
             return;
         }
-        if self.processes[process].head.is_some() {
-            self.serving &= process != self.head_at;
-            // Nobody will answer: the guest's requests are undecided for ever.
-            self.requests.retain(|_, guest| guest.process != process);
-            self.oracle.orphaned(process);
+        if let Some(head) = self.processes[process].head {
+            self.lose_head(process, head);
         }
-        self.settle_writes(process);
+        if self.processes[process].is_writing() {
+            self.report.places.reach(Place::KilledWithDiskWrites);
+        }
+        self.held[process].clear();
         self.processes[process].stop(power_cut, &mut self.random);
-        let silent = self.random.one_in(3);
-        for peer in self.network.break_all(process) {
-            let delay = if silent { 10_000_000_000 } else { self.random.between(10_000, 500_000) };
-            let life = self.processes[peer.0].life;
-            self.after(delay, Event::Deliver { at: peer, life });
-        }
+        self.network.break_all(self.now, process, power_cut);
         let delay = self.random.between(1_000_000, 3_000_000_000);
         self.after(delay, Event::Start { process });
     }
 
-    /// Writes under way when their process dies have reached the disk, page by page, or not.
-    fn settle_writes(&mut self, process: usize) {
-        for event in self.events.values() {
-            let Event::Disk { process: owner, life, operation } = event else { continue };
-            let DiskKind::Write { offset, parts } = &operation.kind else { continue };
-            let owner = &mut self.processes[*owner];
-            if owner.index != process || owner.life != *life || self.random.one_in(3) {
-                continue;
-            }
-            let torn = self.random.one_in(2);
-            let mut at = *offset;
-            for page in parts.iter().flat_map(|part| part.bytes().chunks_exact(PAGE_BYTES)) {
-                if !torn || self.random.one_in(2) {
-                    owner.disks[usize::from(operation.device.0)].write(at, page);
-                }
-                at += PAGE_BYTES as u64;
-            }
+    /// Nobody will answer: the guest's requests are undecided for ever.
+    fn lose_head(&mut self, process: usize, head: RunningHead) {
+        let before = self.requests.len();
+        self.requests.retain(|_, guest| guest.process != process);
+        if self.requests.len() < before {
+            self.report.places.reach(Place::KilledWithRequests);
+        }
+        self.oracle.orphaned(head.epoch.0);
+    }
+
+    /// A process goes on after it stood still: everything comes at once.
+    fn resume(&mut self, process: usize) {
+        if self.processes[process].paused_until > self.now {
+            return;
+        }
+        self.trace.say(self.now, || format!("process {process} goes on"));
+        for event in std::mem::take(&mut self.held[process]) {
+            self.event(event);
         }
     }
 
     fn input(&mut self, process: usize, life: u64, input: Input) {
-        let now = self.now;
-        if self.processes[process].life != life {
-            return;
-        }
-        let Some(node) = &mut self.processes[process].node else { return };
+        let state = &mut self.processes[process];
+        let Some(node) = state.node.as_mut().filter(|_| state.life == life) else { return };
         let before = (self.config.allocations)();
-        node.handle(now, input);
+        node.handle(state.clock.local(self.now), input);
         self.note_allocations(before);
         self.pump(process);
     }
@@ -347,55 +585,38 @@ impl World {
         while let Some(output) = self.next_output(process) {
             self.output(process, output);
         }
-        let life = self.processes[process].life;
         while let Some(operation) =
             self.processes[process].node.as_mut().and_then(node::Node::poll_disk)
         {
-            let delay = match self.random.below(200) {
-                0 if self.config.hiccups => self.random.between(1_000_000, 20_000_000),
-                _ => self.random.between(15_000, 120_000),
-            };
-            let operation = Box::new(operation);
-            self.after(delay, Event::Disk { process, life, operation });
+            self.disk_begin(process, operation);
         }
         self.schedule_tick(process);
     }
 
     fn schedule_tick(&mut self, process: usize) {
-        let life = self.processes[process].life;
-        let deadline = self.processes[process].node.as_ref().and_then(node::Node::next_deadline);
-        let Some(deadline) = deadline.map(|at| at.max(self.now)) else { return };
-        if self.processes[process].tick_at.is_none_or(|at| deadline < at) {
-            self.processes[process].tick_at = Some(deadline);
-            let nanos = u64::try_from(deadline.since(self.now).as_nanos()).expect("soon");
-            self.processes[process].count_tick(nanos);
-            self.after(nanos + 1, Event::Tick { process, life });
+        let state = &mut self.processes[process];
+        let local = state.clock.local(self.now);
+        let deadline = state.node.as_ref().and_then(node::Node::next_deadline);
+        let Some(deadline) = deadline.map(|at| at.max(local)) else { return };
+        if state.tick_at.is_none_or(|at| deadline < at) {
+            state.tick_at = Some(deadline);
+            state.count_tick(u64::try_from(deadline.since(local).as_nanos()).expect("soon"));
+            let at = state.clock.world(deadline).max(self.now) + Duration::from_nanos(1);
+            let life = state.life;
+            self.queue.push(at, Event::Tick { process, life });
         }
     }
 
     fn output(&mut self, process: usize, output: Output) {
-        let life = self.processes[process].life;
         match output {
-            Output::Connect { connection, address } => {
-                let delay = self.random.between(20_000, 200_000);
-                self.after(delay, Event::Connect { process, life, connection, address });
-            }
+            Output::Connect { connection, address } => self.dial(process, connection, address),
             Output::Receive { connection, buffer, region, min_bytes: _ } => {
-                let at = (process, connection);
-                self.network.receive(at, buffer, region);
-                self.after(0, Event::Deliver { at, life });
+                let end = self.end(process, connection);
+                self.network.receive(self.now, end, buffer, region);
             }
-            Output::Send { connection, part } => self.send(process, connection, part.bytes()),
-            Output::Close { connection } => {
-                let peer = self.network.shut((process, connection));
-                self.after(1_000, Event::Closed { at: (process, connection), life });
-                if let Some(at) = peer {
-                    let delay = self.random.between(10_000, 200_000);
-                    let life = self.processes[at.0].life;
-                    self.after(delay, Event::Deliver { at, life });
-                }
-            }
-            Output::Reply { reply, .. } => self.reply(reply),
+            Output::Send { connection, part } => self.send(process, connection, part),
+            Output::Close { connection } => self.close(process, connection),
+            Output::Reply { reply, .. } => self.reply(&reply),
             Output::ControlDone { result, .. } => {
                 if let Err(error) = result {
                     self.fail(&format!("the replica could not be made: {error}"));
@@ -403,404 +624,117 @@ impl World {
                 self.provisioned += 1;
             }
             Output::PoolOpened(Ok(())) => self.process_opened(process),
-            Output::PoolOpened(Err(error)) => self.fail(&format!("a pool does not open: {error}")),
-            Output::PoolFailed(failure) => self.fail(&format!("no device failed: {failure}")),
-            Output::PoolNotice(store::Notice::Damaged(_)) => self.fail("nothing was damaged"),
-            Output::PoolNotice(_) | Output::Fill { .. } | Output::Peer { .. } => {}
+            Output::PoolOpened(Err(error)) => self.pool_lost(process, &error),
+            Output::PoolFailed(failure) => self.device_failed(process, failure),
+            Output::PoolNotice(store::Notice::Damaged(_)) => self.damage_noticed(process),
+            Output::PoolNotice(store::Notice::Stalled(_) | store::Notice::Resumed)
+            | Output::Fill { .. }
+            | Output::Peer { .. } => {}
             Output::Head { event, epoch, .. } => self.head_event(process, epoch, event),
         }
     }
 
-    // Disks and network.
-
-    fn disk_done(&mut self, process: usize, life: u64, operation: DiskOperation) {
-        if self.processes[process].life != life {
-            return;
-        }
-        let disk = &mut self.processes[process].disks[usize::from(operation.device.0)];
-        let result = match operation.kind {
-            DiskKind::Read { offset, mut buffer, start, length } => {
-                disk.read(offset, &mut buffer.payload_mut()[start..start + length]);
-                DiskResult::Read(Ok(buffer))
-            }
-            DiskKind::Write { offset, parts } => {
-                let mut at = offset;
-                for part in parts.iter() {
-                    disk.write(at, part.bytes());
-                    at += part.len() as u64;
-                }
-                DiskResult::Written(Ok(()))
-            }
-            DiskKind::Sync => {
-                disk.sync();
-                DiskResult::Synced(Ok(()))
-            }
-            DiskKind::Discard { .. } => DiskResult::Discarded(Ok(())),
-        };
-        let id: DiskId = operation.id;
-        self.input(process, life, Input::DiskDone { id, result });
-    }
-
-    fn connect(
-        &mut self,
-        process: usize,
-        life: u64,
-        connection: ConnectionId,
-        to: core::net::SocketAddr,
-    ) {
-        if self.processes[process].life != life {
-            return;
-        }
-        let target = (0..self.config.servers).find(|index| address(*index) == to);
-        let target = target.filter(|index| self.processes[*index].open);
-        let Some(target) = target else {
-            let result = Err(std::io::ErrorKind::ConnectionRefused);
-            self.input(process, life, Input::Connected { connection, result });
-            return;
-        };
-        self.accepted += 1;
-        let accepted = self.accepted;
-        self.network.join((process, connection), (target, ConnectionId::Accepted(accepted)));
-        let target_life = self.processes[target].life;
-        self.input(target, target_life, Input::Accepted { connection: accepted });
-        self.input(process, life, Input::Connected { connection, result: Ok(()) });
-    }
-
-    fn send(&mut self, process: usize, connection: ConnectionId, bytes: &[u8]) {
-        let from = (process, connection);
-        self.network.send(from, bytes);
-        if let Some(at) = self.network.peer(from) {
-            let delay = match self.random.below(500) {
-                0 if self.config.hiccups => self.random.between(1_000_000, 30_000_000),
-                _ => self.random.between(5_000, 60_000),
-            };
-            let life = self.processes[at.0].life;
-            self.after(delay, Event::Deliver { at, life });
-        }
-        let now = self.now;
-        let before = (self.config.allocations)();
-        if let Some(node) = &mut self.processes[process].node {
-            node.handle(now, Input::Sent { connection, bytes: bytes.len() });
-        }
-        self.note_allocations(before);
-    }
-
-    fn deliver(&mut self, at: End, life: u64) {
-        if self.processes[at.0].life != life {
-            return;
-        }
-        if let Some(delivery) = self.network.deliver(at, &mut self.random) {
-            let (buffer, bytes) = (delivery.buffer, delivery.bytes);
-            self.input(at.0, life, Input::Received { connection: at.1, buffer, bytes });
-            let delay = self.random.between(1_000, 10_000);
-            self.after(delay, Event::Deliver { at, life });
-        }
-    }
-
-    // The head.
-
-    fn records(&self) -> (VolumeRecord, ShardRecord) {
-        let volume = VolumeRecord {
-            id: VOLUME,
-            name: "simulated".to_owned(),
-            size_bytes: self.config.blocks * PAGE_BYTES as u64,
-            block_size: BlockSize::B4096,
-            policy: Policy {
-                replicas: u8::try_from(self.config.servers).expect("few servers"),
-                durability: self.config.durability,
-                stall_deadline_ms: None,
-                read_only: false,
-            },
-            epoch: self.epoch,
-            holder: None,
-        };
-        let members = (0..self.config.servers)
-            .map(|index| Member {
-                server: server_id(index),
-                pool: pool_id(index),
-                role: Role::InSync,
-            })
-            .collect();
-        (
-            volume,
-            ShardRecord {
-                volume: VOLUME,
-                shard: ShardIndex(0),
-                members,
-                failover: Vec::new(),
-                moves: Vec::new(),
-            },
-        )
-    }
-
-    fn open_head(&mut self) {
-        let process = self.head_at;
-        if !self.processes[process].open {
-            return;
-        }
-        if let Some(head) = self.processes[process].head {
-            // An earlier head that has not been told yet that it is deposed. Its end opens the
-            // new one.
-            if !self.serving {
-                let life = self.processes[process].life;
-                self.input(process, life, Input::AbandonHead(head));
-            }
-            return;
-        }
-        self.epoch = self.epoch.next();
-        self.report.heads += 1;
-        let (volume, shard) = self.records();
-        let now = self.now;
-        let node = self.processes[process].node.as_mut().expect("an open process runs");
-        match node.open_head(now, volume, shard) {
-            Ok(head) => self.processes[process].head = Some(head),
-            Err(error) => self.fail(&format!("no head was made: {error}")),
-        }
-        self.pump(process);
-    }
-
     fn head_event(&mut self, process: usize, epoch: Epoch, event: HeadEvent) {
+        self.trace.say(self.now, || format!("process {process} head {epoch}: {event:?}"));
+        let places = &mut self.report.places;
         match event {
-            HeadEvent::Opened { .. } => self.serving |= epoch == self.epoch,
+            HeadEvent::Opened { .. } => {
+                let head = self.processes[process].head.as_mut().expect("it opened");
+                head.opened = true;
+                if epoch == self.opened {
+                    self.fail(&format!("two heads opened in {epoch} (I7)"));
+                }
+                self.opened = self.opened.max(epoch);
+            }
             HeadEvent::Superseded { sealed } => {
-                if sealed <= epoch {
-                    self.fail("a head was superseded by no higher epoch");
+                places.reach(Place::HeadSuperseded);
+                if sealed < epoch || sealed > self.store.records.volume.epoch {
+                    self.fail(&format!("{epoch} was superseded by {sealed}, which nobody won"));
+                }
+            }
+            HeadEvent::Ended => {
+                self.processes[process].head = None;
+                self.oracle.orphaned(epoch.0);
+                if process == self.desired {
+                    self.control_later(process, 1_000_000);
                 }
             }
             HeadEvent::Failed { reason } => self.fail(&format!("a head ended itself: {reason}")),
-            HeadEvent::Ended => {
-                self.processes[process].head = None;
-                self.oracle.orphaned(process);
-                if process == self.head_at {
-                    self.serving = false;
-                    self.after(1_000_000, Event::OpenHead);
-                }
-            }
-            HeadEvent::Stalled { .. }
-            | HeadEvent::Resumed
-            | HeadEvent::MemberSlow { .. }
-            | HeadEvent::Released => {}
+            HeadEvent::MemberSlow { .. } => {}
+            HeadEvent::Stalled { .. } => places.reach(Place::HeadStalled),
+            HeadEvent::Resumed => places.reach(Place::HeadResumed),
+            HeadEvent::Released => places.reach(Place::HeadReleased),
         }
     }
 
-    // The guest.
-
-    fn submit(&mut self) {
-        let pause = self.random.between(2_000, 80_000);
-        if self.next_request > self.config.requests {
-            return;
-        }
-        self.after(pause, Event::Submit);
-        if self.requests.len() >= 32 || !self.serving {
-            return;
-        }
-        let kind = match self.random.below(20) {
-            0 => Kind::Flush,
-            1 => Kind::Discard,
-            2..=8 => Kind::Read,
-            _ => Kind::Write,
-        };
-        let blocks = match self.random.below(8) {
-            0 => self.random.between(1, 32),
-            _ => self.random.between(1, 3),
-        };
-        let blocks = blocks.min(self.config.blocks);
-        let lba = self.random.below(self.config.blocks - blocks + 1);
-        // Now and then somebody goes on using a head that was deposed.
-        let process = match self.random.below(4) {
-            0 => self.random.index(self.processes.len()),
-            _ => self.head_at,
-        };
-        self.submit_request(process, kind, lba, blocks);
+    /// True if the newest head is open, where it is wanted.
+    fn serving(&self) -> bool {
+        self.processes[self.desired].head.is_some_and(|head| {
+            head.opened
+                && head.epoch == self.opened
+                && head.epoch == self.store.records.volume.epoch
+        })
     }
 
-    fn submit_request(&mut self, process: usize, kind: Kind, lba: u64, blocks: u64) {
-        let stale = self.serving && process != self.head_at;
-        let Some(head) = self.processes[process].head else { return };
-        let node = self.processes[process].node.as_ref().expect("a head is in a process");
-        if node.room(head) == 0 {
-            return;
-        }
-        let bytes = usize::try_from(blocks).expect("few") * PAGE_BYTES;
-        let Some(mut buffer) = self.processes[process].guest_buffers.take(bytes) else { return };
-        let number = self.next_write;
-        let operation = match kind {
-            Kind::Read => Operation::Read { buffer },
-            Kind::Flush => Operation::Flush,
-            Kind::Discard => {
-                self.next_write += 1;
-                Operation::Discard
-            }
-            Kind::Write => {
-                self.next_write += 1;
-                fill(&mut buffer, lba, blocks, number);
-                Operation::Write { buffer, fua: self.random.one_in(10) }
-            }
-        };
-        for block in lba..lba + blocks {
-            let block = usize::try_from(block).expect("a small volume");
-            match kind {
-                Kind::Write | Kind::Discard if stale => {}
-                Kind::Write => self.oracle.submitted(block, number, number, process),
-                Kind::Discard => self.oracle.submitted(block, number, 0, process),
-                Kind::Read | Kind::Flush => {}
-            }
-        }
-        let id = RequestId(self.next_request);
-        self.next_request += 1;
-        let submitted = self.oracle.stamp();
-        self.trace(&format!("submit {kind:?} #{number} {lba}+{blocks} {submitted:?}"), lba, blocks);
-        self.requests.insert(id.0, Guest { lba, blocks, kind, number, submitted, process, stale });
-        let count = BlockCount(u32::try_from(blocks).expect("few"));
-        let request = BlockRequest { id, lba: Lba(lba), blocks: count, operation };
-        let life = self.processes[process].life;
-        self.input(process, life, Input::Request { head, front_end: FrontEnd(1), request });
-    }
-
-    fn reply(&mut self, reply: BlockReply) {
-        let Some(guest) = self.requests.remove(&reply.id.0) else {
-            self.fail(&format!("request {} was answered twice or never made", reply.id.0));
-        };
-        match reply.status {
-            Status::Ok => {}
-            // Given back: it may or may not have landed.
-            Status::Superseded => return,
-            other => self.fail(&format!("the guest saw an error: {other} for {guest:?}")),
-        }
-        if guest.stale {
-            match guest.kind {
-                // No read grants yet: a deposed head that has not been told reads old data. And what
-                // it acknowledged itself is on media: it may say so.
-                Kind::Read | Kind::Flush => return,
-                Kind::Write | Kind::Discard => {
-                    self.fail(&format!("a deposed head acknowledged {guest:?}"))
-                }
-            }
-        }
-        self.report.answered += 1;
-        self.trace(&format!("answer {guest:?}"), guest.lba, guest.blocks);
-        let blocks = guest.lba..guest.lba + guest.blocks;
-        match guest.kind {
-            Kind::Flush => {}
-            Kind::Write | Kind::Discard => {
-                for block in blocks {
-                    let block = usize::try_from(block).expect("a small volume");
-                    self.oracle.acknowledged(block, guest.number);
-                }
-            }
-            Kind::Read => {
-                let data = reply.data.expect("a good read has data");
-                let pages = data.bytes().chunks_exact(PAGE_BYTES);
-                if pages.len() as u64 != guest.blocks {
-                    self.fail("a read returned another length");
-                }
-                for (block, page) in blocks.zip(pages) {
-                    let checked = value_of(page, block).and_then(|value| {
-                        let block = usize::try_from(block).expect("small");
-                        self.oracle.read(block, guest.submitted, value)
-                    });
-                    if let Err(violation) = checked {
-                        self.fail(&violation);
-                    }
-                }
-            }
-        }
-    }
-
-    /// What happens to the block that is being looked at.
-    fn trace(&self, what: &str, lba: u64, blocks: u64) {
-        if self.config.trace_block.is_some_and(|block| (lba..lba + blocks).contains(&block)) {
-            println!("{} {what}", self.now);
-        }
-    }
-
-    // Faults.
-
-    fn fault(&mut self) {
-        if !self.faults_on {
-            return;
-        }
-        let pause = self.random.between(1_000_000, 400_000_000);
-        self.after(pause, Event::Fault);
-        if !self.serving && !self.random.one_in(8) {
-            return;
-        }
-        self.report.faults += 1;
-        let down = self.processes.iter().filter(|process| process.node.is_none()).count();
-        let may_lose = (self.config.servers - 1) / 2;
-        match self.random.below(6) {
-            // kill -9 of a process, while a majority lives on (their caches are the kernel's).
-            0 | 1 => {
-                let victim = self.random.index(self.processes.len());
-                self.stop(victim, false);
-            }
-            // A power cut of one server, if that leaves every acknowledged write a copy.
-            2 if down < may_lose && self.config.durability == Durability::Durable => {
-                let victim = self.random.index(self.config.servers);
-                if self.processes.iter().all(|process| process.node.is_some()) {
-                    self.stop(victim, true);
-                }
-            }
-            // A connection breaks.
-            3 | 4 => {
-                let process = self.random.index(self.processes.len());
-                if let Some(end) = self.network.any_of(process, &mut self.random) {
-                    self.break_connection(end);
-                }
-            }
-            // Another process becomes head while the old one may still run.
-            _ => {
-                if self.epoch != Epoch::NONE {
-                    self.head_at = self.random.index(self.processes.len());
-                    self.serving = false;
-                    self.after(0, Event::OpenHead);
-                }
-            }
-        }
-    }
-
-    fn break_connection(&mut self, end: End) {
-        let peer = self.network.shut(end);
-        let life = self.processes[end.0].life;
-        self.after(1_000, Event::Closed { at: end, life });
-        if let Some(at) = peer {
-            let life = self.processes[at.0].life;
-            self.after(10_000, Event::Deliver { at, life });
+    /// What every machine of a process asserts of itself.
+    fn check_invariants(&self, process: usize) {
+        // A pool that is still opening has not read its metadata yet.
+        if let Some(node) =
+            self.processes[process].node.as_ref().filter(|_| self.processes[process].open)
+        {
+            node.check_invariants();
         }
     }
 
     /// Faults stop; what is down comes back by itself.
     fn heal(&mut self) {
+        self.trace.say(self.now, || "faults stop".to_owned());
         self.faults_on = false;
+        self.network.heal(self.now);
+        self.store.heal();
         for process in 0..self.processes.len() {
+            self.processes[process].disks.iter_mut().for_each(Disk::heal);
+            if self.processes[process].paused_until > self.now {
+                self.processes[process].paused_until = self.now;
+                self.after(0, Event::Resume { process });
+            }
+            if self.processes[process].device_failed {
+                self.stop(process, false);
+            }
             self.after(0, Event::Start { process });
         }
-        self.after(0, Event::OpenHead);
+        // Whoever wants the volume takes it to a server that starts.
+        if self.faulty == Some(self.desired) {
+            self.desired = (self.desired + 1) % self.config.servers;
+        }
+        self.control_later(self.desired, 0);
     }
+}
 
-    fn read_everything(&mut self, bound: Instant) {
-        let mut lba = 0;
-        while lba < self.config.blocks {
-            let blocks = (self.config.blocks - lba).min(32);
-            let before = self.next_request;
-            self.submit_request(self.head_at, Kind::Read, lba, blocks);
-            if self.next_request == before {
-                // Members that are behind still hold buffers.
-                let later = self.now + Duration::from_millis(1);
-                self.run_until(bound, "for a free buffer", |world| world.now >= later);
-                continue;
-            }
-            lba += blocks;
-            self.run_until(bound, "to read everything back", |world| world.requests.is_empty());
-        }
-        for process in 0..self.processes.len() {
-            let life = self.processes[process].life;
-            if let Some(node) = self.processes[process].node.as_ref()
-                && self.processes[process].open
-            {
-                node.check_invariants();
-            }
-            self.input(process, life, Input::StopConnections);
-        }
-    }
+fn records(config: &WorldConfig) -> (VolumeRecord, ShardRecord) {
+    let volume = VolumeRecord {
+        id: VOLUME,
+        name: "simulated".to_owned(),
+        size_bytes: config.blocks * PAGE_BYTES as u64,
+        block_size: BlockSize::B4096,
+        policy: Policy {
+            replicas: u8::try_from(config.servers).expect("few servers"),
+            durability: config.durability,
+            stall_deadline_ms: None,
+            read_only: false,
+        },
+        epoch: Epoch::NONE,
+        holder: None,
+    };
+    let member =
+        |index| Member { server: server_id(index), pool: pool_id(index), role: Role::InSync };
+    let members = (0..config.servers).map(member).collect();
+    let shard = ShardRecord {
+        volume: VOLUME,
+        shard: ShardIndex(0),
+        members,
+        failover: Vec::new(),
+        moves: Vec::new(),
+    };
+    (volume, shard)
 }

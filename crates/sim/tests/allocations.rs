@@ -3,7 +3,6 @@
 
 use std::alloc::System;
 
-use base::Durability;
 use sim::{World, WorldConfig};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
@@ -18,18 +17,8 @@ fn allocations() -> u64 {
 #[test]
 fn a_request_costs_no_allocation() {
     for (servers, diskless) in [(1, false), (3, false), (3, true)] {
-        let config = WorldConfig {
-            seed: 11,
-            servers,
-            diskless,
-            blocks: 512,
-            requests: 4000,
-            faults: false,
-            hiccups: false,
-            durability: Durability::Flush,
-            trace_block: None,
-            allocations,
-        };
+        let quiet = WorldConfig::quiet(11, servers, diskless, 4000);
+        let config = WorldConfig { hiccups: false, allocations, ..quiet };
         let report = World::new(config).run();
         println!("{servers} servers, diskless {diskless}: {report:?}");
         // Measured over the second 2000 requests: one allocation per request would be 2000 in each

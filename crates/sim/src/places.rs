@@ -1,0 +1,89 @@
+//! Sometimes-places: what a good set of runs must have reached. A place that no seed reaches
+//! says that a check has stopped checking, or a fault has stopped striking.
+
+/// Declares the places: a name in the code, and what it says.
+macro_rules! places {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// A place.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Place { $($(#[$doc])* #[doc = $text] $name,)* }
+
+        impl Place {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// What it says.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+places! {
+    HeadSuperseded = "a head was told that it is deposed",
+    HeadReleased = "a head released its members in good order",
+    HeadStalled = "requests waited for a quorum",
+    HeadResumed = "requests no longer waited for a quorum",
+    StaleHeadUsed = "somebody used a head after its successor had opened",
+    StaleWriteReturned = "a deposed head gave a write back",
+    StaleReadReturned = "a deposed head gave a read back",
+    UndecidedSeen = "a read decided a write whose head was gone",
+    UndecidedDropped = "a read showed that a write of a lost head never landed",
+    KilledWithRequests = "a head's process was killed with requests under way",
+    KilledWithDiskWrites = "a process was killed with disk writes under way",
+    PowerLost = "a server lost power",
+    AllPowerLost = "every server lost power at once",
+    PausedPastGrant = "a process stood still for longer than a grant lasts",
+    PausedHead = "a process with a serving head stood still",
+    PartitionedHead = "a serving head was cut off from every other process",
+    HalfOpen = "somebody spoke into a connection whose other end was gone",
+    SegmentCorrupted = "bits flipped in a connection",
+    SegmentLost = "a segment had to be sent again",
+    WriterBlocked = "a connection had no room for what was to be sent",
+    ReadErrorHit = "a disk could not read",
+    PageRotted = "a bit flipped on media",
+    WriteLost = "a write was said to be done and was not",
+    WriteMisdirected = "a write landed elsewhere",
+    DeviceFailed = "a device failed, and its pool stopped acknowledging",
+    DamageNoticed = "a store said that it had lost durable records",
+    PoolLost = "a pool could not be opened any more",
+    StoreAnswerLost = "a compare-and-swap's answer was lost",
+    StoreSwapWonUnheard = "a process won the lease and was not told, and found out",
+    StoreConflict = "two processes wanted the lease at once",
+    StoreAwayWhileServing = "a head served while the cluster store was away",
+    MemberCaughtUp = "a member caught up from a log",
+    MemberTooFarBehind = "what a member lacks was in no log any more",
+}
+
+/// How often each place was reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places(Vec<u64>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(vec![0; Place::ALL.len()])
+    }
+}
+
+impl Places {
+    /// Notes that `place` was reached.
+    pub fn reach(&mut self, place: Place) {
+        self.0[place as usize] += 1;
+    }
+
+    /// Adds what another run reached.
+    pub fn add(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(mine, theirs)| *mine += theirs);
+    }
+
+    /// How often a place was reached.
+    pub fn count(&self, place: Place) -> u64 {
+        self.0[place as usize]
+    }
+
+    /// Places that were not reached.
+    pub fn missing(&self) -> impl Iterator<Item = Place> {
+        Place::ALL.iter().copied().filter(|place| self.count(*place) == 0)
+    }
+}
