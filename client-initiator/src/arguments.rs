@@ -219,6 +219,10 @@ pub(crate) struct AttachArguments {
     /// Memory for the data of requests under way.
     #[arg(long, default_value = "64M", value_parser = parse_size, value_name = "SIZE")]
     pub(crate) buffers: u64,
+    /// How long a member must have been silent before it is replaced, in milliseconds; 10000 if
+    /// not given.
+    #[arg(long, value_name = "MS", hide = true)]
+    pub(crate) heal_delay_ms: Option<u64>,
 }
 
 fn queues() -> clap::builder::RangedI64ValueParser<u16> {

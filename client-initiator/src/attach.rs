@@ -5,6 +5,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cluster::{ClusterStore, Create, StoreError, VolumeEntry, lease, volumes};
@@ -13,6 +15,7 @@ use serde::Serialize;
 use shell::control::{ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, Opening};
 use target_daemon::exports::DRAIN;
 use target_daemon::heads::{self, Head, Heads};
+use target_daemon::healer::{HealSettings, Healer};
 use target_daemon::logging::{self, LogFormat, LogLevel};
 use target_daemon::notify;
 use target_daemon::retry::while_lingering;
@@ -73,13 +76,15 @@ pub(crate) fn run(
         pool: None,
         listen: None,
         buffer_bytes: arguments.buffers,
+        state_messages: true,
     })?;
     let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), me);
+    let healing = Healing::start(&store, &plane, &heads, arguments)?;
     let served = heads
         .open(entry.volume.id, arguments.force, OPEN_WAIT)
         .map_err(Failure::from)
         .and_then(|head| {
-            let attached = Attached { store, plane: Arc::clone(&plane), heads, path };
+            let attached = Attached { store, plane: Arc::clone(&plane), heads, path, healing };
             attached.serve(&head, arguments, &stop, output)
         });
     match plane.shutdown(DRAIN) {
@@ -171,11 +176,60 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(stop)
 }
 
+/// The thread that looks after the volume's members.
+struct Healing {
+    stop: Arc<AtomicBool>,
+    news: Sender<Event>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Healing {
+    fn start(
+        store: &Arc<dyn ClusterStore>,
+        plane: &Arc<dyn DataPlane>,
+        heads: &Heads,
+        arguments: &AttachArguments,
+    ) -> Result<Self, Failure> {
+        let mut settings = HealSettings::default();
+        if let Some(delay_ms) = arguments.heal_delay_ms {
+            settings.delay_ms = delay_ms;
+        }
+        let (healer, news) = Healer::new(
+            Arc::clone(store),
+            Arc::clone(plane),
+            heads.clone(),
+            settings.policy(),
+            None,
+        );
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("healer".to_owned())
+            .spawn(move || healer.run(&flag))
+            .map_err(|error| {
+                Failure::new(Exit::Failed, format!("cannot start a thread: {error}"))
+            })?;
+        Ok(Self { stop, news, thread: Some(thread) })
+    }
+}
+
+impl Drop for Healing {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that looks after the members had panicked");
+        }
+    }
+}
+
 struct Attached {
     store: Arc<dyn ClusterStore>,
     plane: Arc<dyn DataPlane>,
     heads: Heads,
     path: PathBuf,
+    healing: Healing,
 }
 
 impl Attached {
@@ -232,7 +286,12 @@ impl Attached {
                 }
             }
             let wait = if ready { TURN } else { Duration::ZERO };
-            match self.plane.next_event(wait) {
+            let event = self.plane.next_event(wait);
+            if let Some(event) = &event {
+                // Nobody takes them only if that thread has panicked, which is told at the end.
+                let _ = self.healing.news.send(event.clone());
+            }
+            match event {
                 Some(Event::Superseded { epoch, sealed, .. }) if epoch == entry.volume.epoch => {
                     return Err(self.ended(entry, &format!("a member has sealed {sealed}")));
                 }

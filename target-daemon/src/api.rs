@@ -27,9 +27,11 @@ use crate::exports::{ExportError, ExportView};
 use crate::heads::HeadError;
 use crate::metrics;
 
+use types::StoreView;
 pub use types::{
-    ErrorReply, ExportReply, ExportRequest, ExportState, HeadReply, HealthReply, HealthState,
-    MemberReply, PoolReply, ReplicaReply, ServerReply, StatusReply, StoreReply,
+    DrainHead, DrainReply, ErrorReply, ExportReply, ExportRequest, ExportState, HeadReply,
+    HealthReply, HealthState, MemberReply, PoolReply, ReplicaReply, ServerReply, StatusReply,
+    StoreReply,
 };
 
 /// How long the data plane may take to describe itself.
@@ -125,6 +127,7 @@ impl From<ExportError> for Failure {
             ExportError::Socket(_) | ExportError::SocketTaken { .. } => {
                 (StatusCode::CONFLICT, "socket")
             }
+            ExportError::Draining => (StatusCode::CONFLICT, "draining"),
             ExportError::TooMany => (StatusCode::INSUFFICIENT_STORAGE, "limit"),
             ExportError::Find(FindError::Store(error)) => return error.into(),
             ExportError::Control(error) => return error.into(),
@@ -174,11 +177,12 @@ async fn blocking<T: Send + 'static>(
 async fn status(State(parts): State<Arc<Parts>>) -> Result<Json<StatusReply>, Failure> {
     blocking(move || {
         let plane = parts.plane.status(PLANE_WAIT)?;
-        let (servers, store_error) = match parts.store.servers() {
-            Ok(servers) => (servers, None),
-            Err(error) => (Vec::new(), Some(error.to_string())),
+        let asked = parts.store.servers().and_then(|servers| Ok((servers, parts.store.volumes()?)));
+        let store = match asked {
+            Ok((servers, volumes)) => StoreView { servers, volumes, error: None },
+            Err(error) => StoreView { error: Some(error.to_string()), ..StoreView::default() },
         };
-        Ok(Json(types::status_reply(&parts, &plane, &servers, store_error)))
+        Ok(Json(types::status_reply(&parts, &plane, store)))
     })
     .await
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use shell::control::PoolDevices;
 use toml::Spanned;
 
+use crate::healer::HealSettings;
 use crate::logging::{LogFormat, LogLevel};
 use crate::size::parse_size;
 use crate::socket::check_path;
@@ -27,6 +28,8 @@ const BUFFER_BYTES_MIN: u64 = 16 << 20;
 const BUFFER_BYTES_MAX: u64 = 64 << 30;
 /// Request queues of an export if the configuration does not say.
 pub const QUEUES_DEFAULT: u16 = 4;
+/// How long a member must have been silent before it is replaced, in milliseconds.
+const HEAL_DELAY_MS: std::ops::RangeInclusive<u64> = 100..=86_400_000;
 /// The most request queues of an export.
 pub const QUEUES_MAX: u16 = 64;
 
@@ -55,6 +58,10 @@ pub struct Config {
     pub buffer_bytes: u64,
     /// Volumes to serve from the start.
     pub exports: Vec<ExportConfig>,
+    /// How lost members are replaced.
+    pub heal: HealSettings,
+    /// Heads are told what happens. Only tests that show the gap without it turn it off.
+    pub state_messages: bool,
 }
 
 /// A volume to serve.
@@ -119,6 +126,10 @@ struct RawConfig {
     limits: RawLimits,
     #[serde(default)]
     exports: Vec<RawExport>,
+    #[serde(default)]
+    heal: RawHeal,
+    #[serde(default)]
+    test: RawTest,
 }
 
 #[derive(Deserialize)]
@@ -142,6 +153,19 @@ struct RawLog {
 #[serde(deny_unknown_fields)]
 struct RawLimits {
     buffers: Option<Spanned<String>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTest {
+    state_messages: Option<bool>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHeal {
+    delay_ms: Option<Spanned<u64>>,
+    fills_max: Option<Spanned<usize>>,
 }
 
 #[derive(Deserialize)]
@@ -213,6 +237,7 @@ impl Check<'_> {
         let pool = self.pool(raw.pool);
         let buffer_bytes = self.buffers(raw.limits.buffers.as_ref());
         let exports = self.exports(raw.exports, raw.api.get_ref());
+        let heal = self.heal(&raw.heal);
         Some(Config {
             name: raw.name.into_inner(),
             store: store?,
@@ -225,6 +250,8 @@ impl Check<'_> {
             log_format: raw.log.format,
             buffer_bytes,
             exports,
+            heal,
+            state_messages: raw.test.state_messages.unwrap_or(true),
         })
     }
 
@@ -290,6 +317,25 @@ impl Check<'_> {
         BUFFER_BYTES_DEFAULT
     }
 
+    fn heal(&mut self, raw: &RawHeal) -> HealSettings {
+        let mut settings = HealSettings::default();
+        if let Some(delay) = &raw.delay_ms {
+            settings.delay_ms = *delay.get_ref();
+            if !HEAL_DELAY_MS.contains(&settings.delay_ms) {
+                let (least, most) = (HEAL_DELAY_MS.start(), HEAL_DELAY_MS.end());
+                self.problem(delay, format!("heal.delay_ms: it must be {least} to {most}"));
+            }
+        }
+        if let Some(fills) = &raw.fills_max {
+            settings.fills_max = *fills.get_ref();
+            if settings.fills_max == 0 {
+                let text = "heal.fills_max: it must be at least 1, or nothing is healed";
+                self.problem(fills, text.to_owned());
+            }
+        }
+        settings
+    }
+
     fn exports(&mut self, raw: Vec<RawExport>, api: &Path) -> Vec<ExportConfig> {
         if let Some(first) = raw.first()
             && raw.len() > VOLUMES_MAX
@@ -351,6 +397,8 @@ buffers = "256M"
 volume = "disk1"
 socket = "/run/holdfast/disk1.sock"
 queues = 2
+[heal]
+delay_ms = 2500
 "#;
 
     fn errors(text: &str) -> String {
@@ -362,6 +410,7 @@ queues = 2
         let config = Config::parse(Path::new("h.toml"), GOOD).unwrap();
         assert_eq!((config.name.as_str(), config.buffer_bytes), ("a", 256 << 20));
         assert_eq!((config.exports[0].queues, config.exports[0].read_only), (2, false));
+        assert_eq!(config.heal, HealSettings { delay_ms: 2500, ..HealSettings::default() });
         assert_eq!((config.log_level, config.log_format), (LogLevel::Debug, LogFormat::Json));
     }
 
@@ -374,7 +423,7 @@ queues = 2
 
     #[test]
     fn unknown_keys_are_named_with_their_line() {
-        for (extra, line) in [("\n[limits2]\nx = 1\n", 20), ("queue = 3\n", 19)] {
+        for (extra, line) in [("\n[limits2]\nx = 1\n", 22), ("queue = 3\n", 21)] {
             let text = errors(&format!("{GOOD}{extra}"));
             assert!(text.starts_with(&format!("h.toml:{line}: unknown field")), "{text}");
         }
@@ -389,7 +438,8 @@ queues = 2
                 .replace("127.0.0.1:4420", "localhost:4420")
                 .replace("/dev/sda", "sda")
                 .replace("256M", "1M")
-                .replace("queues = 2", "queues = 0"),
+                .replace("queues = 2", "queues = 0")
+                .replace("2500", "5\nfills_max = 0"),
         );
         for part in [
             "h.toml:1: name:",
@@ -398,6 +448,8 @@ queues = 2
             "h.toml:7: pool: 'sda' is not an absolute path",
             "h.toml:14: limits.buffers:",
             "h.toml:18: exports.queues:",
+            "h.toml:20: heal.delay_ms: it must be 100",
+            "h.toml:21: heal.fills_max:",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use crate::api;
 use crate::config::Config;
 use crate::exports::{Exports, Memory};
 use crate::heads::{self, Heads};
+use crate::healer::Healer;
 use crate::notify::notify;
 use crate::pool::{self, PoolError, PoolIdentity};
 use crate::registration::{Identity, Registration};
@@ -109,6 +111,15 @@ pub(crate) struct Parts {
     pub(crate) started: Instant,
 }
 
+/// What a daemon's threads are made from.
+struct Started {
+    parts: Arc<Parts>,
+    registration: Registration,
+    healer: Healer,
+    /// To the healer.
+    news: Sender<Event>,
+}
+
 /// A daemon with its threads. [`Daemon::serve`] runs it to its end.
 pub struct Daemon {
     parts: Arc<Parts>,
@@ -128,7 +139,8 @@ impl Daemon {
         let api = |source| DaemonError::Api { path: config.api.clone(), source };
         while_lingering(is_in_use, || socket::check_free(&config.api).map_err(Into::into))
             .map_err(api)?;
-        let (parts, registration) = Self::start_parts(&config, store, identity, start_plane)?;
+        let Started { parts, registration, healer, news } =
+            Self::start_parts(&config, store, identity, start_plane)?;
         let listener = match socket::listen(&config.api) {
             Ok(listener) => listener,
             Err(source) => {
@@ -148,7 +160,11 @@ impl Daemon {
             plane_stopped,
             threads: Vec::new(),
         };
-        let loops: [(&str, Loop); 3] = [
+        let loops: [(&str, Loop); 4] = [
+            ("healer", {
+                let stop = Arc::clone(&stop);
+                Box::new(move || healer.run(&stop))
+            }),
             ("registration", {
                 let stop = Arc::clone(&stop);
                 Box::new(move || register_until(&stop, registration))
@@ -159,7 +175,7 @@ impl Daemon {
             }),
             ("events", {
                 Box::new(move || {
-                    if handle_events_until(&stop, &parts) {
+                    if handle_events_until(&stop, &parts, &news) {
                         // Nobody listens only when the daemon is ending anyway.
                         plane_stopped_sender.send_replace(true);
                     }
@@ -185,7 +201,7 @@ impl Daemon {
         store: Arc<dyn ClusterStore>,
         found: PoolIdentity,
         start_plane: StartDataPlane,
-    ) -> Result<(Arc<Parts>, Registration), DaemonError> {
+    ) -> Result<Started, DaemonError> {
         let holder = heads::server_holder(found.server, &config.name);
         let plane = start_plane(&DataPlaneConfig {
             holder: holder.id,
@@ -197,6 +213,7 @@ impl Daemon {
             }),
             listen: Some(config.listen),
             buffer_bytes: config.buffer_bytes,
+            state_messages: config.state_messages,
         })?;
         let identity = Identity {
             server: found.server,
@@ -205,11 +222,24 @@ impl Daemon {
             labels: config.labels.clone(),
         };
         let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), holder);
-        let memory = Memory::beside(&config.api);
-        let exports =
-            Exports::new(Arc::clone(&store), Arc::clone(&plane), heads, &config.exports, memory);
+        let (healer, news) = Healer::new(
+            Arc::clone(&store),
+            Arc::clone(&plane),
+            heads.clone(),
+            config.heal.policy(),
+            Some(found.server),
+        );
+        let draining = Arc::new(AtomicBool::new(false));
+        let exports = Exports::new(
+            Arc::clone(&store),
+            Arc::clone(&plane),
+            heads,
+            &config.exports,
+            Memory::beside(&config.api),
+            Arc::clone(&draining),
+        );
         let mut registration =
-            Registration::new(Arc::clone(&store), Arc::clone(&plane), identity.clone());
+            Registration::new(Arc::clone(&store), Arc::clone(&plane), identity.clone(), draining);
         // Whoever sees this server answer may count on it from then on.
         registration.turn(Duration::ZERO);
         let parts = Parts {
@@ -221,7 +251,7 @@ impl Daemon {
             exports,
             started: Instant::now(),
         };
-        Ok((Arc::new(parts), registration))
+        Ok(Started { parts: Arc::new(parts), registration, healer, news })
     }
 
     /// Answers the API until `stop` is ready or the data plane has ended, then stops everything.
@@ -356,10 +386,14 @@ fn tend_until(stop: &AtomicBool, exports: &Exports) {
 }
 
 /// True if the data plane has ended.
-fn handle_events_until(stop: &AtomicBool, parts: &Parts) -> bool {
+fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -> bool {
     while !stop.load(Ordering::Acquire) {
-        match parts.plane.next_event(TURN) {
-            None => {}
+        let event = parts.plane.next_event(TURN);
+        if let Some(event) = &event {
+            // Nobody takes them only if the healer has panicked, which is told at the end.
+            let _ = news.send(event.clone());
+        }
+        match event {
             Some(Event::Opened { volume, epoch }) => {
                 tracing::info!(%volume, epoch = epoch.0, "open");
             }
@@ -381,7 +415,8 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts) -> bool {
                 | Event::FillStarted { .. }
                 | Event::FillDone { .. }
                 | Event::Degraded { .. },
-            ) => {}
+            )
+            | None => {}
             Some(Event::PoolFailed { reason }) => {
                 tracing::error!(reason, "the pool has failed; replace the device and restart");
             }

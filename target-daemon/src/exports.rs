@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,11 +20,14 @@ use cluster::{ClusterStore, StoreError, VolumeEntry};
 use shell::control::{ControlError, DataPlane, ExportSpec, OpenError, Opening};
 
 use crate::config::ExportConfig;
+use crate::drain;
 use crate::heads::{HeadError, Heads};
 use crate::socket::{self, SocketError};
 
 /// How long accepted requests get to finish when an export is stopped.
 pub const DRAIN: Duration = Duration::from_secs(10);
+/// How long a question to the data plane may take.
+const STATUS_WAIT: Duration = Duration::from_secs(2);
 /// How long a socket gets to be made.
 const START_WAIT: Duration = Duration::from_secs(5);
 
@@ -53,6 +57,12 @@ pub enum ExportError {
     /// There are too many.
     #[error("this daemon serves {} exports already, which is the most", limits::VOLUMES_MAX)]
     TooMany,
+    /// This server is to be emptied.
+    #[error(
+        "this server is being drained and serves no more volumes; serve it from another one, or end \
+         the draining with `holdfast server undrain`"
+    )]
+    Draining,
     /// The data plane refused.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -144,6 +154,8 @@ pub struct Exports {
     inner: Mutex<Inner>,
     /// Held by whoever starts or stops, for as long as that takes.
     changing: Mutex<()>,
+    /// This server is to be emptied: what has no guest is not served.
+    draining: Arc<AtomicBool>,
 }
 
 impl Exports {
@@ -155,6 +167,7 @@ impl Exports {
         heads: Heads,
         configured: &[ExportConfig],
         memory: Memory,
+        draining: Arc<AtomicBool>,
     ) -> Self {
         let export = |wanted: &ExportConfig, configured: bool| {
             let state = State::Waiting { reason: "not started yet".to_owned() };
@@ -165,7 +178,7 @@ impl Exports {
         let exports = remembered.iter().map(|wanted| export(wanted, false));
         let exports = exports.chain(configured.iter().map(|wanted| export(wanted, true))).collect();
         let inner = Mutex::new(Inner { exports, heads: BTreeMap::new() });
-        Self { store, plane, heads, memory, inner, changing: Mutex::new(()) }
+        Self { store, plane, heads, memory, inner, changing: Mutex::new(()), draining }
     }
 
     /// All wanted exports, by socket.
@@ -278,6 +291,9 @@ impl Exports {
             }
         }
         let _changing = lock(&self.changing);
+        if self.is_draining() {
+            self.stop_unused();
+        }
         let waiting: Vec<ExportConfig> = self
             .inner()
             .exports
@@ -359,7 +375,39 @@ impl Exports {
         all_well
     }
 
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Ends what no guest uses, so that the server gets empty. It is served again when it is no
+    /// longer drained.
+    fn stop_unused(&self) {
+        let Ok(status) = self.plane.status(STATUS_WAIT) else { return };
+        for entry in self.open_volumes() {
+            let id = entry.volume.id;
+            if drain::has_guest(&status, id) {
+                continue;
+            }
+            tracing::info!(volume = entry.volume.name, "given back: this server is being drained");
+            for socket in self.sockets_of(id) {
+                if let Err(error) = self.plane.stop_export(&socket, Duration::ZERO) {
+                    tracing::warn!(socket = %socket.display(), %error, "cannot stop the export");
+                }
+                self.set_state(
+                    &socket,
+                    State::Waiting { reason: ExportError::Draining.to_string() },
+                );
+            }
+            if let Err(error) = self.close_if_unused(id) {
+                tracing::warn!(volume = entry.volume.name, %error, "closing the head");
+            }
+        }
+    }
+
     fn start(&self, wanted: &ExportConfig) -> Result<VolumeId, ExportError> {
+        if self.is_draining() {
+            return Err(ExportError::Draining);
+        }
         socket::check_free(&wanted.socket)?;
         let found = volumes::find(self.store.as_ref(), &wanted.volume)?;
         let id = found.volume.id;

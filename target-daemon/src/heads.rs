@@ -7,13 +7,17 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use base::{Epoch, Holder, HolderId, ServerId, VolumeId};
 use cluster::lease::{self, Acquire, AcquireError};
 use cluster::{ClusterStore, ServerEntry, StoreError, VolumeEntry};
 use shell::control::{ControlError, DataPlane, HeadSpec, OpenError, Opening, ServerAddress};
+
+/// How long a head that only repairs gets to release its members when it gives way: some round
+/// trips, so that the next head need not wait for what it was granted.
+const GIVE_WAY: Duration = Duration::from_millis(300);
 
 /// Acquisitions in a row that a store which was rolled back behind its members may cost.
 const EPOCH_ATTEMPTS: usize = 4;
@@ -107,12 +111,15 @@ pub struct Heads {
     /// The highest epoch that a volume's members are known to have sealed, where that deposed a
     /// head of ours. The next one goes above it, even if the store was rolled back.
     sealed: Arc<Mutex<BTreeMap<VolumeId, Epoch>>>,
+    /// Volumes that this process only repairs. Held while one of them, or a head that is to serve
+    /// one, is opened or closed: two heads of one volume in one process must not cross.
+    repairs: Arc<Mutex<BTreeMap<VolumeId, VolumeEntry>>>,
 }
 
 impl Heads {
     /// Heads of the holder `me`.
     pub fn new(store: Arc<dyn ClusterStore>, plane: Arc<dyn DataPlane>, me: Holder) -> Self {
-        Self { store, plane, me, sealed: Arc::default() }
+        Self { store, plane, me, sealed: Arc::default(), repairs: Arc::default() }
     }
 
     /// Notes that a member of the volume has sealed this epoch.
@@ -134,12 +141,69 @@ impl Heads {
 
     /// Acquires a volume and opens a head of it, waiting for up to `wait` until it serves. An
     /// opening that takes longer goes on.
+    ///
+    /// A head of ours that only repairs the volume gives way.
     pub fn open(&self, id: VolumeId, force: bool, wait: Duration) -> Result<Head, HeadError> {
+        let mut repairs = self.repairs();
+        if let Some(entry) = repairs.get(&id) {
+            self.end_within(entry, GIVE_WAY)?;
+            repairs.remove(&id);
+        }
+        self.open_by(id, wait, |attempt, above| {
+            // Once it is ours, no force is needed.
+            let how = Acquire { force: force && attempt == 1, above };
+            lease::acquire(self.store.as_ref(), id, &self.me, how)
+        })
+    }
+
+    /// Acquires a volume that nobody serves, to repair it, and begins to open a head of it. Refused
+    /// if another one holds it who does more than that. The epoch of the head.
+    pub fn open_repair(&self, id: VolumeId) -> Result<Epoch, HeadError> {
+        let mut repairs = self.repairs();
+        if let Some(entry) = repairs.get(&id) {
+            return Ok(entry.volume.epoch);
+        }
+        let me = Holder { repair: true, ..self.me.clone() };
+        let head = self.open_by(id, Duration::ZERO, |_, above| {
+            lease::acquire_repair(self.store.as_ref(), id, &me, above)
+        })?;
+        let epoch = head.entry.volume.epoch;
+        repairs.insert(id, head.entry);
+        Ok(epoch)
+    }
+
+    /// The volumes that are only repaired here, as they were when they were acquired.
+    pub fn repairing(&self) -> Vec<VolumeEntry> {
+        self.repairs().values().cloned().collect()
+    }
+
+    /// Ends a head that only repaired, if it still runs in that epoch, and gives its lease back.
+    /// True if there was one.
+    pub fn close_repair(&self, id: VolumeId, epoch: Epoch) -> Result<bool, HeadError> {
+        let mut repairs = self.repairs();
+        let entry = match repairs.get(&id) {
+            Some(entry) if entry.volume.epoch == epoch => entry.clone(),
+            Some(_) | None => return Ok(false),
+        };
+        self.end_within(&entry, GIVE_WAY)?;
+        repairs.remove(&id);
+        self.release(&entry)?;
+        Ok(true)
+    }
+
+    fn repairs(&self) -> MutexGuard<'_, BTreeMap<VolumeId, VolumeEntry>> {
+        self.repairs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_by(
+        &self,
+        id: VolumeId,
+        wait: Duration,
+        acquire: impl Fn(usize, Epoch) -> Result<VolumeEntry, AcquireError>,
+    ) -> Result<Head, HeadError> {
         let mut attempt = 1;
         loop {
-            // Once it is ours, no force is needed.
-            let how = Acquire { force: force && attempt == 1, above: self.known_sealed(id) };
-            let entry = lease::acquire(self.store.as_ref(), id, &self.me, how)?;
+            let entry = acquire(attempt, self.known_sealed(id))?;
             tracing::info!(volume = entry.volume.name, epoch = entry.volume.epoch.0, "acquired");
             let spec = HeadSpec { volume: entry.volume.clone(), shard: entry.shard.clone() };
             let opened = address_book(self.store.as_ref(), self.plane.as_ref())

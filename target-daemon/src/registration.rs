@@ -1,20 +1,24 @@
 //! A server's part in the cluster: says that it runs, makes and deletes the replicas that the
 //! cluster store's records ask of it, and keeps the data plane's address book.
 //!
-//! A replica is deleted only for a tombstone that names this server and pool. A store that is
-//! away, or has no record of a volume, changes nothing here.
+//! A replica is deleted only for a tombstone, or a member that is leaving, that names this server
+//! and pool. A store that is away, or has no record of a volume, changes nothing here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use base::{PoolId, ReplicaKey, Role, ServerId, VolumeId};
 use cluster::volumes::{self, Task};
-use cluster::{ClusterStore, Heartbeat, Problem, StoreError, VolumeEntry};
+use cluster::{
+    ClusterStore, Event, EventKind, Heartbeat, Problem, ServerEntry, StoreError, VolumeEntry,
+};
 use shell::control::{ControlError, DataPlane, PoolStatus, ReplicaSpec, Status};
 
-use crate::heads;
+use crate::announce::Announcer;
+use crate::{drain, heads};
 
 /// How often a server says that it runs. [`cluster::ALIVE_MS`] is several of these.
 const HEARTBEAT: Duration = Duration::from_secs(2);
@@ -49,16 +53,28 @@ pub struct Registration {
     trouble: Option<String>,
     /// Replicas that were warned of.
     strays: BTreeSet<ReplicaKey>,
+    announcer: Announcer,
+    /// Volumes as they were read last.
+    volumes: Vec<VolumeEntry>,
+    /// Set while this server is to be emptied.
+    draining: Arc<AtomicBool>,
+    /// It was told that nothing is left here.
+    drained: bool,
 }
 
 impl Registration {
-    /// The registration of the server `identity`.
+    /// The registration of the server `identity`, which keeps `draining` as the store says.
     pub fn new(
         store: Arc<dyn ClusterStore>,
         plane: Arc<dyn DataPlane>,
         identity: Identity,
+        draining: Arc<AtomicBool>,
     ) -> Self {
         Self {
+            announcer: Announcer::new(Arc::clone(&plane), identity.server),
+            volumes: Vec::new(),
+            draining,
+            drained: false,
             store,
             plane,
             identity,
@@ -102,6 +118,9 @@ impl Registration {
     fn try_turn(&mut self, wait: Duration) -> Result<(), StoreError> {
         if self.last_beat.is_none_or(|last| last.elapsed() >= HEARTBEAT) {
             self.beat()?;
+            if self.seen.is_some() {
+                self.look_at_servers()?;
+            }
         }
         let revision = match self.seen {
             Some(seen) if self.problems.is_empty() => self.store.wait_for_change(seen, wait)?,
@@ -127,8 +146,43 @@ impl Registration {
         let wanted: BTreeSet<_> = all.iter().map(|entry| entry.volume.id).collect();
         self.problems.retain(|volume, _| wanted.contains(volume));
         self.look_for_strays(&all);
+        self.volumes = all;
+        self.look_at_servers()?;
         self.seen = Some(revision);
         if self.problems == before { Ok(()) } else { self.beat() }
+    }
+
+    /// What the servers' records say that concerns heads with sessions here.
+    fn look_at_servers(&mut self) -> Result<(), StoreError> {
+        let servers = self.store.servers()?;
+        let own = servers.iter().find(|entry| entry.server.id == self.identity.server);
+        let draining = own.is_some_and(|entry| entry.server.draining.is_some());
+        self.draining.store(draining, Ordering::Release);
+        self.announcer.tell(&self.volumes, &servers, cluster::unix_ms());
+        self.drained = draining && (self.drained || self.tell_if_drained(own)?);
+        Ok(())
+    }
+
+    /// Tells, once, that nothing is left on a server that was to be emptied.
+    fn tell_if_drained(&self, own: Option<&ServerEntry>) -> Result<bool, StoreError> {
+        let Some(own) = own.filter(|_| drain::is_empty(&self.volumes, self.identity.server)) else {
+            return Ok(false);
+        };
+        let Ok(status) = self.plane.status(PLANE_WAIT) else { return Ok(false) };
+        if !status.heads.is_empty() {
+            return Ok(false);
+        }
+        let name = &own.server.name;
+        tracing::info!("nothing is left on this server: it may be stopped");
+        self.store.append_event(&Event {
+            at_ms: cluster::unix_ms(),
+            kind: EventKind::Drained,
+            volume: None,
+            server: Some(self.identity.server),
+            text: format!("server {name} is empty and may be stopped"),
+            cause: String::new(),
+        })?;
+        Ok(true)
     }
 
     fn work(&mut self, task: &Task) -> Result<(), StoreError> {
@@ -158,7 +212,7 @@ impl Registration {
             }
             Task::Remove(_) => {
                 volumes::removed(self.store.as_ref(), id, server, pool)?;
-                tracing::info!(volume = name, "replica of a deleted volume removed");
+                tracing::info!(volume = name, "replica removed");
             }
         }
         Ok(())
@@ -218,6 +272,9 @@ impl Registration {
         let failed = pool.is_some_and(|pool| pool.failed.is_some());
         let room = |bytes: u64| if failed { 0 } else { bytes };
         let listen = status.and_then(|status| status.listen);
+        // What keeps this server from being empty, besides replicas.
+        let waits = status.filter(|_| self.draining.load(Ordering::Acquire));
+        let waits = waits.into_iter().flat_map(drain::guests);
         let problem = |(volume, reason): (&VolumeId, &String)| Problem {
             volume: *volume,
             reason: reason.clone(),
@@ -231,7 +288,7 @@ impl Registration {
             free_bytes: pool.map_or(0, |pool| room(pool.home_free_bytes)),
             version: crate::VERSION.to_owned(),
             stopping,
-            problems: self.problems.iter().map(problem).collect(),
+            problems: self.problems.iter().map(problem).chain(waits).collect(),
         }
     }
 }

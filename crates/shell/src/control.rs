@@ -33,6 +33,9 @@ pub struct DataPlaneConfig {
     pub listen: Option<SocketAddr>,
     /// Payload memory to preallocate, in bytes.
     pub buffer_bytes: u64,
+    /// Servers tell heads of what happens before an I/O does. Only tests that show the gap without
+    /// such messages turn them off.
+    pub state_messages: bool,
 }
 
 /// A pool to open, and whose it must be.
@@ -362,7 +365,7 @@ pub enum Event {
         /// The head's epoch.
         epoch: Epoch,
     },
-    /// An opening has failed for good; no head runs.
+    /// An opening has failed for good, or a head has ended itself; no head runs.
     Unopenable {
         /// The volume.
         volume: VolumeId,

@@ -1,6 +1,8 @@
 //! Changes of members, and what servers tell heads: from the control plane to the node.
 
 use base::{Epoch, ShardRecord, VolumeId};
+use node::{Audience, HeadHandle};
+use volume::MembershipError;
 
 use crate::control::{ChangeError, ControlError, StateNotice};
 use crate::worker::Worker;
@@ -13,9 +15,9 @@ impl Worker {
         epoch: Epoch,
         shard: &ShardRecord,
     ) -> Result<(), ChangeError> {
-        self.check_head(volume, epoch, shard)?;
-        let reason = "heads of this version have the members that they were opened with";
-        Err(ChangeError::Refused { reason: reason.to_owned() })
+        let handle = self.check_head(volume, epoch, shard)?;
+        let now = self.reactor.now();
+        self.node.change_members(now, handle, shard).map_err(change_error)
     }
 
     /// Adopts the cluster store's record.
@@ -25,14 +27,12 @@ impl Worker {
         epoch: Epoch,
         shard: &ShardRecord,
     ) -> Result<(), ChangeError> {
-        self.check_head(volume, epoch, shard)?;
+        let handle = self.check_head(volume, epoch, shard)?;
+        let now = self.reactor.now();
+        self.node.members_changed(now, handle, shard);
         let head = self.heads.get_mut(&volume).expect("checked just now");
-        if head.spec.shard.members == shard.members {
-            head.spec.shard = shard.clone();
-            return Ok(());
-        }
-        let reason = "heads of this version have the members that they were opened with";
-        Err(ChangeError::Refused { reason: reason.to_owned() })
+        head.spec.shard = shard.clone();
+        Ok(())
     }
 
     fn check_head(
@@ -40,7 +40,7 @@ impl Worker {
         volume: VolumeId,
         epoch: Epoch,
         shard: &ShardRecord,
-    ) -> Result<(), ChangeError> {
+    ) -> Result<HeadHandle, ChangeError> {
         let head = self.heads.get(&volume).ok_or(ControlError::NoHead(volume))?;
         if head.spec.volume.epoch != epoch {
             return Err(ChangeError::OtherEpoch { volume, epoch: head.spec.volume.epoch });
@@ -49,11 +49,30 @@ impl Worker {
             let reason = "the record is another shard's".to_owned();
             return Err(ChangeError::Refused { reason });
         }
-        Ok(())
+        Ok(head.handle)
     }
 
-    /// Tells the heads that have sessions here.
+    /// Tells the heads that have, or may have, a member here.
     pub(crate) fn publish(&mut self, notice: StateNotice) {
-        tracing::debug!(?notice, "published");
+        let now = self.reactor.now();
+        self.node.publish(now, Audience::Heads, notice.key, notice.message);
+    }
+}
+
+fn change_error(error: MembershipError) -> ChangeError {
+    let reason = error.to_string();
+    match error {
+        MembershipError::NotOpen
+        | MembershipError::ChangeOpen
+        | MembershipError::NotCaughtUp(_)
+        | MembershipError::NoQuorum { .. }
+        | MembershipError::NotSettled => ChangeError::NotNow { reason },
+        MembershipError::WrongShard
+        | MembershipError::Ending
+        | MembershipError::TooMany(_)
+        | MembershipError::LastCopy
+        | MembershipError::Unknown(_)
+        | MembershipError::TooManyMembers(_)
+        | MembershipError::DuplicateServer(_) => ChangeError::Refused { reason },
     }
 }

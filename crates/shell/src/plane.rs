@@ -152,7 +152,7 @@ fn prepare(
         head_buffers: pool_of(budget.heads),
         peer_buffers: pool_of(budget.peers),
         tunables: tunables(budget.guests),
-        state_messages: true,
+        state_messages: config.state_messages,
         server,
     });
     let has_pool = config.pool.is_some();

@@ -58,7 +58,7 @@ impl Worker {
                     commit: status.commit,
                     in_flight: u32::try_from(status.in_flight + status.queued).unwrap_or(u32::MAX),
                     queued: u32::try_from(status.queued).unwrap_or(u32::MAX),
-                    change_open: false,
+                    change_open: status.change_open,
                     traffic: traffic(counters),
                     members: status
                         .members
@@ -71,7 +71,7 @@ impl Worker {
     }
 
     fn member(&self, member: &volume::MemberStatus, local: Option<base::ServerId>) -> MemberStatus {
-        let mode = mode(member.mode);
+        let mode = mode(member);
         let now = self.reactor.now();
         MemberStatus {
             server: member.server,
@@ -199,8 +199,10 @@ fn histogram(counters: &Counters, kind: OperationKind) -> MetricValue {
     }
 }
 
-fn mode(mode: volume::MemberMode) -> MemberMode {
-    match mode {
+fn mode(member: &volume::MemberStatus) -> MemberMode {
+    match member.mode {
+        // Nobody fills a member that counts.
+        volume::MemberMode::Filling if member.role == Role::InSync => MemberMode::NeedsFill,
         volume::MemberMode::Down => MemberMode::Down,
         volume::MemberMode::Sealing | volume::MemberMode::Reconciling => MemberMode::Opening,
         volume::MemberMode::CatchingUp => MemberMode::CatchingUp,

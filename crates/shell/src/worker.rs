@@ -526,6 +526,8 @@ impl Worker {
             HeadEvent::Released => tracing::info!(%volume, %epoch, "the volume is released"),
             HeadEvent::Failed { reason } => {
                 tracing::error!(%volume, %epoch, "this head ended itself: {reason}");
+                let reason = reason.to_string();
+                let _ = self.events.send(Event::Unopenable { volume, epoch, reason });
             }
             HeadEvent::Ended => self.head_ended(volume),
         }

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use base::{Position, ServerId, VolumeId};
-use cluster::ServerEntry;
+use cluster::{ServerEntry, VolumeEntry};
 use serde::{Deserialize, Serialize};
 use shell::control::{HeadPhase, HeadStatus, MemberStatus, PoolStatus, ReplicaStatus, Status};
 use utoipa::ToSchema;
 
 use crate::daemon::Parts;
+use crate::drain;
 use crate::exports::ExportView;
 
 /// An error.
@@ -181,7 +182,7 @@ pub struct MemberReply {
     pub server_id: String,
     /// Its server's name, if the cluster store could be asked.
     pub server: Option<String>,
-    /// `in sync`, `catching up` or `provisioning`.
+    /// `in sync`, `catching up`, `provisioning` or `leaving`.
     pub role: String,
     /// It is in this process.
     pub local: bool,
@@ -193,6 +194,40 @@ pub struct MemberReply {
     pub durable_seq: u64,
     /// Why it is not reachable, or how far behind it is.
     pub note: Option<String>,
+    /// It answers far later than the others: it is not read from.
+    #[serde(default)]
+    pub slow: bool,
+    /// Its server is being drained.
+    #[serde(default)]
+    pub draining: bool,
+    /// What its server says is wrong with it.
+    #[serde(default)]
+    pub degraded: Option<String>,
+    /// Bytes that its filling has copied, and will have copied when it is done.
+    #[serde(default)]
+    pub filled_bytes: Option<(u64, u64)>,
+}
+
+/// What is left on a server that is being drained.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DrainReply {
+    /// When that was ordered, in milliseconds since 1970.
+    pub since_ms: u64,
+    /// Volumes, by name, with a replica here.
+    pub replicas: Vec<String>,
+    /// Volumes whose head runs here, and why it still does.
+    pub heads: Vec<DrainHead>,
+    /// Nothing is left: the server may be stopped.
+    pub safe_to_stop: bool,
+}
+
+/// A head on a server that is being drained.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DrainHead {
+    /// The volume's name, or its id.
+    pub volume: String,
+    /// What it waits for; `None`: it is being given back.
+    pub reason: Option<String>,
 }
 
 /// A head.
@@ -235,14 +270,22 @@ pub struct StatusReply {
     pub heads: Vec<HeadReply>,
     /// The exports.
     pub exports: Vec<ExportReply>,
+    /// What is left here, if the server is being drained and the cluster store could be asked.
+    #[serde(default)]
+    pub drain: Option<DrainReply>,
 }
 
-pub(super) fn status_reply(
-    parts: &Parts,
-    plane: &Status,
-    servers: &[ServerEntry],
-    store_error: Option<String>,
-) -> StatusReply {
+/// What the cluster store says that concerns a server's status.
+#[derive(Default)]
+pub(super) struct StoreView {
+    pub(super) servers: Vec<ServerEntry>,
+    pub(super) volumes: Vec<VolumeEntry>,
+    /// Why it says nothing.
+    pub(super) error: Option<String>,
+}
+
+pub(super) fn status_reply(parts: &Parts, plane: &Status, store: StoreView) -> StatusReply {
+    let servers = &store.servers;
     let volumes: BTreeMap<VolumeId, String> = parts
         .exports
         .open_volumes()
@@ -263,12 +306,33 @@ pub(super) fn status_reply(
             labels: parts.identity.labels.clone(),
             uptime_s: parts.started.elapsed().as_secs(),
         },
-        store: StoreReply { address: parts.store.address(), error: store_error },
+        drain: drain_reply(parts.identity.server, plane, &store),
+        store: StoreReply { address: parts.store.address(), error: store.error },
         pool: plane.pool.as_ref().map(pool_reply),
         replicas: plane.replicas.iter().map(replica_reply).collect(),
         heads: plane.heads.iter().map(|head| head_reply(head, &volumes, &names)).collect(),
         exports: views.iter().map(|view| export_reply(view, plane)).collect(),
     }
+}
+
+fn drain_reply(own: ServerId, plane: &Status, store: &StoreView) -> Option<DrainReply> {
+    let own_entry = store.servers.iter().find(|entry| entry.server.id == own)?;
+    let draining = own_entry.server.draining?;
+    let here = drain::replicas(&store.volumes, own);
+    let replicas: Vec<String> = here.map(|entry| entry.volume.name.clone()).collect();
+    let name = |id: VolumeId| {
+        let entry = store.volumes.iter().find(|entry| entry.volume.id == id);
+        entry.map_or_else(|| id.to_string(), |entry| entry.volume.name.clone())
+    };
+    let head = |head: &HeadStatus| DrainHead {
+        volume: name(head.volume),
+        reason: drain::guests(plane)
+            .find(|problem| problem.volume == head.volume)
+            .map(|problem| problem.reason),
+    };
+    let heads: Vec<DrainHead> = plane.heads.iter().map(head).collect();
+    let safe_to_stop = replicas.is_empty() && heads.is_empty();
+    Some(DrainReply { since_ms: draining.since_ms, replicas, heads, safe_to_stop })
 }
 
 fn pool_reply(pool: &PoolStatus) -> PoolReply {
@@ -339,6 +403,10 @@ fn member_reply(member: &MemberStatus, servers: &BTreeMap<ServerId, &str>) -> Me
         last_seq: member.last.0,
         durable_seq: member.durable.0,
         note: member.note.clone(),
+        slow: member.slow_for.is_some(),
+        draining: member.draining,
+        degraded: member.degraded.clone(),
+        filled_bytes: member.filling.map(|filling| (filling.copied_bytes, filling.total_bytes)),
     }
 }
 

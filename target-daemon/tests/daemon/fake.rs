@@ -1,6 +1,6 @@
 //! A data plane that keeps its word and no data.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
@@ -9,8 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use base::{
-    ClusterId, Epoch, PoolId, ReplicaKey, ReplicaState, Seq, ServerId, ShardIndex, ShardRecord,
-    VolumeId,
+    ClusterId, Epoch, Health, Member, PoolId, ReplicaKey, ReplicaState, Seq, ServerId, ShardIndex,
+    ShardRecord, VolumeId,
 };
 use shell::control::{
     ChangeError, ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, ExportStatus,
@@ -85,7 +85,22 @@ struct Inner {
     sealed: BTreeMap<VolumeId, Epoch>,
     exports: BTreeMap<PathBuf, (ExportSpec, UnixListener)>,
     events: VecDeque<Event>,
+    /// What is out of the ordinary with members, by their servers.
+    troubles: BTreeMap<ServerId, Trouble>,
+    /// Exports with a guest.
+    connected: BTreeSet<PathBuf>,
+    /// Changes of the in-sync set that are begun: the new set.
+    changing: BTreeMap<VolumeId, Vec<ServerId>>,
     down: bool,
+}
+
+/// What a head sees of a member that is not well.
+#[derive(Clone, Copy)]
+pub(crate) enum Trouble {
+    /// Silent for an hour, for others too.
+    Lost,
+    /// Follows, and lacks something.
+    Behind,
 }
 
 impl FakePlane {
@@ -115,6 +130,25 @@ impl FakePlane {
         volume
     }
 
+    /// What heads see of their members on `server` from now on.
+    pub(crate) fn trouble(&self, server: ServerId, trouble: Option<Trouble>) {
+        let troubles = &mut self.inner.lock().unwrap().troubles;
+        match trouble {
+            Some(trouble) => drop(troubles.insert(server, trouble)),
+            None => drop(troubles.remove(&server)),
+        }
+    }
+
+    /// A guest comes to an export, or goes.
+    pub(crate) fn connect(&self, socket: &Path, connected: bool) {
+        let sockets = &mut self.inner.lock().unwrap().connected;
+        if connected {
+            sockets.insert(socket.to_owned());
+        } else {
+            sockets.remove(socket);
+        }
+    }
+
     /// The volume's members have sealed this epoch.
     pub(crate) fn seal(&self, volume: VolumeId, epoch: Epoch) {
         self.inner.lock().unwrap().sealed.insert(volume, epoch);
@@ -124,6 +158,38 @@ impl FakePlane {
         self.inner.lock().unwrap().events.push_back(event);
         self.changed.notify_all();
     }
+}
+
+impl FakePlane {
+    fn member_status(&self, member: &Member, trouble: Option<Trouble>) -> MemberStatus {
+        let lost = matches!(trouble, Some(Trouble::Lost));
+        MemberStatus {
+            server: member.server,
+            role: member.role,
+            local: member.pool == self.pool.pool,
+            connected: !lost,
+            reachable: !lost,
+            last: Seq(1),
+            durable: Seq(1),
+            lag: Some(0),
+            mode: if lost { MemberMode::Down } else { MemberMode::Live },
+            mode_for: Duration::from_secs(if lost { 3600 } else { 0 }),
+            caught_up: trouble.is_none(),
+            slow_for: None,
+            draining: false,
+            device_failed: false,
+            degraded: None,
+            others_say: lost.then_some(Health::Silent),
+            filling: None,
+            note: None,
+        }
+    }
+}
+
+fn in_sync(shard: &ShardRecord) -> Vec<ServerId> {
+    let mut servers: Vec<ServerId> = shard.in_sync().collect();
+    servers.sort_unstable();
+    servers
 }
 
 impl DataPlane for FakePlane {
@@ -137,36 +203,24 @@ impl DataPlane for FakePlane {
             commit: Seq(1),
             in_flight: 0,
             queued: 0,
-            change_open: false,
+            change_open: inner.changing.contains_key(&spec.volume.id),
             traffic: Traffic::default(),
             members: spec
                 .shard
                 .members
                 .iter()
-                .map(|member| MemberStatus {
-                    server: member.server,
-                    role: member.role,
-                    local: member.pool == self.pool.pool,
-                    connected: true,
-                    reachable: true,
-                    last: Seq(1),
-                    durable: Seq(1),
-                    lag: Some(0),
-                    mode: MemberMode::Live,
-                    mode_for: Duration::ZERO,
-                    caught_up: true,
-                    slow_for: None,
-                    draining: false,
-                    device_failed: false,
-                    degraded: None,
-                    others_say: None,
-                    filling: None,
-                    note: None,
+                .filter(|member| member.role.is_served())
+                .map(|member| {
+                    let trouble = inner.troubles.get(&member.server).copied();
+                    self.member_status(member, trouble)
                 })
                 .collect(),
         };
-        let export =
-            |spec: &ExportSpec| ExportStatus { spec: spec.clone(), connected: false, in_flight: 0 };
+        let export = |spec: &ExportSpec| ExportStatus {
+            spec: spec.clone(),
+            connected: inner.connected.contains(&spec.socket),
+            in_flight: 0,
+        };
         Ok(Status {
             pool: Some(PoolStatus {
                 id: self.pool.pool,
@@ -236,6 +290,7 @@ impl DataPlane for FakePlane {
     fn close_head(&self, volume: VolumeId, _drain: Duration) -> Result<(), ControlError> {
         let mut inner = self.inner()?;
         inner.log.push(format!("close_head {volume}"));
+        inner.changing.remove(&volume);
         match inner.heads.remove(&volume) {
             Some(_) => Ok(()),
             None => Err(ControlError::NoHead(volume)),
@@ -250,12 +305,16 @@ impl DataPlane for FakePlane {
         _wait: Duration,
     ) -> Result<(), ChangeError> {
         let mut inner = self.inner()?;
-        inner.log.push(format!("change_members {volume}"));
-        let head = inner.heads.get_mut(&volume).ok_or(ControlError::NoHead(volume))?;
+        let head = inner.heads.get(&volume).ok_or(ControlError::NoHead(volume))?;
         if head.volume.epoch != epoch {
             return Err(ChangeError::OtherEpoch { volume, epoch: head.volume.epoch });
         }
-        assert_eq!(shard.volume, volume);
+        let (old, new) = (in_sync(&head.shard), in_sync(shard));
+        let differing = old.iter().filter(|server| !new.contains(server)).count()
+            + new.iter().filter(|server| !old.contains(server)).count();
+        assert_eq!(differing, 1, "one at a time: from {old:?} to {new:?}");
+        inner.log.push(format!("change_members {volume}"));
+        assert!(inner.changing.insert(volume, new).is_none(), "one change at a time");
         Ok(())
     }
 
@@ -267,11 +326,14 @@ impl DataPlane for FakePlane {
         _wait: Duration,
     ) -> Result<(), ChangeError> {
         let mut inner = self.inner()?;
-        let head = inner.heads.get_mut(&volume).ok_or(ControlError::NoHead(volume))?;
+        let head = inner.heads.get(&volume).ok_or(ControlError::NoHead(volume))?;
         if head.volume.epoch != epoch {
             return Err(ChangeError::OtherEpoch { volume, epoch: head.volume.epoch });
         }
-        head.shard = shard.clone();
+        let (old, new) = (in_sync(&head.shard), in_sync(shard));
+        let changing = inner.changing.remove(&volume);
+        assert!(new == old || Some(&new) == changing.as_ref(), "{new:?} was not prepared");
+        inner.heads.get_mut(&volume).expect("looked at").shard = shard.clone();
         inner.log.push(format!("members_changed {volume}"));
         Ok(())
     }

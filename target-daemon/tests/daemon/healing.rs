@@ -1,0 +1,295 @@
+//! Members that come and go, volumes that nobody has attached, servers that are emptied.
+
+use std::collections::BTreeMap;
+
+use base::{
+    BlockSize, Durability, Epoch, Holder, HolderId, Policy, PoolId, Role, ServerId, VolumeId,
+};
+use cluster::lease::{self, Acquire};
+use cluster::volumes::{self, NewVolume};
+use cluster::{ClusterStore, Draining, EventKind, Heartbeat, servers};
+use serde_json::json;
+
+use crate::bench::{Bench, Running, until};
+use crate::fake::Trouble;
+
+/// Healing without delay.
+const AT_ONCE: &str = "[heal]\ndelay_ms = 100\n";
+
+/// Servers that are not there but for what the store knows of them.
+struct Others<'a> {
+    store: &'a dyn ClusterStore,
+    servers: Vec<(ServerId, PoolId)>,
+}
+
+impl<'a> Others<'a> {
+    fn new(bench: &'a Bench, names: &[&str]) -> Self {
+        let store = bench.store.as_ref();
+        let servers = names.iter().map(|name| {
+            let id = servers::id_for(store, name, false).unwrap();
+            let pool = PoolId::from_bytes(cluster::new_id());
+            servers::register(store, id, name, pool).unwrap();
+            (id, pool)
+        });
+        let others = Self { store, servers: servers.collect() };
+        others.beat();
+        others
+    }
+
+    /// They say that they run.
+    fn beat(&self) {
+        for (server, pool) in &self.servers {
+            let beat = Heartbeat {
+                server: *server,
+                pool: *pool,
+                addresses: vec![([127, 0, 0, 1], 4998).into()],
+                labels: BTreeMap::new(),
+                capacity_bytes: 64 << 20,
+                free_bytes: 64 << 20,
+                version: "0".to_owned(),
+                stopping: false,
+                problems: Vec::new(),
+            };
+            self.store.heartbeat(&beat).unwrap();
+        }
+    }
+
+    /// They make and delete what is asked of them.
+    fn work(&self, volume: VolumeId) {
+        for (server, pool) in &self.servers {
+            volumes::provisioned(self.store, volume, *server, *pool).unwrap();
+            volumes::removed(self.store, volume, *server, *pool).unwrap();
+        }
+    }
+
+    /// A volume with members on the first `replicas` servers, the daemon's first; ready.
+    fn volume(&self, bench: &Bench, replicas: u8) -> VolumeId {
+        let new = NewVolume {
+            name: "v".to_owned(),
+            size_bytes: 1 << 20,
+            block_size: BlockSize::B4096,
+            policy: Policy {
+                replicas,
+                durability: Durability::Flush,
+                stall_deadline_ms: None,
+                read_only: false,
+            },
+        };
+        // The daemon has to be one of its servers: all but the wanted ones are made full.
+        let id = volumes::create(self.store, &new).unwrap().volume.id;
+        until("provisioning", || {
+            self.work(id);
+            let entry = self.store.volume(id).unwrap().unwrap();
+            let ready = entry.shard.members.iter().all(|member| member.role == Role::InSync);
+            ready.then_some(())
+        });
+        assert!(roles(bench, id).contains_key(&bench.server));
+        id
+    }
+}
+
+fn roles(bench: &Bench, volume: VolumeId) -> BTreeMap<ServerId, Role> {
+    let entry = bench.store.volume(volume).unwrap().unwrap();
+    entry.shard.members.iter().map(|member| (member.server, member.role)).collect()
+}
+
+fn set_draining(bench: &Bench, server: ServerId, draining: bool) {
+    let draining = draining.then(|| Draining { since_ms: cluster::unix_ms() });
+    let revision = bench.store.revision().unwrap();
+    bench.store.set_draining(server, draining, revision).unwrap();
+}
+
+fn kinds(bench: &Bench) -> Vec<EventKind> {
+    let events = bench.store.events(0, 1000).unwrap();
+    events.into_iter().map(|(_, event)| event.kind).collect()
+}
+
+fn published(running: &Running, word: &str) -> bool {
+    running.plane.log().iter().any(|line| line.starts_with("publish") && line.contains(word))
+}
+
+#[test]
+fn a_lost_member_is_replaced_by_a_spare() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let mut others = Others::new(&bench, &["b", "c"]);
+    let id = others.volume(&bench, 3);
+    assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
+    let (lost, _) = others.servers[1];
+    running.plane.trouble(lost, Some(Trouble::Lost));
+    until("a refusal", || kinds(&bench).contains(&EventKind::HealRefused).then_some(()));
+
+    let spare = Others::new(&bench, &["d"]).servers[0];
+    others.servers.push(spare);
+    running.plane.trouble(spare.0, Some(Trouble::Behind));
+    until("a spare", || {
+        others.beat();
+        roles(&bench, id).contains_key(&spare.0).then_some(())
+    });
+    assert_eq!(roles(&bench, id)[&lost], Role::InSync, "it counts until another one may");
+    until("a replica", || {
+        others.work(id);
+        (roles(&bench, id)[&spare.0] == Role::CatchingUp).then_some(())
+    });
+    running.plane.trouble(spare.0, None);
+    let members = until("the swap", || {
+        others.beat();
+        let roles = roles(&bench, id);
+        (roles[&spare.0] == Role::InSync).then_some(roles)
+    });
+    assert_eq!(members.values().filter(|role| **role == Role::InSync).count(), 3);
+    assert_eq!(members[&lost], Role::Leaving);
+
+    // The lost one is back: it deletes its replica, and the head is told.
+    running.plane.trouble(lost, None);
+    others.work(id);
+    assert!(!roles(&bench, id).contains_key(&lost));
+    let told = bench.store.statuses().unwrap();
+    assert_eq!((told.len(), told[0].phase.as_str()), (1, "open"));
+    until("the log of it", || {
+        let kinds = kinds(&bench);
+        [EventKind::MemberLost, EventKind::MemberAdded, EventKind::InSync, EventKind::MemberRemoved]
+            .iter()
+            .all(|kind| kinds.contains(kind))
+            .then_some(())
+    });
+    let events = bench.store.events(0, 1000).unwrap();
+    let added = events.iter().find(|(_, event)| event.kind == EventKind::MemberAdded).unwrap();
+    assert!(added.1.cause.contains("server c: silent"), "{added:?}");
+    running.stop();
+}
+
+#[test]
+fn a_volume_that_nobody_has_attached_is_repaired_and_given_to_whoever_wants_it() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let mut others = Others::new(&bench, &["b"]);
+    let id = others.volume(&bench, 2);
+    // Used once, so that there is something to keep.
+    let guest =
+        Holder { id: HolderId::from_bytes([9; 16]), name: "guest".to_owned(), repair: false };
+    let store = bench.store.as_ref();
+    lease::acquire(store, id, &guest, Acquire::default()).unwrap();
+    lease::release(store, id, guest.id, Epoch(1)).unwrap();
+    let spare = Others::new(&bench, &["c"]).servers[0];
+    let (leaving, _) = others.servers[0];
+    others.servers.push(spare);
+    running.plane.trouble(spare.0, Some(Trouble::Behind));
+    set_draining(&bench, leaving, true);
+
+    let epoch = until("a repair head", || {
+        others.beat();
+        let volume = bench.store.volume(id).unwrap().unwrap().volume;
+        volume.holder.is_some_and(|holder| holder.repair).then_some(volume.epoch)
+    });
+    assert_eq!(epoch, Epoch(2));
+    assert!(running.get("/v1/exports").as_array().unwrap().is_empty());
+    until("a new member", || {
+        others.beat();
+        others.work(id);
+        (roles(&bench, id).get(&spare.0) == Some(&Role::CatchingUp)).then_some(())
+    });
+
+    // A guest elsewhere does not ask twice, and is not asked for force.
+    let taken = lease::acquire(store, id, &guest, Acquire::default()).unwrap().volume.epoch;
+    until("giving way", || {
+        others.beat();
+        running.get("/v1/status")["heads"].as_array().unwrap().is_empty().then_some(())
+    });
+    assert_eq!(bench.holder(id), (Some("guest".to_owned()), taken));
+    lease::release(store, id, guest.id, taken).unwrap();
+
+    // One on this very server neither.
+    until("another repair head", || {
+        others.beat();
+        let holder = bench.store.volume(id).unwrap().unwrap().volume.holder;
+        holder.is_some_and(|holder| holder.repair).then_some(())
+    });
+    assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
+    assert_eq!(bench.holder(id).0.as_deref(), Some("server a"));
+    let holder = bench.store.volume(id).unwrap().unwrap().volume.holder.unwrap();
+    assert!(!holder.repair);
+    running.plane.trouble(spare.0, None);
+    until("the volume to be whole", || {
+        others.beat();
+        others.work(id);
+        let roles = roles(&bench, id);
+        (roles.len() == 2 && roles.get(&spare.0) == Some(&Role::InSync)).then_some(())
+    });
+    assert!(!roles(&bench, id).contains_key(&leaving));
+    running.stop();
+    assert_eq!(bench.holder(id).0, None);
+}
+
+#[test]
+fn a_repair_ends_by_itself_and_gives_the_volume_back() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let mut others = Others::new(&bench, &["b"]);
+    let id = others.volume(&bench, 2);
+    let guest =
+        Holder { id: HolderId::from_bytes([9; 16]), name: "guest".to_owned(), repair: false };
+    let store = bench.store.as_ref();
+    lease::acquire(store, id, &guest, Acquire::default()).unwrap();
+    lease::release(store, id, guest.id, Epoch(1)).unwrap();
+    others.servers.extend(Others::new(&bench, &["c"]).servers);
+    set_draining(&bench, others.servers[0].0, true);
+    until("the end of the repair", || {
+        others.beat();
+        others.work(id);
+        kinds(&bench).contains(&EventKind::RepairEnded).then_some(())
+    });
+    assert_eq!(bench.holder(id), (None, Epoch(2)));
+    assert!(!roles(&bench, id).contains_key(&others.servers[0].0));
+    let running_heads = running.get("/v1/status")["heads"].as_array().unwrap().len();
+    assert_eq!(running_heads, 0);
+    running.stop();
+}
+
+#[test]
+fn a_server_is_emptied_and_says_what_it_waits_for() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let mut others = Others::new(&bench, &[]);
+    let id = others.volume(&bench, 1);
+    let socket = bench.path("v.sock");
+    assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
+    running.plane.connect(&socket, true);
+    assert!(running.get("/v1/status")["drain"].is_null());
+    others.servers.extend(Others::new(&bench, &["b"]).servers);
+    set_draining(&bench, bench.server, true);
+
+    until("what it waits for", || {
+        others.beat();
+        others.work(id);
+        let drain = running.get("/v1/status")["drain"].clone();
+        let problems = bench.store.servers().unwrap().remove(0).server.problems;
+        let named = problems.first().is_some_and(|problem| problem.reason.contains("v.sock"));
+        let left = &drain["heads"][0];
+        let guest = left["volume"] == "v" && left["reason"].to_string().contains("migrate");
+        (named && guest && drain["replicas"] == json!([])).then_some(())
+    });
+    assert!(published(&running, "Draining"));
+    assert_eq!(roles(&bench, id), [(others.servers[0].0, Role::InSync)].into());
+    assert_eq!(bench.holder(id).0.as_deref(), Some("server a"), "a guest uses it");
+    let (status, error) = running.export(&bench, "v", "w.sock");
+    assert_eq!((status, &error["code"]), (409, &json!("draining")), "{error}");
+
+    running.plane.connect(&socket, false);
+    until("the end", || {
+        others.beat();
+        (running.get("/v1/status")["drain"]["safe_to_stop"] == true).then_some(())
+    });
+    assert_eq!(bench.holder(id).0, None);
+    until("the announcement", || kinds(&bench).contains(&EventKind::Drained).then_some(()));
+    let export = running.get("/v1/exports")[0].clone();
+    assert!(export["reason"].to_string().contains("being drained"), "{export}");
+
+    set_draining(&bench, bench.server, false);
+    until("serving again", || {
+        others.beat();
+        (running.get("/v1/exports")[0]["state"] == "open").then_some(())
+    });
+    until("word of it", || published(&running, "Back").then_some(()));
+    running.stop();
+}

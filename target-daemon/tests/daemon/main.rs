@@ -1,0 +1,8 @@
+//! A whole daemon on a data plane that is not there.
+
+#![allow(clippy::unwrap_used, reason = "tests and their helpers")]
+
+mod bench;
+mod fake;
+mod healing;
+mod life;
