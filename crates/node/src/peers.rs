@@ -233,7 +233,9 @@ impl Peers {
     /// Notes that the session of a peer came or went; true if that is news.
     pub(crate) fn set_up(&mut self, tag: u64, up: bool) -> bool {
         self.peers.get_mut(tag).is_some_and(|peer| {
-            peer.said = Said::default();
+            if !up {
+                peer.said = Said::default();
+            }
             std::mem::replace(&mut peer.up, up) != up
         })
     }

@@ -120,10 +120,6 @@ impl Fill {
         matches!(self.phase, Phase::Draining(Then::Nothing)) && self.line.outstanding == 0
     }
 
-    pub(super) fn is_done(&self) -> bool {
-        matches!(self.phase, Phase::Done)
-    }
-
     /// A head wants this. What is under way goes on unless something else is wanted now.
     pub(super) fn order(&mut self, shared: &mut Shared, line: &Line) {
         let same = self.line.order == line.order;
@@ -209,11 +205,31 @@ impl Fill {
         self.advance(shared);
     }
 
-    /// Stops it; what was copied stays.
+    /// Stops it; what was copied stays. Nothing more of it goes to the store.
     pub(super) fn abort(&mut self, shared: &mut Shared) {
-        self.note_end();
         self.phase = Phase::Draining(Then::Nothing);
+        let id = self.line.id;
+        let before = shared.outputs.len();
+        shared.outputs.retain(|output| !output.is_begun_by(id));
+        self.line.outstanding -= before - shared.outputs.len();
         self.release(shared);
+    }
+
+    /// True while the store knows the replica as one that is being filled, or nothing was begun
+    /// yet: no head can do anything else with it.
+    pub(super) fn copies_chunks(&self) -> bool {
+        match self.phase {
+            Phase::Queued
+            | Phase::Connecting { .. }
+            | Phase::Greeting
+            | Phase::Draining(Then::Again | Then::Fail)
+            | Phase::Failed { .. } => self.line.order.chunks && self.end.is_none(),
+            Phase::Beginning | Phase::Copying(_) => true,
+            Phase::Ending { .. }
+            | Phase::Following(_)
+            | Phase::Draining(Then::Nothing)
+            | Phase::Done => false,
+        }
     }
 
     /// Keeps in mind how far the log has come.

@@ -160,6 +160,21 @@ pub(crate) enum FillOutput {
     Event { key: ReplicaKey, source: ServerId, event: FillEvent },
 }
 
+impl FillOutput {
+    /// True if a fill waits for an answer to this.
+    fn is_begun_by(&self, id: u64) -> bool {
+        match self {
+            Self::Peer { fill, .. } | Self::Store { fill, .. } | Self::Own { fill, .. } => {
+                *fill == id
+            }
+            Self::Retain { .. }
+            | Self::Release { .. }
+            | Self::Progress { .. }
+            | Self::Event { .. } => false,
+        }
+    }
+}
+
 /// What all fills share.
 #[derive(Debug)]
 struct Shared {
@@ -327,12 +342,13 @@ impl Fills {
         self.settle();
     }
 
-    /// A head has sealed the replica: a fill for an older one stops, one that is done has been
-    /// heard of.
+    /// A head has sealed the replica. The one that ordered the fill may have come back, and chunks
+    /// are copied on; but it looks at the log now and decides what is to be done with that, so what
+    /// follows a log stops, as does everything that an older head ordered.
     pub(crate) fn sealed(&mut self, now: Instant, key: ReplicaKey, epoch: base::Epoch) {
         let Some(tag) = self.of_replica(key) else { return };
         let fill = self.fills.get(tag).expect("it was found just now");
-        if fill.is_done() || fill.line.order.epoch < epoch {
+        if fill.line.order.epoch < epoch || !fill.copies_chunks() {
             self.abort(now, key);
         }
     }

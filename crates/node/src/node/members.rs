@@ -141,6 +141,10 @@ impl Node {
                 PeerOutput::Up { namespace: _ } => {
                     if self.peers.set_up(peer, true) {
                         self.heads.member_session(self.now, server, true);
+                        // Its first words may have come before.
+                        for message in self.peers.has_said(self.now, server) {
+                            self.heads.tell_members(self.now, (server, false), None, message);
+                        }
                         self.fill_session(server, true);
                         self.outputs.push_back(Output::Peer { server, down: None });
                     }
