@@ -121,9 +121,11 @@ impl World {
         }
         if guest.stale {
             match guest.kind {
-                // No read grants yet: a deposed head that has not been told reads old data. And what
-                // it acknowledged itself is on media: it may say so.
-                Kind::Read | Kind::Flush => return,
+                // What it acknowledged itself is on media: it may say so.
+                Kind::Flush => return,
+                // Grants: whoever sealed a higher epoch waited for them to run out, so that this
+                // read is as good as one of the new head's.
+                Kind::Read => {}
                 Kind::Write | Kind::Discard => {
                     self.fail(&format!("a deposed head acknowledged {guest:?} (I2)"))
                 }
