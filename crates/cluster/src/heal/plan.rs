@@ -126,10 +126,9 @@ impl Planner<'_> {
             let below = self.in_sync().count() <= self.floor();
             let blocked =
                 if below { Blocked::Floor { floor: self.floor() } } else { Blocked::NoQuorum };
-            // A spare that holds all may still make a quorum.
-            let spare = |view: &View| view.is(Role::CatchingUp) && view.holds();
-            let hopeless = !self.views.iter().any(spare) || !self.may_gain();
-            return hopeless.then(|| Decision::Leave(blocked, lost.cause(self.picture)));
+            // One more member that holds all may still make a quorum.
+            let cause = || lost.cause(self.picture);
+            return (!self.may_gain()).then(|| Decision::Leave(blocked, cause()));
         };
         let server = view.member.server;
         let step = match view.trouble {
