@@ -68,7 +68,9 @@ impl Store {
         let replica = self.replica_mut(slot);
         let header = record.header();
         let last = replica.queued;
-        let error = if replica.damaged {
+        let error = if replica.filling {
+            Some(ReplicaError::Filling)
+        } else if replica.damaged {
             Some(ReplicaError::Damaged)
         } else if header.key != key
             || header.block_size != replica.block_size
@@ -466,6 +468,9 @@ impl Store {
         match self.find_for_change(key) {
             Ok(slot) => {
                 let replica = self.replica_mut(slot);
+                if replica.filling {
+                    return self.done(tag, Err(ReplicaError::Filling));
+                }
                 // Not what waits for room: room may have to wait for this flush, since only what
                 // heads have had put on media goes home.
                 replica.flushes.push_back((replica.issued.seq, tag));

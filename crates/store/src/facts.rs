@@ -47,7 +47,9 @@ impl Store {
             | Entry::Commit { replica, .. }
             | Entry::Restart { replica, .. }
             | Entry::Chunk { replica, .. }
-            | Entry::ChunkFree { replica, .. } => replica,
+            | Entry::ChunkFree { replica, .. }
+            | Entry::Filling { replica, .. }
+            | Entry::Filled { replica, .. } => replica,
         };
         let Some(replica) = self.replicas.get_mut(usize::from(slot)).and_then(Option::as_mut)
         else {
@@ -66,6 +68,10 @@ impl Store {
             Entry::Restart { restart, .. } => replica.note_restart(restart),
             Entry::Chunk { chunk, place, .. } => return self.apply_chunk(slot, chunk, Some(place)),
             Entry::ChunkFree { chunk, .. } => return self.apply_chunk(slot, chunk, None),
+            Entry::Filling { ordinal, keep_home, .. } => {
+                self.apply_filling(slot, ordinal, keep_home);
+            }
+            Entry::Filled { ordinal, position, .. } => self.apply_filled(slot, ordinal, position),
         }
         true
     }
@@ -97,6 +103,7 @@ impl Store {
         if self.phase == Phase::Opening {
             self.chunks.release(location);
         } else {
+            self.releasing += 1;
             let (device, offset) = self.chunk_data_offset(location);
             let length = self.geometry.chunk_bytes;
             self.discard(device, offset, length, Task::Discard { location });
@@ -164,6 +171,9 @@ impl Store {
         };
         let replica = self.replica_ref(slot);
         let (commit, trimmed) = (replica.commit, replica.trimmed.seq);
+        if replica.filling {
+            return self.done(tag, Err(ReplicaError::Filling));
+        }
         if replica.damaged {
             return self.done(tag, Err(ReplicaError::Damaged));
         }
@@ -191,6 +201,7 @@ impl Store {
             if exclusive == Exclusive::None
                 || !replica.batches.is_empty()
                 || self.flush.is_busy_with(slot)
+                || self.fill.is_busy_with(slot)
                 || !replica.seals.is_empty()
             {
                 continue;
@@ -201,6 +212,7 @@ impl Store {
                     self.replica_mut(slot).exclusive = Exclusive::Journal;
                     self.journal.push(Entry::Delete { replica: slot }, After::Done(tag));
                 }
+                Exclusive::Fill(tag) => self.start_filling(slot, tag),
                 Exclusive::Truncate(tag, keep) => {
                     let trimming = self.replica_ref(slot).segments.iter().any(|segment| {
                         self.segments.all[*segment as usize].state == SegmentState::Trimming
@@ -226,11 +238,7 @@ impl Store {
         let replica = self.replica_mut(slot);
         replica.exclusive = Exclusive::Rebuilding(tag, keep);
         let replica = self.replica_ref(slot);
-        let start = if replica.flushed_ordinal > replica.first_ordinal {
-            replica.flushed
-        } else {
-            replica.trimmed
-        };
+        let start = replica.home_through();
         let links: Vec<Link> = replica
             .segments
             .iter()

@@ -1,8 +1,23 @@
 //! Filling: this replica's chunks come from a peer's.
+//!
+//! A replica that is being filled has no log: its own was dropped, since what it says of blocks
+//! that are copied may be wrong by then. Home stays, and of each chunk the metadata area says
+//! through which seq it holds every record; what a peer has that is newer is copied (`stage`),
+//! what the peer does not have is freed. At the end the log begins anew after the position that
+//! the peer stated: everything through there is home, and the rest comes from its log.
+//!
+//! That the replica is being filled is durable first and goes last, so no crash in between leaves
+//! one that seems whole.
 
-use base::{BlockCount, ReplicaKey, Seq};
+use base::{BlockCount, Position, ReplicaError, ReplicaKey, ReplyBody, Seq};
 
-use crate::store::Store;
+use crate::journal::After;
+use crate::metadata::Entry;
+use crate::replica::{Exclusive, ScanHint};
+use crate::segments::SegmentState;
+use crate::store::{Phase, Store};
+
+pub(crate) use crate::stage::Fill;
 
 impl Store {
     /// Blocks of a chunk of this replica: the unit for [`Command::List`](crate::Command::List) at the
@@ -22,5 +37,135 @@ impl Store {
         let slot = *self.by_key.get(&key)?;
         let (chunk, place) = self.replica_ref(slot).chunks.next(u64::from(from))?;
         Some((chunk, place.newest))
+    }
+
+    pub(crate) fn fill_begin(&mut self, tag: u64, key: ReplicaKey) {
+        let slot = match self.find_for_change(key) {
+            Ok(slot) => slot,
+            Err(error) => return self.done(tag, Err(error)),
+        };
+        if self.replica_ref(slot).exclusive != Exclusive::None {
+            return self.done(tag, Err(ReplicaError::Invalid));
+        }
+        self.abort_staged(slot, ReplicaError::Invalid);
+        self.drop_pending(slot, Seq::ZERO, ReplicaError::Filling);
+        self.replica_mut(slot).exclusive = Exclusive::Fill(tag);
+    }
+
+    /// Nothing of the replica's is under way any more.
+    pub(crate) fn start_filling(&mut self, slot: u16, tag: u64) {
+        let replica = self.replica_mut(slot);
+        if replica.filling {
+            replica.exclusive = Exclusive::None;
+            return self.done(tag, Ok(ReplyBody::Done));
+        }
+        replica.exclusive = Exclusive::Journal;
+        let (ordinal, keep_home) = (replica.next_ordinal, !replica.damaged);
+        let entry = Entry::Filling { replica: slot, ordinal, keep_home };
+        self.journal.push(entry, After::Done(tag));
+    }
+
+    /// The replica has lost its log, durably.
+    pub(crate) fn apply_filling(&mut self, slot: u16, ordinal: u64, keep_home: bool) {
+        if self.phase == Phase::Open {
+            self.forget_index(slot);
+        }
+        let replica = self.replica_mut(slot);
+        replica.filling = true;
+        replica.damaged = false;
+        replica.exclusive = Exclusive::None;
+        replica.restarts.clear();
+        replica.undurable.clear();
+        replica.scan_hint = ScanHint::default();
+        let answers = core::mem::take(&mut replica.answers);
+        let flushes = core::mem::take(&mut replica.flushes);
+        let parked = core::mem::take(&mut replica.parked);
+        let segments = core::mem::take(&mut replica.segments);
+        self.begin_log(slot, ordinal, Position::ZERO);
+        for segment in segments {
+            self.segments.set_state(segment, SegmentState::Free);
+        }
+        for tag in
+            answers.iter().map(|answer| answer.tag).chain(flushes.iter().map(|(_, tag)| *tag))
+        {
+            self.done(tag, Err(ReplicaError::Filling));
+        }
+        for read in parked {
+            self.fail_read(read, ReplicaError::Filling);
+        }
+        let mut from = 0;
+        while let Some((chunk, place)) = self.replica_ref(slot).chunks.next(from)
+            && !keep_home
+        {
+            from = u64::from(chunk) + 1;
+            self.replica_mut(slot).chunks.set(chunk, None);
+            // No discard: there may be very many.
+            self.chunks.release(place.location);
+        }
+    }
+
+    /// The replica is filled, durably.
+    pub(crate) fn apply_filled(&mut self, slot: u16, ordinal: u64, position: Position) {
+        self.replica_mut(slot).filling = false;
+        self.replica_mut(slot).exclusive = Exclusive::None;
+        self.begin_log(slot, ordinal, position);
+    }
+
+    /// The log of a replica is empty and goes on after `position`.
+    fn begin_log(&mut self, slot: u16, ordinal: u64, position: Position) {
+        let replica = self.replica_mut(slot);
+        replica.first_ordinal = ordinal;
+        replica.flushed_ordinal = ordinal;
+        replica.next_ordinal = replica.next_ordinal.max(ordinal);
+        replica.previous_crc = 0;
+        replica.trimmed = position;
+        replica.flushed = position;
+        replica.queued = position;
+        replica.issued = position;
+        replica.written = position;
+        replica.durable = position.seq;
+        replica.commit = position.seq;
+        replica.commit_durable = position.seq;
+    }
+
+    /// The slot of a replica that is being filled and takes this chunk.
+    pub(crate) fn find_filling(&self, key: ReplicaKey, chunk: u32) -> Result<u16, ReplicaError> {
+        let slot = self.find_for_change(key)?;
+        let replica = self.replica_ref(slot);
+        let blocks = self.chunk_blocks(replica.block_size) as u64;
+        let exists = u64::from(chunk) < replica.blocks.div_ceil(blocks);
+        if !replica.filling || replica.exclusive != Exclusive::None || !exists {
+            return Err(ReplicaError::Invalid);
+        }
+        Ok(slot)
+    }
+
+    pub(crate) fn fill_free(&mut self, tag: u64, key: ReplicaKey, chunk: u32) {
+        let slot = match self.find_filling(key, chunk) {
+            Ok(slot) => slot,
+            Err(error) => return self.done(tag, Err(error)),
+        };
+        if self.fill.has_staged(slot, chunk) {
+            return self.done(tag, Err(ReplicaError::Invalid));
+        }
+        self.journal.push(Entry::ChunkFree { replica: slot, chunk }, After::Done(tag));
+    }
+
+    pub(crate) fn fill_end(&mut self, tag: u64, key: ReplicaKey, position: Position) {
+        let slot = match self.find_filling(key, 0) {
+            Ok(slot) => slot,
+            Err(error) => return self.done(tag, Err(error)),
+        };
+        let replica = self.replica_mut(slot);
+        let possible = position.epoch <= replica.sealed
+            && (position.epoch == base::Epoch::NONE) == (position.seq == Seq::ZERO);
+        if !possible || self.fill.has_any(slot) {
+            return self.done(tag, Err(ReplicaError::Invalid));
+        }
+        let replica = self.replica_mut(slot);
+        replica.exclusive = Exclusive::Journal;
+        let ordinal = replica.next_ordinal;
+        let entry = Entry::Filled { replica: slot, ordinal, position };
+        self.journal.push(entry, After::Done(tag));
     }
 }

@@ -11,7 +11,7 @@
 //! | 44 | 4 | chunk number within the shard |
 //! | 48 | 4 | chunk's index in the pool |
 //! | 52 | 4 | version, as the metadata area states it |
-//! | 56 | 8 | newest seq that the chunk holds |
+//! | 56 | 8 | seq through which the chunk holds every record, as the metadata area states it |
 //! | 64 | 1 | log2 of the block size |
 //! | 65 | 1 | column and kind for erasure coding, 0: whole data |
 //! | 66 | 2 | references by snapshots, 0 |
@@ -106,6 +106,10 @@ impl ChunkMeta {
 
     pub(crate) fn is_all_absent(&self) -> bool {
         self.states.iter().all(|state| *state == 0)
+    }
+
+    pub(crate) fn has_damage(&self) -> bool {
+        self.states.iter().any(|state| *state > 1)
     }
 
     /// Bytes that the encoded metadata takes, in whole pages.
@@ -236,8 +240,14 @@ impl ChunkMap {
 
     /// The first chunk at or after `from` that has a place.
     pub(crate) fn next(&self, from: u64) -> Option<(u32, ChunkPlace)> {
+        self.next_before(from, u64::MAX)
+    }
+
+    /// The first chunk at or after `from` and before `end` that has a place.
+    pub(crate) fn next_before(&self, from: u64, end: u64) -> Option<(u32, ChunkPlace)> {
         let mut at = usize::try_from(from).ok()?;
-        while at / LEAF < self.leaves.len() {
+        let end = usize::try_from(end).unwrap_or(usize::MAX).min(self.leaves.len() * LEAF);
+        while at < end {
             let Some(leaf) = &self.leaves[at / LEAF] else {
                 at = (at / LEAF + 1) * LEAF;
                 continue;

@@ -25,6 +25,8 @@ pub(crate) enum After {
     Sealed(u64),
     /// Answer `Truncated`.
     Truncated(u64),
+    /// A staged chunk counts: answer `Done`.
+    Staged(u64),
     /// The flush wave's last entry.
     Wave,
     /// The flush job may begin.
@@ -119,7 +121,10 @@ impl Journal {
         let waiting = self.queue.drain(..).chain(self.flying.drain(..));
         waiting
             .filter_map(|(_, after)| match after {
-                After::Done(tag) | After::Sealed(tag) | After::Truncated(tag) => Some(tag),
+                After::Done(tag)
+                | After::Sealed(tag)
+                | After::Truncated(tag)
+                | After::Staged(tag) => Some(tag),
                 After::Nothing | After::Wave | After::JobStart => None,
             })
             .collect()
@@ -360,6 +365,10 @@ impl Store {
                     blocks: state.blocks,
                 },
                 2 => Entry::Seal { replica, epoch: state.sealed },
+                3 if state.filling => {
+                    cursor.step = 8;
+                    Entry::Filling { replica, ordinal: state.first_ordinal, keep_home: true }
+                }
                 3 => Entry::Trim { replica, ordinal: state.first_ordinal, position: state.trimmed },
                 4 => Entry::Flushed {
                     replica,
@@ -368,7 +377,7 @@ impl Store {
                 },
                 5 => Entry::Commit { replica, seq: state.commit_durable },
                 _ => {
-                    cursor.step = 6;
+                    cursor.step = 8;
                     if let Some(restart) = state.restarts.get(cursor.restart).copied() {
                         cursor.restart += 1;
                         return Some(Entry::Restart { replica, restart });

@@ -159,9 +159,8 @@ pub fn identify(first_bytes: &[u8]) -> Result<Label, LabelError> {
     let second = Label::decode(&area[LABEL_COPY_OFFSET..LABEL_COPY_OFFSET + PAGE_BYTES]);
     match (first, second) {
         (Ok(label), _) | (_, Ok(label)) => Ok(label),
-        (Err(newer @ LabelError::Newer { .. }), _) | (_, Err(newer @ LabelError::Newer { .. })) => {
-            Err(newer)
-        }
+        (Err(other @ (LabelError::Newer { .. } | LabelError::Older { .. })), _)
+        | (_, Err(other @ (LabelError::Newer { .. } | LabelError::Older { .. }))) => Err(other),
         (Err(LabelError::Damaged), _) | (_, Err(LabelError::Damaged)) => Err(LabelError::Damaged),
         (Err(LabelError::Blank), Err(LabelError::Blank)) => {
             let blank = area.iter().all(|byte| *byte == 0);

@@ -16,6 +16,7 @@ mod bytes;
 mod cache;
 mod extents;
 mod facts;
+mod fetch;
 mod fill;
 mod flush;
 mod home;
@@ -30,6 +31,7 @@ mod replay;
 mod replica;
 mod scan;
 mod segments;
+mod stage;
 mod store;
 mod wave;
 

@@ -156,6 +156,11 @@ pub(crate) enum Entry {
     Chunk { replica: u16, chunk: u32, place: ChunkPlace },
     /// The chunk holds nothing and is nowhere.
     ChunkFree { replica: u16, chunk: u32 },
+    /// The replica is being filled: it has no log, and will go on in a segment with this ordinal
+    /// or a higher one. Without `keep_home` it has no chunk either.
+    Filling { replica: u16, ordinal: u64, keep_home: bool },
+    /// It is filled: home holds everything through this position, or what comes after it in the log.
+    Filled { replica: u16, ordinal: u64, position: Position },
 }
 
 /// Appends fields to a small buffer.
@@ -230,6 +235,12 @@ impl Entry {
                 .u32(place.version)
                 .u64(place.newest.0),
             Self::ChunkFree { replica, chunk } => Encoded::new(10).u16(replica).u32(chunk),
+            Self::Filling { replica, ordinal, keep_home } => {
+                Encoded::new(11).u16(replica).u64(ordinal).with(&[u8::from(keep_home)])
+            }
+            Self::Filled { replica, ordinal, position } => {
+                Encoded::new(12).u16(replica).u64(ordinal).u64(position.epoch.0).u64(position.seq.0)
+            }
         }
     }
 
@@ -278,6 +289,20 @@ impl Entry {
                 Self::Chunk { replica, chunk, place }
             }
             10 => Self::ChunkFree { replica: from.u16()?, chunk: from.u32()? },
+            11 => Self::Filling {
+                replica: from.u16()?,
+                ordinal: from.u64()?,
+                keep_home: match from.u8()? {
+                    0 => false,
+                    1 => true,
+                    _ => return None,
+                },
+            },
+            12 => Self::Filled {
+                replica: from.u16()?,
+                ordinal: from.u64()?,
+                position: position(from)?,
+            },
             _ => return None,
         })
     }
@@ -326,7 +351,7 @@ mod tests {
         let long = |values: &[u64]| -> Vec<u8> {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
-        let cases: [(Entry, Vec<u8>); 10] = [
+        let cases: [(Entry, Vec<u8>); 12] = [
             (Entry::Counters { incarnation: 1, version: 2 }, vec![1, 1, 0, 0, 0, 2, 0, 0, 0]),
             (
                 Entry::Create {
@@ -358,6 +383,14 @@ mod tests {
                 vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0],
             ),
             (Entry::ChunkFree { replica: 9, chunk: 5 }, vec![10, 9, 0, 5, 0, 0, 0]),
+            (
+                Entry::Filling { replica: 9, ordinal: 5, keep_home: true },
+                [&[11, 9, 0][..], &long(&[5]), &[1]].concat(),
+            ),
+            (
+                Entry::Filled { replica: 9, ordinal: 5, position: keep },
+                [&[12, 9, 0][..], &long(&[5, 7, 8])].concat(),
+            ),
         ];
         for (entry, expected) in cases {
             assert_eq!(entry.encode().bytes(), expected, "{entry:?}");
@@ -366,7 +399,7 @@ mod tests {
                 assert_eq!(Entry::decode(&mut Reader::new(&expected[..length])), None);
             }
         }
-        assert_eq!(Entry::decode(&mut Reader::new(&[11; 40])), None);
+        assert_eq!(Entry::decode(&mut Reader::new(&[13; 40])), None);
     }
 
     #[test]

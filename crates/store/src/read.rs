@@ -8,9 +8,10 @@ use std::collections::VecDeque;
 
 use base::checksum::crc32c;
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
-use base::{BlockCount, BufferMut, Lba, ReplicaError, ReplicaKey, ReplyBody, Seq};
+use base::{BlockCount, BufferMut, Lba, Record, ReplicaError, ReplicaKey, ReplyBody, Seq};
 
 use crate::cache::{Lookup, Wanted};
+use crate::fetch::Fetch;
 use crate::home::{BlockState, ChunkIdentity, ChunkMeta};
 use crate::index::LogSector;
 use crate::layout::{DeviceIndex, PAGE};
@@ -34,7 +35,7 @@ pub(crate) struct FragmentId {
 
 /// Where a block's data is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+pub(crate) enum Source {
     Zero,
     Damaged,
     Log(LogSector, u32),
@@ -70,19 +71,21 @@ impl Fragment {
 }
 
 #[derive(Debug, Default)]
-struct Read {
+pub(crate) struct Read {
     active: bool,
     tag: u64,
-    replica: u16,
-    incarnation: u32,
-    block_bytes: usize,
-    lba: u64,
-    blocks: usize,
+    pub(crate) replica: u16,
+    pub(crate) incarnation: u32,
+    pub(crate) block_bytes: usize,
+    pub(crate) lba: u64,
+    pub(crate) blocks: usize,
     covers: Seq,
-    buffer: Option<BufferMut>,
+    /// Which blocks it is, is still to be found out.
+    pub(crate) fetch: Option<Fetch>,
+    pub(crate) buffer: Option<BufferMut>,
     /// The whole read is one fragment, read straight into its buffer.
     direct: bool,
-    sources: Vec<Source>,
+    pub(crate) sources: Vec<Source>,
     fragments: Vec<Fragment>,
     next: usize,
     in_flight: usize,
@@ -121,6 +124,9 @@ impl Store {
             Err(error) => return self.done(tag, Err(error)),
         };
         let replica = self.replica_ref(slot);
+        if replica.filling {
+            return self.done(tag, Err(ReplicaError::Filling));
+        }
         let bytes = blocks.bytes(replica.block_size);
         let end = lba.checked_add(blocks);
         if blocks.0 == 0
@@ -134,6 +140,21 @@ impl Store {
             return self.done(tag, Err(ReplicaError::Behind { last: replica.written }));
         }
         let parked = covers > replica.written.seq;
+        let id = self.add_read(tag, slot, buffer);
+        let read = &mut self.reads.all[id as usize];
+        read.lba = lba.0;
+        read.blocks = blocks.0 as usize;
+        read.covers = covers;
+        if parked {
+            self.replica_mut(slot).parked.push_back(id);
+        } else {
+            self.plan_read(id);
+        }
+    }
+
+    /// A new read of a replica, with everything but its range.
+    pub(crate) fn add_read(&mut self, tag: u64, slot: u16, buffer: BufferMut) -> u32 {
+        let replica = self.replica_ref(slot);
         let (incarnation, block_size) = (replica.incarnation, replica.block_size);
         let id = self.reads.free.pop().unwrap_or_else(|| {
             self.reads.all.push(Read::default());
@@ -145,16 +166,14 @@ impl Store {
         read.replica = slot;
         read.incarnation = incarnation;
         read.block_bytes = block_size.bytes() as usize;
-        read.lba = lba.0;
-        read.blocks = blocks.0 as usize;
-        read.covers = covers;
+        read.fetch = None;
         read.buffer = Some(buffer);
         read.attempts = 0;
-        if parked {
-            self.replica_mut(slot).parked.push_back(id);
-        } else {
-            self.plan_read(id);
-        }
+        id
+    }
+
+    pub(crate) fn read_mut(&mut self, id: u32) -> &mut Read {
+        &mut self.reads.all[id as usize]
     }
 
     pub(crate) fn unpark_reads(&mut self, slot: u16) {
@@ -202,9 +221,9 @@ impl Store {
     }
 
     /// Finds where each block is and starts to read.
-    fn plan_read(&mut self, id: u32) {
+    pub(crate) fn plan_read(&mut self, id: u32) {
         let mut read = core::mem::take(&mut self.reads.all[id as usize]);
-        let known = self.find_sources(&mut read);
+        let known = self.find_blocks(&mut read);
         read.fragments.clear();
         read.next = 0;
         read.mismatch = false;
@@ -219,25 +238,38 @@ impl Store {
             Err(error) => Some(error),
         };
         let filling = known == Ok(false);
+        let nothing = read.blocks == 0;
         self.reads.all[id as usize] = read;
         match error {
-            Some(error) => self.end_read(id, Err(error)),
+            Some(error) => {
+                if error == ReplicaError::Damaged {
+                    self.distrust_home(id);
+                }
+                self.end_read(id, Err(error));
+            }
             None if filling => self.reads.filling.push(id),
+            None if nothing => self.end_read(id, Ok(ReplyBody::Done)),
             None => self.start_fragments(id),
         }
     }
 
-    /// Fills in the sources of all blocks; false if chunk metadata must be read first.
-    fn find_sources(&mut self, read: &mut Read) -> Result<bool, ReplicaError> {
-        let (slot, incarnation) = (read.replica, read.incarnation);
-        match self.same_replica(slot, incarnation) {
+    /// Fills in the sources of all blocks, and for a fetch which blocks they are; false if chunk
+    /// metadata must be read first.
+    fn find_blocks(&mut self, read: &mut Read) -> Result<bool, ReplicaError> {
+        match self.same_replica(read.replica, read.incarnation) {
             None => return Err(ReplicaError::NoReplica),
+            Some(replica) if replica.filling => return Err(ReplicaError::Filling),
             Some(replica) if replica.is_rebuilding() => {
                 return Err(ReplicaError::Behind { last: replica.written });
             }
             Some(_) => {}
         }
         read.sources.clear();
+        if read.fetch.is_some() { self.find_run(read) } else { Ok(self.find_sources(read)) }
+    }
+
+    fn find_sources(&mut self, read: &mut Read) -> bool {
+        let slot = read.replica;
         let mut known = true;
         let mut shift = (0, 0_u64);
         let chunk_blocks = self.geometry.chunk_bytes / read.block_bytes as u64;
@@ -271,10 +303,10 @@ impl Store {
             };
             read.sources.push(source);
         }
-        Ok(known)
+        known
     }
 
-    fn home_source(
+    pub(crate) fn home_source(
         &mut self,
         slot: u16,
         chunk: u32,
@@ -520,6 +552,15 @@ impl Store {
         let bytes = read.blocks * read.block_bytes;
         if !read.mismatch {
             let mut buffer = read.buffer.take().expect("a read has its buffer");
+            if let Some(fetch) = read.fetch {
+                return match self.run_header(id, fetch) {
+                    Some(header) => {
+                        let record = Record::encode(header, buffer);
+                        self.end_read(id, Ok(ReplyBody::Record(record)));
+                    }
+                    None => self.end_read(id, Err(ReplicaError::NoReplica)),
+                };
+            }
             let blocks = buffer.payload_mut()[..bytes].chunks_exact_mut(read.block_bytes);
             for (block, source) in blocks.zip(&read.sources) {
                 if *source == Source::Zero {
@@ -534,16 +575,36 @@ impl Store {
             self.reads.waiting.retain(|waiting| *waiting != id);
         }
         let mut read = core::mem::take(&mut self.reads.all[id as usize]);
-        let before = core::mem::take(&mut read.sources);
-        let known = self.find_sources(&mut read);
-        let moved = known != Ok(true) || read.sources != before;
+        let before = (core::mem::take(&mut read.sources), read.lba, read.fetch);
+        let known = self.find_blocks(&mut read);
+        let after = (&read.sources, read.lba, read.fetch);
+        let moved = known != Ok(true) || after != (&before.0, before.1, before.2);
         read.attempts += 1;
         let again = moved && read.attempts < ATTEMPTS_MAX && read.buffer.is_some();
         self.reads.all[id as usize] = read;
         match known {
             Err(error) => self.end_read(id, Err(error)),
             Ok(_) if again => self.plan_read(id),
-            Ok(_) => self.end_read(id, Err(ReplicaError::Damaged)),
+            Ok(_) => {
+                self.distrust_home(id);
+                self.end_read(id, Err(ReplicaError::Damaged));
+            }
+        }
+    }
+
+    /// Some block of a read is not what it must be: the chunks that it may lie in are no longer
+    /// as good as a peer's.
+    fn distrust_home(&mut self, id: u32) {
+        let read = &self.reads.all[id as usize];
+        let chunk_blocks = self.geometry.chunk_bytes / read.block_bytes as u64;
+        let range = read.lba..read.lba + read.blocks as u64;
+        let slot = read.replica;
+        for chunk in range.start / chunk_blocks..range.end.div_ceil(chunk_blocks) {
+            let chunk = u32::try_from(chunk).expect("a chunk number");
+            let chunks = &mut self.replica_mut(slot).chunks;
+            if let Some(place) = chunks.place(chunk) {
+                chunks.set(chunk, Some(ChunkPlace { newest: Seq::ZERO, ..place }));
+            }
         }
     }
 }

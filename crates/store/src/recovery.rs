@@ -539,11 +539,7 @@ impl Store {
         };
         self.opening.replica = at + 1;
         let replica = self.replicas[at].as_ref().expect("just found");
-        let start = if replica.flushed_ordinal > replica.first_ordinal {
-            replica.flushed
-        } else {
-            replica.trimmed
-        };
+        let start = replica.home_through();
         let links: Vec<Link> = replica
             .segments
             .iter()

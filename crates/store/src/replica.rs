@@ -52,9 +52,11 @@ pub(crate) enum Exclusive {
     Delete(u64),
     /// To be truncated after this seq, for this command, when nothing is under way.
     Truncate(u64, Seq),
-    /// The same, index being rebuilt.
+    /// To lose its log and be filled, for this command, when nothing is under way.
+    Fill(u64),
+    /// To be truncated, index being rebuilt.
     Rebuilding(u64, Seq),
-    /// The delete or restart is in the journal's hands.
+    /// The delete, restart or filling is in the journal's hands.
     Journal,
 }
 
@@ -75,6 +77,8 @@ pub(crate) struct Replica {
     pub(crate) commit_durable: Seq,
     pub(crate) restarts: Vec<Restart>,
     pub(crate) chunks: ChunkMap,
+    /// Its home is being filled from a peer's: it has no log.
+    pub(crate) filling: bool,
 
     // The log.
     pub(crate) segments: VecDeque<u32>,
@@ -138,6 +142,7 @@ impl Replica {
             commit_durable: Seq::ZERO,
             restarts: Vec::new(),
             chunks: ChunkMap::new(blocks.div_ceil(chunk_blocks)),
+            filling: false,
             segments: VecDeque::new(),
             next_ordinal: 1,
             next_batch: 1,
@@ -169,7 +174,7 @@ impl Replica {
             durable: self.durable,
             commit: self.commit,
             trimmed: self.trimmed.seq,
-            filling: false,
+            filling: self.filling,
             damaged: self.damaged,
         }
     }
@@ -178,8 +183,16 @@ impl Replica {
     pub(crate) fn is_rebuilding(&self) -> bool {
         match self.exclusive {
             Exclusive::Rebuilding(..) | Exclusive::Journal => true,
-            Exclusive::None | Exclusive::Delete(_) | Exclusive::Truncate(..) => false,
+            Exclusive::None
+            | Exclusive::Delete(_)
+            | Exclusive::Truncate(..)
+            | Exclusive::Fill(_) => false,
         }
+    }
+
+    /// Every record through here is home, or what came after it in the log is settled.
+    pub(crate) fn home_through(&self) -> Position {
+        if self.flushed_ordinal > self.first_ordinal { self.flushed } else { self.trimmed }
     }
 
     /// News of the commit seq. Beyond what has come it says nothing about this log: only an

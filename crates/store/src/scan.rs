@@ -40,6 +40,9 @@ impl Store {
             Err(error) => return self.done(tag, Err(error)),
         };
         let replica = self.replica_ref(slot);
+        if replica.filling {
+            return self.done(tag, Err(ReplicaError::Filling));
+        }
         if seq > replica.written.seq {
             let last = replica.written;
             return self.done(tag, Err(ReplicaError::Behind { last }));

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use base::limits::{PAGE_BYTES, VOLUME_BYTES_MAX};
 use base::{
-    BlockSize, Buffer, BufferMut, Epoch, Instant, PoolId, ReplicaError, ReplicaKey, ReplyBody, Seq,
+    BlockSize, Buffer, BufferMut, Epoch, Instant, PoolId, Position, ReplicaError, ReplicaKey,
+    ReplyBody, Seq,
 };
 use core::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::api::{
     Output, Parts, ReplicaInfo, Stall, StoreConfig, Usage,
 };
 use crate::cache::ChunkCache;
+use crate::fill::Fill;
 use crate::flush::{Flush, MoverId};
 use crate::home::ChunkSpace;
 use crate::index::Index;
@@ -58,6 +60,10 @@ pub(crate) enum Task {
     Mover(MoverId),
     /// Chunk metadata of the flush wave.
     WaveMeta,
+    /// Data or metadata of a staged chunk.
+    Fill {
+        write: u32,
+    },
     /// A freed chunk.
     Discard {
         location: u32,
@@ -109,6 +115,7 @@ pub struct Store {
     pub(crate) journal: Journal,
     pub(crate) reads: Reads,
     pub(crate) flush: Flush,
+    pub(crate) fill: Fill,
     pub(crate) opening: Opening,
     pub(crate) replay: Option<Replay>,
     /// Replicas with something to append.
@@ -119,6 +126,10 @@ pub struct Store {
     pub(crate) last_append: Instant,
     /// Segments that a truncation voids, until that is durable.
     pub(crate) voided: Vec<(u16, u32)>,
+    /// The entries of the last list, to be used again.
+    pub(crate) listed: Vec<base::chunks::ListEntry>,
+    /// Chunks whose device is being told that they are free.
+    pub(crate) releasing: u32,
     outputs: VecDeque<Output>,
     operations: Vec<Operation>,
     operations_free: Vec<u32>,
@@ -164,6 +175,7 @@ impl Store {
             journal: Journal::new(),
             reads: Reads::default(),
             flush: Flush::default(),
+            fill: Fill::default(),
             opening: Opening::default(),
             replay: None,
             ready: Vec::new(),
@@ -172,6 +184,8 @@ impl Store {
             spare_records: Vec::new(),
             last_append: Instant::ZERO,
             voided: Vec::new(),
+            listed: Vec::new(),
+            releasing: 0,
             outputs: VecDeque::with_capacity(256),
             operations: Vec::new(),
             operations_free: Vec::new(),
@@ -216,7 +230,9 @@ impl Store {
             }
             Phase::Open => {
                 if self.failed.is_none() {
-                    // In this order: a truncation begins a replay.
+                    // In this order: who waits for staged chunks may go on, and a truncation
+                    // begins a replay.
+                    self.pump_fill();
                     self.pump_exclusive();
                     self.pump_replay();
                     self.pump_appends();
@@ -341,6 +357,7 @@ impl Store {
             // A hint: whether the device took it does not matter.
             DiskResult::Discarded(_) => {
                 if let Task::Discard { location } = task {
+                    self.releasing -= 1;
                     self.chunks.release(location);
                 }
             }
@@ -360,6 +377,7 @@ impl Store {
             | Task::Sync
             | Task::Journal
             | Task::WaveMeta
+            | Task::Fill { .. }
             | Task::Discard { .. } => {}
         }
     }
@@ -375,6 +393,7 @@ impl Store {
             Task::Journal => self.journal_written(),
             Task::Mover(mover) => self.mover_written(mover),
             Task::WaveMeta => self.wave_meta_written(device),
+            Task::Fill { write } => self.fill_written(write),
             Task::Ignore
             | Task::Sync
             | Task::Opening { .. }
@@ -392,6 +411,7 @@ impl Store {
         }
         self.journal_synced();
         self.flush_synced();
+        self.fill_synced();
         for slot in 0..self.replicas.len() {
             self.replica_synced(slot);
         }
@@ -411,7 +431,7 @@ impl Store {
             return;
         }
         self.output(Output::Failed(failure));
-        for tag in self.journal.abandon() {
+        for tag in self.journal.abandon().into_iter().chain(self.fill.abandon()) {
             self.done(tag, Err(ReplicaError::DeviceFailed));
         }
         for slot in 0..self.replicas.len() {
@@ -421,6 +441,7 @@ impl Store {
             tags.extend(replica.seals.drain(..).map(|(_, tag)| tag));
             match replica.exclusive {
                 Exclusive::Delete(tag)
+                | Exclusive::Fill(tag)
                 | Exclusive::Truncate(tag, _)
                 | Exclusive::Rebuilding(tag, _) => tags.push(tag),
                 Exclusive::None | Exclusive::Journal => {}
@@ -468,14 +489,16 @@ impl Store {
                 }
                 Err(error) => self.done(tag, Err(error)),
             },
-            Command::List { .. }
-            | Command::Fetch { .. }
-            | Command::FillBegin { .. }
-            | Command::FillChunk { .. }
-            | Command::FillData { .. }
-            | Command::FillCommit { .. }
-            | Command::FillFree { .. }
-            | Command::FillEnd { .. } => self.done(tag, Err(ReplicaError::Invalid)),
+            Command::List { key, unit, first, buffer } => self.list(tag, key, unit, first, buffer),
+            Command::Fetch { key, lba, end, buffer } => {
+                self.start_fetch(tag, key, lba, end, buffer);
+            }
+            Command::FillBegin { key } => self.fill_begin(tag, key),
+            Command::FillChunk { key, chunk, newest } => self.fill_chunk(tag, key, chunk, newest),
+            Command::FillData { key, record } => self.fill_data(tag, key, record),
+            Command::FillCommit { key, chunk } => self.fill_commit(tag, key, chunk),
+            Command::FillFree { key, chunk } => self.fill_free(tag, key, chunk),
+            Command::FillEnd { key, position } => self.fill_end(tag, key, position),
         }
     }
 
@@ -554,6 +577,7 @@ impl Store {
         if self.replica_ref(slot).exclusive != Exclusive::None {
             return self.done(tag, Err(ReplicaError::Invalid));
         }
+        self.abort_staged(slot, ReplicaError::NoReplica);
         self.replica_mut(slot).exclusive = Exclusive::Delete(tag);
         self.drop_pending(slot, Seq::ZERO, ReplicaError::NoReplica);
     }
@@ -570,6 +594,7 @@ impl Store {
             return self.done(tag, Err(ReplicaError::Superseded { sealed }));
         }
         replica.seals.push_back((epoch, tag));
+        self.abort_staged(slot, ReplicaError::Superseded { sealed: epoch });
         self.drop_pending(slot, Seq::ZERO, ReplicaError::Superseded { sealed: epoch });
         self.settle(slot);
     }
@@ -593,6 +618,7 @@ impl Store {
                 self.done(tag, result);
             }
             After::Truncated(tag) => self.truncated(tag, entry),
+            After::Staged(tag) => self.staged_counts(tag, entry),
             After::Wave => self.wave_durable(),
             After::JobStart => self.job_started(),
         }
@@ -646,6 +672,24 @@ impl Store {
         }
     }
 
+    /// Every chunk in use is somebody's, and only his.
+    fn check_chunks(&self) {
+        let mut seen = std::collections::BTreeSet::new();
+        for replica in self.replicas.iter().flatten() {
+            let mut from = 0;
+            while let Some((chunk, place)) = replica.chunks.next(from) {
+                from = u64::from(chunk) + 1;
+                assert!(seen.insert(place.location), "a chunk belongs to one replica");
+            }
+        }
+        // A staged chunk may be in the map before the journal's page is worked off.
+        seen.extend(self.fill.places());
+        let used = seen.len() + self.wave_chunks() + self.releasing as usize;
+        assert!(seen.iter().all(|location| self.chunks.is_used(*location)));
+        let counted = (self.chunks.chunks() - self.chunks.free()) as usize;
+        assert!(counted == used || self.failed.is_some(), "{counted} chunks in use, {used} known");
+    }
+
     /// Asserts what must hold between any two calls. For tests and the simulator: it walks
     /// everything.
     pub fn check_invariants(&self) {
@@ -666,6 +710,7 @@ impl Store {
         for (segment, live) in self.segments.all.iter().zip(live) {
             assert_eq!(segment.live, live, "live counts are right");
         }
+        self.check_chunks();
         assert!(self.segments.blocks <= self.index.entries_max() as u64, "the budget holds");
         for replica in self.replicas.iter().flatten() {
             assert!(replica.trimmed.seq <= replica.written.seq);
@@ -673,6 +718,9 @@ impl Store {
             assert!(replica.written.seq <= replica.issued.seq);
             assert!(replica.issued.seq <= replica.queued.seq);
             assert!(replica.commit <= replica.queued.seq);
+            if replica.filling {
+                assert!(replica.segments.is_empty() && replica.queued == Position::ZERO);
+            }
             let ordinals: Vec<u64> = replica
                 .segments
                 .iter()

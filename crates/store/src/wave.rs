@@ -49,6 +49,9 @@ struct Target {
     written: bool,
     /// Its metadata has changed.
     changed: bool,
+    /// Nothing in the log after the job's segments covers any of its blocks: all that came
+    /// through their end will be home.
+    complete: bool,
     empty: bool,
     meta_sent: bool,
 }
@@ -137,6 +140,7 @@ impl Store {
             singles: Vec::new(),
             written: false,
             changed: false,
+            complete: false,
             empty: false,
             meta_sent: false,
         });
@@ -204,31 +208,32 @@ impl Store {
         let chunk = self.flush.wave.targets[at].chunk;
         let first = u64::from(chunk) * blocks as u64;
         let mut moves = core::mem::take(&mut self.flush.wave.targets[at].moves);
-        let mut changed = false;
+        let (mut changed, mut complete) = (false, true);
         let replica = self.replica_ref(job.slot);
         for index in 0..blocks {
             let block = first + index as u64;
-            let entry = self.index.lookup(job.slot, block).filter(|entry| {
+            let newest = self.index.lookup(job.slot, block);
+            let entry = newest.filter(|entry| {
                 self.segments.all[self.segments.of(entry.sector)].ordinal <= job.last_ordinal
             });
+            let zeroes = replica.extents.covering(block).map(|(_, seq)| seq);
+            // What a later record hides may be older than it and newer than home.
+            complete &= newest == entry && zeroes.is_none_or(|seq| seq <= job.through.seq.0);
             if let Some(entry) = entry {
                 meta.set(index, BlockState::Present(entry.crc));
                 moves.push(Move { index, entry });
                 changed = true;
-            } else if replica
-                .extents
-                .covering(block)
-                .is_some_and(|(_, seq)| seq <= job.through.seq.0)
+            } else if zeroes.is_some_and(|seq| seq <= job.through.seq.0)
                 && meta.block(index) != BlockState::Absent
             {
                 meta.set(index, BlockState::Absent);
                 changed = true;
             }
         }
-        meta.newest = meta.newest.max(Seq(job.through.seq.0));
         let target = &mut self.flush.wave.targets[at];
         target.empty = meta.is_all_absent();
         target.changed = changed;
+        target.complete = complete;
         target.meta = meta;
         target.moves = moves;
         target.loaded = true;
@@ -537,6 +542,11 @@ impl Store {
             let version = self.journal.version;
             let target = &mut self.flush.wave.targets[at];
             target.place.version = version;
+            // Not the greater of this and the old one: a replica that was filled with blocks newer
+            // than its log may put older ones in their place until the log has caught up.
+            let complete = target.complete && !target.meta.has_damage();
+            target.place.newest = if complete { job.through.seq } else { Seq::ZERO };
+            target.meta.newest = target.place.newest;
             target.meta_sent = true;
             let place = target.place;
             let identity = self.chunk_identity(
@@ -590,6 +600,29 @@ impl Store {
             Some(entry) => self.journal.push(entry, After::Wave),
             None => self.wave_durable(),
         }
+    }
+
+    /// Where the log has the version of a block of `slot` that is being put in home's place of it:
+    /// until that counts, the block cannot be read from home.
+    pub(crate) fn moving(&self, slot: u16, chunk: u32, index: usize) -> Option<IndexEntry> {
+        if !self.flush.is_busy_with(slot) {
+            return None;
+        }
+        let target = self.flush.wave.targets.iter().find(|target| target.chunk == chunk)?;
+        let at = target.moves.binary_search_by_key(&index, |step| step.index).ok()?;
+        Some(target.moves[at].entry)
+    }
+
+    /// Chunks that the wave has taken and that are in no map yet.
+    pub(crate) fn wave_chunks(&self) -> usize {
+        let Some(job) = self.flush.job else { return 0 };
+        let map = &self.replica_ref(job.slot).chunks;
+        let is_new = |target: &&Target| {
+            target.old.is_none()
+                && map.place(target.chunk).map(|place| place.location)
+                    != Some(target.place.location)
+        };
+        self.flush.wave.targets.iter().filter(is_new).count()
     }
 
     /// The journal has the wave: home is where its blocks are now.
