@@ -85,6 +85,10 @@ impl Grants {
 impl Head {
     /// True if no other head can have been opened before now.
     pub(crate) fn trusted(&self) -> bool {
+        #[cfg(test)]
+        if self.trusts_blindly {
+            return true;
+        }
         let now = self.now;
         self.sets.write_quorum_met(self.members_where(|member| member.grant.trusted(now)))
     }

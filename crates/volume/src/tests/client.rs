@@ -4,7 +4,7 @@ use base::{BlockCount, BlockRequest, Lba, Operation, RecordKind, RequestId};
 
 use super::model::{BLOCK_BYTES, fill};
 use super::oracle::Asked;
-use super::world::{Event, World};
+use super::world::{Event, Running, World};
 use crate::Input;
 
 impl World {
@@ -16,6 +16,9 @@ impl World {
             let in_flight = self.oracle.pending.values().filter(|p| p.head == current).count();
             if in_flight >= self.settings.depth {
                 break;
+            }
+            if self.settings.grants {
+                self.ask_deposed();
             }
             if let Some(mut request) = self.returned.pop() {
                 self.next_id += 1;
@@ -74,9 +77,27 @@ impl World {
         self.request(asked, lba, blocks)
     }
 
+    /// Somebody goes on reading from heads that are no longer the newest.
+    fn ask_deposed(&mut self) {
+        let head = self.random.index(self.heads.len());
+        let listens = |running: &Running| running.head.room() > 0 && !running.ended;
+        if head == self.current() || !self.heads[head].as_ref().is_some_and(listens) {
+            return;
+        }
+        let waiting = self.oracle.pending.values().filter(|pending| pending.head == head).count();
+        if waiting < 2 * self.settings.depth {
+            let lba = self.random.index(self.settings.blocks);
+            self.request_of(head, Asked::Read, lba, 1);
+        }
+    }
+
     /// Submits a request to the current head. A write's value is the request's id. False if no
     /// buffer is free.
     pub(super) fn request(&mut self, asked: Asked, lba: usize, blocks: usize) -> bool {
+        self.request_of(self.current(), asked, lba, blocks)
+    }
+
+    fn request_of(&mut self, head: usize, asked: Asked, lba: usize, blocks: usize) -> bool {
         let bytes = blocks * BLOCK_BYTES;
         let id = self.next_id + 1;
         let (operation, asked) = match asked {
@@ -94,15 +115,14 @@ impl World {
             Asked::Flush => (Operation::Flush, asked),
         };
         self.next_id = id;
-        let current = self.current();
-        self.oracle.asked(id, asked, lba, blocks, current);
+        self.oracle.asked(id, asked, lba, blocks, head);
         let request = BlockRequest {
             id: RequestId(id),
             lba: Lba(lba as u64),
             blocks: BlockCount(u32::try_from(blocks).unwrap()),
             operation,
         };
-        self.input(current, Input::Request(request));
+        self.input(head, Input::Request(request));
         true
     }
 }

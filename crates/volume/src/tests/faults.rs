@@ -76,6 +76,9 @@ impl World {
     }
 
     pub(super) fn fault(&mut self) {
+        if self.settings.deposes {
+            return self.depose();
+        }
         let server = self.random.index(self.settings.members);
         let downtime = self.random.below(200 * self.settings.delay);
         match self.random.below(17) {

@@ -1,6 +1,8 @@
 //! Tests of the head against model members in a small simulated world.
 
 mod client;
+mod clocks;
+mod deposed;
 mod faults;
 mod model;
 mod oracle;

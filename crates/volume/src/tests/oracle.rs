@@ -107,7 +107,7 @@ impl Oracle {
         self.pending.retain(|_, pending| pending.head != head);
     }
 
-    pub(super) fn answered(&mut self, truth: &Truth, reply: &BlockReply, deposed: bool) {
+    pub(super) fn answered(&mut self, truth: &Truth, reply: &BlockReply, judged: bool) {
         let RequestId(id) = reply.id;
         let pending = self.pending.remove(&id).expect("a request is answered once");
         if reply.status != Status::Ok {
@@ -117,8 +117,8 @@ impl Oracle {
             return;
         }
         match pending.asked {
-            // Until heads hold read grants a deposed one may answer from before its time.
-            Asked::Read if deposed => {}
+            // A head that was deposed may answer from before its time unless members keep grants.
+            Asked::Read if !judged => {}
             Asked::Read => self.read(truth, &pending, reply),
             Asked::Write { value, fua } => {
                 self.answers.writes += 1;

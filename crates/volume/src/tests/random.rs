@@ -25,12 +25,18 @@ fn settings(seed: u64) -> Settings {
         power_losses: bad.is_none() && random.one_in(2),
         greedy_trims,
         stall_deadline_ms: random.one_in(8).then(|| 20 + random.below(400)),
+        grants: false,
+        deposes: false,
+        untrue_head: false,
+        untrue_members: false,
     }
 }
 
 /// Runs one world to its end.
 fn run(seed: u64, buffers: &BufferPool) -> (Counts, Answers) {
-    let settings = settings(seed);
+    let mut settings = settings(seed);
+    // Where it is not too long to wait for them.
+    settings.grants = settings.delay >= MS && seed.is_multiple_of(2);
     let (delay, greedy) = (settings.delay, settings.greedy_trims);
     let mut world = World::new(seed, settings, buffers.clone());
     world.oracle.errors_allowed = world.settings.stall_deadline_ms.is_some();
@@ -121,7 +127,7 @@ fn check_content(world: &mut World) {
     }
 }
 
-fn number(name: &str) -> Option<u64> {
+pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 

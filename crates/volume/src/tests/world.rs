@@ -5,12 +5,13 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use base::{
-    BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Instant, Member, Policy,
-    PoolId, ReplicaCommand, ReplicaError, ReplyBody, Role, Seq, ServerId, ShardIndex, ShardRecord,
+    BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Member, Policy, PoolId,
+    ReplicaCommand, ReplicaError, ReplyBody, Role, Seq, ServerId, ShardIndex, ShardRecord,
     VolumeId, VolumeRecord,
 };
 use core::time::Duration;
 
+use super::clocks::Clock;
 use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth, touches};
 use super::oracle::Oracle;
 use crate::{Head, HeadConfig, HeadPhase, Input, Output, Tunables};
@@ -65,6 +66,15 @@ pub(super) struct Settings {
     /// Members trim what other members may still need.
     pub(super) greedy_trims: bool,
     pub(super) stall_deadline_ms: Option<u64>,
+    /// Members hold a Seal for as long as a deposed head may read; clocks drift; deposed heads go
+    /// on being asked, and what they answer is judged.
+    pub(super) grants: bool,
+    /// What goes wrong is that heads are deposed without noticing.
+    pub(super) deposes: bool,
+    /// Planted: heads read without grants.
+    pub(super) untrue_head: bool,
+    /// Planted: members answer Seals at once.
+    pub(super) untrue_members: bool,
 }
 
 #[derive(Debug)]
@@ -78,6 +88,8 @@ pub(super) enum Event {
     Fault,
     Strand { head: usize, server: usize },
     Succeed { server: usize },
+    HeldSeal { head: usize, server: usize, session: u64, tag: u64, epoch: Epoch },
+    Resume { head: usize },
     Submit,
 }
 
@@ -115,6 +127,7 @@ impl Ord for Scheduled {
 pub(super) struct Server {
     pub(super) model: Model,
     pub(super) up: bool,
+    pub(super) grant: super::clocks::Grant,
     /// When the last write under way completes: writes complete in order.
     busy_until: u64,
 }
@@ -125,6 +138,8 @@ pub(super) struct Link {
     pub(super) connected: bool,
     /// Commands arrive in order.
     busy_until: u64,
+    /// Nothing gets through, either way, and nothing is lost.
+    pub(super) stalled_until: u64,
 }
 
 pub(super) struct Running {
@@ -132,6 +147,10 @@ pub(super) struct Running {
     pub(super) links: Vec<Link>,
     pub(super) opened: bool,
     pub(super) ended: bool,
+    pub(super) clock: Clock,
+    /// Its process is stopped; this is what it will find.
+    pub(super) stopped: Option<Vec<Input>>,
+    pub(super) was_stopped: bool,
 }
 
 /// What happened, by name.
@@ -158,6 +177,8 @@ pub(super) struct World {
     pub(super) client_awake: bool,
     pub(super) counts: Counts,
     pub(super) last_reply: Option<BlockReply>,
+    /// A server that new heads do not reach until then.
+    pub(super) apart: Option<(usize, u64)>,
 }
 
 pub(super) fn server_id(index: usize) -> ServerId {
@@ -168,17 +189,30 @@ fn index_of(server: ServerId) -> usize {
     usize::from(server.bytes()[0]) - 1
 }
 
+impl Running {
+    /// When its time comes, by the world's clock.
+    fn deadline(&self) -> Option<u64> {
+        let at = self.head.next_deadline().filter(|_| self.stopped.is_none())?;
+        Some(self.clock.reaches(at))
+    }
+}
+
 impl World {
     pub(super) fn new(seed: u64, settings: Settings, buffers: BufferPool) -> Self {
-        let server = |_| Server { model: Model::default(), up: true, busy_until: 0 };
+        let mut random = Random::new(seed);
+        let mut server = |_| {
+            let grant = super::clocks::Grant::new(&mut random, settings.grants);
+            Server { model: Model::default(), up: true, grant, busy_until: 0 }
+        };
+        let servers = (0..settings.members).map(&mut server).collect();
         let durable = settings.durability == Durability::Durable;
         let free_at_start = buffers.available();
         Self {
             now: 0,
             order: 0,
             events: BinaryHeap::new(),
-            random: Random::new(seed),
-            servers: (0..settings.members).map(server).collect(),
+            random,
+            servers,
             truth: Truth::default(),
             oracle: Oracle::new(settings.blocks, durable),
             settings,
@@ -193,6 +227,7 @@ impl World {
             client_awake: false,
             counts: Counts::new(),
             last_reply: None,
+            apart: None,
         }
     }
 
@@ -252,19 +287,22 @@ impl World {
     /// Starts the next head; the one before may still run.
     pub(super) fn new_head(&mut self) -> usize {
         self.epoch = self.epoch.next();
-        let head = Head::new(self.config(), self.instant()).expect("the configuration is valid");
+        let clock = Clock::new(&mut self.random, self.settings.grants);
+        let now = clock.at(self.now);
+        let mut head = Head::new(self.config(), now).expect("the configuration is valid");
+        head.trusts_blindly = self.settings.untrue_head;
         let links = vec![Link::default(); self.settings.members];
-        self.heads.push(Some(Running { head, links, opened: false, ended: false }));
+        let (opened, ended, was_stopped, stopped) = (false, false, false, None);
+        self.heads.push(Some(Running { head, links, opened, ended, clock, stopped, was_stopped }));
         let index = self.heads.len() - 1;
+        if let Some((server, until)) = self.apart {
+            self.stall_link(index, server, until.saturating_sub(self.now));
+        }
         for server in 0..self.settings.members {
             let after = self.delay();
             self.schedule(after, Event::Connect { head: index, server });
         }
         index
-    }
-
-    fn instant(&self) -> Instant {
-        Instant::from_nanos(self.now)
     }
 
     pub(super) fn current(&self) -> usize {
@@ -277,9 +315,13 @@ impl World {
 
     /// Hands an input to a head and takes what comes out.
     pub(super) fn input(&mut self, index: usize, input: Input) {
-        let now = self.instant();
+        let now = self.now;
         let Some(running) = &mut self.heads[index] else { return };
-        running.head.handle(now, input);
+        if let Some(stopped) = &mut running.stopped {
+            stopped.push(input);
+            return;
+        }
+        running.head.handle(running.clock.at(now), input);
         if self.order.is_multiple_of(16) {
             running.head.check_invariants();
         }
@@ -299,15 +341,22 @@ impl World {
                 let at = self.now + delay;
                 let Some(running) = &mut self.heads[index] else { return };
                 let link = &mut running.links[server];
+                if !link.connected && running.was_stopped {
+                    return; // it has yet to find out
+                }
                 assert!(link.connected, "commands go to connected members only");
-                link.busy_until = link.busy_until.max(at) + 1;
+                link.busy_until = link.busy_until.max(at).max(link.stalled_until) + 1;
                 let (after, session) = (link.busy_until - self.now, link.session);
                 let command = Box::new(command);
                 self.schedule(after, Event::Command { head: index, server, session, tag, command });
             }
             Output::Reply(reply) => {
                 let deposed = index != self.current();
-                self.oracle.answered(&self.truth, &reply, deposed);
+                if deposed && reply.data.is_some() {
+                    self.count("deposed read");
+                }
+                let judged = !deposed || self.settings.grants;
+                self.oracle.answered(&self.truth, &reply, judged);
                 self.last_reply = Some(reply);
             }
             Output::Returned(request) => {
@@ -355,10 +404,8 @@ impl World {
         let next = self.events.peek().map(|Reverse(scheduled)| scheduled.at);
         let mut tick: Option<(u64, usize)> = None;
         for (index, running) in self.heads.iter().enumerate() {
-            let Some(deadline) = running.as_ref().and_then(|r| r.head.next_deadline()) else {
-                continue;
-            };
-            let at = deadline.nanos().max(self.now);
+            let Some(deadline) = running.as_ref().and_then(Running::deadline) else { continue };
+            let at = deadline.max(self.now);
             if tick.is_none_or(|(best, _)| at < best) {
                 tick = Some((at, index));
             }
@@ -380,14 +427,14 @@ impl World {
         let again = self.now == at;
         self.now = at;
         self.input(index, Input::Tick);
-        let deadline = self.heads[index].as_ref().and_then(|r| r.head.next_deadline());
-        let spins = again && deadline.is_some_and(|deadline| deadline.nanos() <= at);
+        let deadline = self.heads[index].as_ref().and_then(Running::deadline);
+        let spins = again && deadline.is_some_and(|deadline| deadline <= at);
         assert!(!spins || !self.events.is_empty(), "a deadline in the past makes the shell spin");
-        if deadline.is_some_and(|deadline| deadline.nanos() <= at) {
+        if deadline.is_some_and(|deadline| deadline <= at) {
             self.count("immediate deadline");
             self.input(index, Input::Tick);
-            let deadline = self.heads[index].as_ref().and_then(|r| r.head.next_deadline());
-            assert!(deadline.is_none_or(|d| d.nanos() > at), "the shell would spin");
+            let deadline = self.heads[index].as_ref().and_then(Running::deadline);
+            assert!(deadline.is_none_or(|deadline| deadline > at), "the shell would spin");
         }
     }
 
@@ -402,6 +449,11 @@ impl World {
             Event::Reply { head, server, session, tag, result } => {
                 let Some(running) = &self.heads[head] else { return };
                 let link = running.links[server];
+                if link.stalled_until > self.now {
+                    let event = Event::Reply { head, server, session, tag, result };
+                    self.schedule(link.stalled_until - self.now, event);
+                    return;
+                }
                 // Answers of a lost session are delivered late or not at all.
                 if link.session == session || self.random.one_in(3) {
                     let server = server_id(server);
@@ -410,6 +462,7 @@ impl World {
             }
             Event::Restart { server } => {
                 self.servers[server].up = true;
+                self.servers[server].grant.restarted(self.now);
                 for head in 0..self.heads.len() {
                     let after = self.delay();
                     self.schedule(after, Event::Connect { head, server });
@@ -422,7 +475,9 @@ impl World {
             Event::Fault => {
                 if self.faults {
                     self.fault();
-                    let after = self.random.below(120 * self.settings.delay);
+                    let longest =
+                        if self.settings.deposes { 1_500 * MS } else { 120 * self.settings.delay };
+                    let after = self.random.below(longest);
                     self.schedule(after, Event::Fault);
                 }
             }
@@ -435,6 +490,10 @@ impl World {
             }
             Event::Succeed { server } if self.faults => self.succeed(server),
             Event::Succeed { .. } => {}
+            Event::HeldSeal { head, server, session, tag, epoch } => {
+                self.held_seal(head, server, session, tag, epoch);
+            }
+            Event::Resume { head } => self.resume(head),
             Event::Submit => self.submit(),
         }
     }
@@ -446,7 +505,7 @@ impl World {
         let now = self.now;
         let Some(running) = &mut self.heads[head] else { return };
         let link = &mut running.links[server];
-        if link.connected || running.ended {
+        if link.connected || running.ended || running.stopped.is_some() {
             return;
         }
         link.connected = true;
@@ -463,10 +522,11 @@ impl World {
         tag: u64,
         command: ReplicaCommand,
     ) {
-        let alive = self.heads[head].as_ref().is_some_and(|running| {
-            running.links[server].session == session && running.links[server].connected
-        });
-        if !alive || !self.servers[server].up {
+        let Some(link) = self.link(head, server, session) else { return };
+        if link.stalled_until > self.now {
+            let command = Box::new(command);
+            let event = Event::Command { head, server, session, tag, command };
+            self.schedule(link.stalled_until - self.now, event);
             return;
         }
         if let Some(error) = self.injected(server, &command.body) {
@@ -476,9 +536,26 @@ impl World {
         }
         let truncates = matches!(command.body, CommandBody::Truncate { .. });
         let ReplicaCommand { epoch, commit, body, .. } = command;
+        let (seals, releases) =
+            (matches!(body, CommandBody::Seal), matches!(body, CommandBody::Release));
         let model = &mut self.servers[server].model;
+        let sealed_before = model.sealed;
         let effect = model.command(&mut self.truth, head, epoch, commit, body);
         let life = model.life;
+        let admitted = !matches!(effect, Effect::Answer(Err(ReplicaError::Superseded { .. })));
+        if admitted && self.settings.grants {
+            let now = self.now;
+            let grant = &mut self.servers[server].grant;
+            grant.admitted(now, seals && epoch > sealed_before, seals, releases);
+            if seals && !self.settings.untrue_members {
+                let after = grant.deposed_until.saturating_sub(now);
+                if after > 0 {
+                    self.count("held seal");
+                }
+                let event = Event::HeldSeal { head, server, session, tag, epoch };
+                return self.schedule(after, event);
+            }
+        }
         let done = match effect {
             Effect::Answer(result) => {
                 if let Err(ReplicaError::Damaged) = result {
@@ -503,7 +580,20 @@ impl World {
         self.schedule(after, Event::Done { head, server, life, session, tag, done });
     }
 
-    fn answer(&mut self, head: usize, server: usize, session: u64, tag: u64, result: Answer) {
+    /// The link of a session that is alive.
+    pub(super) fn link(&self, head: usize, server: usize, session: u64) -> Option<Link> {
+        let link = self.heads[head].as_ref()?.links[server];
+        (link.connected && link.session == session && self.servers[server].up).then_some(link)
+    }
+
+    pub(super) fn answer(
+        &mut self,
+        head: usize,
+        server: usize,
+        session: u64,
+        tag: u64,
+        result: Answer,
+    ) {
         let after = self.delay();
         let result = Box::new(result);
         self.schedule(after, Event::Reply { head, server, session, tag, result });
