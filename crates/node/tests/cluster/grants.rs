@@ -1,0 +1,97 @@
+//! Read grants: when a new head may open, and what an old one may still read.
+
+use core::time::Duration;
+
+use base::limits::GRANT_MS;
+use base::{Role, Status};
+use node::HeadEvent;
+
+use crate::harness::{Cluster, Setup, shard};
+
+const GRANT: Duration = Duration::from_millis(GRANT_MS);
+
+fn three() -> base::ShardRecord {
+    shard(&[(0, Role::InSync), (1, Role::InSync), (2, Role::InSync)])
+}
+
+#[test]
+fn a_head_that_is_cut_off_stops_reading_before_the_next_one_opens() {
+    let mut cluster = Cluster::new(Setup::default());
+    let at = cluster.diskless();
+    let old = cluster.open_head(at, three());
+    cluster.write(at, old, 0, 8);
+    for server in 0..3 {
+        cluster.cut(at, server);
+    }
+    let cut_at = cluster.now;
+    let new = cluster.open_head(0, three());
+    let waited = cluster.now.since(cut_at);
+    assert!(waited >= GRANT * 9 / 10 && waited < 2 * GRANT, "opened after {waited:?}");
+    let held: u64 = (0..3).map(|index| cluster.counters(index).seals_waited).sum();
+    assert!(held >= 2, "members waited");
+    // The old one holds its reads back, whatever became of the new one.
+    let read = cluster.begin_read(at, old, 0);
+    cluster.run_for(Duration::from_secs(2));
+    assert_eq!(cluster.status(at, read), None, "nobody may answer that");
+    cluster.write(0, new, 0, 8);
+    // When it hears of the new head it ends.
+    cluster.mend();
+    cluster.run("to hear of the new head", |c| c.has_ended(at, old));
+    assert_eq!(cluster.status(at, read), Some(Status::Superseded));
+    cluster.check_content(0, new);
+}
+
+#[test]
+fn a_head_that_released_is_not_waited_for() {
+    let mut cluster = Cluster::new(Setup::default());
+    let at = cluster.diskless();
+    let old = cluster.open_head(at, three());
+    cluster.write(at, old, 0, 8);
+    cluster.release(at, old);
+    let released_at = cluster.now;
+    cluster.open_head(0, three());
+    let took = cluster.now.since(released_at);
+    assert!(took < GRANT / 2, "opened after {took:?}");
+    assert_eq!((0..3).map(|index| cluster.counters(index).seals_waited).sum::<u64>(), 0);
+}
+
+#[test]
+fn a_member_that_restarted_counts_as_granted() {
+    let mut cluster = Cluster::new(Setup::default());
+    let at = cluster.diskless();
+    let old = cluster.open_head(at, three());
+    cluster.write(at, old, 0, 8);
+    cluster.kill(at);
+    cluster.run_for(Duration::from_secs(5));
+    for index in 0..3 {
+        cluster.kill(index);
+        cluster.start(index);
+    }
+    let started_at = cluster.now;
+    cluster.start(at);
+    let new = cluster.begin_head(at, three());
+    cluster.run_for(GRANT / 2);
+    assert!(!cluster.is_open(at, new), "nobody remembers what was granted");
+    cluster.run("to open a head", |c| c.is_open(at, new));
+    let waited = cluster.now.since(started_at);
+    assert!(waited < 2 * GRANT, "opened after {waited:?}");
+    cluster.check_content(at, new);
+}
+
+#[test]
+fn an_idle_head_hears_that_it_was_deposed_only_with_messages() {
+    for state_messages in [true, false] {
+        let mut cluster = Cluster::new(Setup { state_messages, ..Setup::default() });
+        let at = cluster.diskless();
+        let old = cluster.open_head(at, three());
+        cluster.run_for(Duration::from_secs(1));
+        let new = cluster.open_head(0, three());
+        cluster.run_for(Duration::from_millis(10));
+        let told = cluster
+            .events(at, old)
+            .iter()
+            .any(|event| matches!(event, HeadEvent::Superseded { .. }));
+        assert_eq!(told, state_messages);
+        assert!(cluster.is_open(0, new));
+    }
+}

@@ -1,0 +1,7 @@
+//! Several nodes of production machines, in memory: grants, state messages, members that come and
+//! go, fills.
+
+mod fills;
+mod grants;
+mod harness;
+mod states;
