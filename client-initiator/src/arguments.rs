@@ -55,7 +55,7 @@ pub(crate) enum Command {
     /// Make pools.
     #[command(subcommand)]
     Pool(PoolCommand),
-    /// See servers.
+    /// See servers, and move everything off one.
     #[command(subcommand)]
     Server(ServerCommand),
     /// Create, see and delete volumes.
@@ -66,6 +66,10 @@ pub(crate) enum Command {
     /// Serve volumes at vhost-user sockets of a daemon.
     #[command(subcommand)]
     Export(ExportCommand),
+    /// Show what happened in the cluster, one line each with its cause.
+    Events(EventsArguments),
+    /// Watch servers and volumes, live, on one screen; q ends it.
+    Top(TopArguments),
     /// Show what a daemon is doing.
     Status {
         #[command(flatten)]
@@ -116,6 +120,57 @@ pub(crate) struct FormatArguments {
 pub(crate) enum ServerCommand {
     /// List the servers of the cluster.
     List,
+    /// Move everything off a server, so that it can be stopped without anybody noticing.
+    Drain(DrainArguments),
+    /// Let a server take replicas again.
+    Undrain {
+        /// The server's name or id.
+        server: String,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct DrainArguments {
+    /// The server's name or id.
+    pub(crate) server: String,
+    /// Wait until it is safe to stop the server; for this many seconds at most, if a number is
+    /// given. The draining goes on whether somebody waits or not.
+    #[arg(long, value_name = "SECONDS")]
+    #[expect(clippy::option_option, reason = "an option with an optional value")]
+    pub(crate) wait: Option<Option<u64>>,
+    /// Move what can be moved, even if some replicas have nowhere to go.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct EventsArguments {
+    /// Go on with what happens from now on.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Show this many of the last events.
+    #[arg(long, short = 'n', default_value_t = 50, value_name = "COUNT", conflicts_with = "after")]
+    pub(crate) limit: usize,
+    /// Show all events after the one with this number, as JSON shows it.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) after: Option<u64>,
+    /// Only what happened to this volume (name or id).
+    #[arg(long)]
+    pub(crate) volume: Option<String>,
+    /// Only what happened to or at this server (name or id).
+    #[arg(long)]
+    pub(crate) server: Option<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct TopArguments {
+    /// Print one picture and end; so does --json.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Seconds between two pictures.
+    #[arg(long, default_value_t = 1, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=60))]
+    pub(crate) every: u64,
 }
 
 #[derive(Subcommand)]
@@ -129,6 +184,8 @@ pub(crate) enum VolumeCommand {
         /// The volume's name or id.
         volume: String,
     },
+    /// Wait until a volume has all its copies, with progress.
+    Wait(WaitArguments),
     /// Delete a volume with its data.
     Delete(DeleteArguments),
     /// Take a volume's lease from a holder that is gone for good.
@@ -189,6 +246,15 @@ fn parse_block_size(text: &str) -> Result<BlockSize, String> {
     let bytes = parse_size(text).map_err(|error| error.to_string())?;
     let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
     BlockSize::try_from(bytes).map_err(|error| error.to_string())
+}
+
+#[derive(Args)]
+pub(crate) struct WaitArguments {
+    /// The volume's name or id.
+    pub(crate) volume: String,
+    /// Give up after this many seconds; never if not given.
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u64>,
 }
 
 #[derive(Args)]

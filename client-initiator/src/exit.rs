@@ -1,5 +1,6 @@
 //! Exit codes, and which error ends with which.
 
+use cluster::drain::DrainError;
 use cluster::lease::{AcquireError, ReleaseError};
 use cluster::servers::RegisterError;
 use cluster::volumes::{CreateError, DeleteError, FindError};
@@ -147,6 +148,16 @@ impl From<RegisterError> for Failure {
                 Self::new(Exit::Conflict, error.to_string())
             }
             RegisterError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<DrainError> for Failure {
+    fn from(error: DrainError) -> Self {
+        match error {
+            DrainError::NotFound(_) => Self::new(Exit::NotFound, error.to_string()),
+            DrainError::Stuck { .. } => Self::new(Exit::NotReady, error.to_string()),
+            DrainError::Store(error) => error.into(),
         }
     }
 }

@@ -3,11 +3,17 @@
 mod api;
 mod arguments;
 mod attach;
+mod drain;
+mod events;
 mod exit;
 mod output;
 mod pool;
+mod progress;
 mod server;
 mod signature;
+mod terminal;
+mod top;
+mod view;
 mod volume;
 
 use std::process::ExitCode;
@@ -34,11 +40,16 @@ fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
     let store = arguments.store;
     match arguments.command {
         Command::Pool(PoolCommand::Format(format)) => pool::format(&store, &format, output),
-        Command::Server(ServerCommand::List) => server::list(&store, output),
+        Command::Server(command) => match command {
+            ServerCommand::List => server::list(&store, output),
+            ServerCommand::Drain(arguments) => drain::drain(&store, &arguments, output),
+            ServerCommand::Undrain { server } => drain::undrain(&store, &server, output),
+        },
         Command::Volume(command) => match command {
             VolumeCommand::Create(create) => volume::create(&store, &create, output),
             VolumeCommand::List => volume::list(&store, output),
             VolumeCommand::Show { volume } => volume::show(&store, &volume, output),
+            VolumeCommand::Wait(wait) => volume::wait(&store, &wait, output),
             VolumeCommand::Delete(delete) => volume::delete(&store, &delete, output),
             VolumeCommand::Release { volume, force } => {
                 volume::release(&store, &volume, force, output)
@@ -46,6 +57,8 @@ fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
         },
         Command::Attach(attach) => attach::run(&store, &attach, output),
         Command::Export(command) => api::export(command, output),
+        Command::Events(arguments) => events::run(&store, &arguments, output),
+        Command::Top(arguments) => top::run(&store, &arguments, output),
         Command::Status { api } => api::status(&api, output),
         Command::Completions { shell } => {
             let mut command = Arguments::command();

@@ -46,6 +46,13 @@ impl Output {
         write_line(&mut std::io::stderr(), &line);
     }
 
+    /// Tells people something by the way, on standard error.
+    pub(crate) fn note(&self, text: &str) {
+        if !self.json {
+            write_line(&mut std::io::stderr(), text);
+        }
+    }
+
     /// Shows progress in place, if somebody watches.
     pub(crate) fn progress(&self, text: &str) {
         let mut stderr = std::io::stderr();

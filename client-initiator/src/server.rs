@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use cluster::{Create, ServerEntry, Usage, unix_ms};
+use cluster::{ClusterStore, Create, ServerEntry, Usage, unix_ms};
 use serde::Serialize;
 use target_daemon::size::format_size;
 
 use crate::arguments::StoreArgument;
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use crate::output::{Output, table};
 
 /// A server in `server list --json`.
@@ -20,6 +20,8 @@ struct ServerView {
     pool: String,
     /// `up`, `down` (not heard of), `stopped` or `new` (has not run yet).
     state: &'static str,
+    /// It is being emptied, since when (milliseconds since 1970).
+    draining_since_ms: Option<u64>,
     /// Milliseconds since it was last heard of.
     last_seen_ms_ago: Option<u64>,
     addresses: Vec<String>,
@@ -48,6 +50,17 @@ pub(crate) fn state(entry: &ServerEntry, now_ms: u64) -> &'static str {
     }
 }
 
+/// The server with this name or id.
+pub(crate) fn find(store: &dyn ClusterStore, text: &str) -> Result<ServerEntry, Failure> {
+    let id = text.parse().ok();
+    let is_meant = |entry: &ServerEntry| entry.server.name == text || Some(entry.server.id) == id;
+    store.servers()?.into_iter().find(is_meant).ok_or_else(|| {
+        let text =
+            format!("there is no server '{text}'; `holdfast server list` shows what there is");
+        Failure::new(Exit::NotFound, text)
+    })
+}
+
 pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure> {
     let store = cluster::open(store.address()?, Create::Never)?;
     let servers = store.servers()?;
@@ -60,6 +73,7 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
             name: server.name.clone(),
             pool: server.pool.to_string(),
             state: state(entry, now_ms),
+            draining_since_ms: server.draining.map(|draining| draining.since_ms),
             last_seen_ms_ago: (entry.last_seen_ms != 0)
                 .then(|| now_ms.saturating_sub(entry.last_seen_ms)),
             addresses: server.addresses.iter().map(ToString::to_string).collect(),
@@ -76,7 +90,10 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
         let row = |view: &ServerView| {
             vec![
                 view.name.clone(),
-                view.state.to_owned(),
+                match view.draining_since_ms {
+                    Some(_) => format!("{}, draining", view.state),
+                    None => view.state.to_owned(),
+                },
                 view.addresses.join(","),
                 format_size(view.capacity_bytes),
                 format_size(view.promised_bytes),

@@ -2,98 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use base::{Durability, Policy, Role, VolumeId};
+use base::{Policy, VolumeId};
 use cluster::volumes::{self, CreateError, NewVolume};
-use cluster::{ClusterStore, Create, ServerEntry, VolumeEntry, lease, servers, unix_ms};
+use cluster::{
+    ClusterStore, Create, ServerEntry, VolumeEntry, VolumeStatus, lease, servers, unix_ms,
+};
 use serde::Serialize;
 use target_daemon::size::format_size;
 
-use crate::arguments::{CreateArguments, DeleteArguments, StoreArgument};
+use crate::arguments::{CreateArguments, DeleteArguments, StoreArgument, WaitArguments};
 use crate::exit::{Exit, Failure};
 use crate::output::{Output, table};
+use crate::progress::{Done, Progress};
 use crate::server;
+use crate::view::{self, Health, VolumeView, pending, view};
 
 /// How long `volume create` waits for servers that are registered but do not run.
 const SERVERS_WAIT: Duration = Duration::from_secs(5);
 /// How long one look at the store waits for news.
 const TURN: Duration = Duration::from_millis(500);
-
-/// A volume in the JSON of `volume create`, `volume show` and, as a list, `volume list`.
-#[derive(Serialize)]
-struct VolumeView {
-    /// UUID.
-    id: String,
-    name: String,
-    size_bytes: u64,
-    block_size: u32,
-    replicas: u8,
-    /// `flush` or `durable`.
-    durability: Durability,
-    stall_deadline_ms: Option<u64>,
-    read_only: bool,
-    /// `ready`, `attached`, `provisioning` or `deleting`.
-    state: &'static str,
-    epoch: u64,
-    /// Who holds its lease.
-    holder: Option<String>,
-    members: Vec<MemberView>,
-}
-
-/// A member of a volume.
-#[derive(Serialize)]
-struct MemberView {
-    /// UUID.
-    server_id: String,
-    /// The server's name, or its id if it is not registered.
-    server: String,
-    /// `provisioning`, `in_sync` or `catching_up`.
-    role: Role,
-    /// As in `server list`; `gone` if it is not registered, `replaced` if it has another pool.
-    server_state: &'static str,
-}
-
-fn view(entry: &VolumeEntry, all: &[ServerEntry]) -> VolumeView {
-    let volume = &entry.volume;
-    let now_ms = unix_ms();
-    let member = |member: &base::Member| {
-        let known = all.iter().find(|known| known.server.id == member.server);
-        MemberView {
-            server_id: member.server.to_string(),
-            server: servers::name_of(all, member.server),
-            role: member.role,
-            server_state: match known {
-                None => "gone",
-                Some(known) if known.server.pool != member.pool => "replaced",
-                Some(known) => server::state(known, now_ms),
-            },
-        }
-    };
-    let provisioning = pending(entry).next().is_some();
-    VolumeView {
-        id: volume.id.to_string(),
-        name: volume.name.clone(),
-        size_bytes: volume.size_bytes,
-        block_size: volume.block_size.bytes(),
-        replicas: volume.policy.replicas,
-        durability: volume.policy.durability,
-        stall_deadline_ms: volume.policy.stall_deadline_ms,
-        read_only: volume.policy.read_only,
-        state: match (entry.deleted, provisioning, &volume.holder) {
-            (true, _, _) => "deleting",
-            (false, true, _) => "provisioning",
-            (false, false, Some(_)) => "attached",
-            (false, false, None) => "ready",
-        },
-        epoch: volume.epoch.0,
-        holder: volume.holder.as_ref().map(|holder| holder.name.clone()),
-        members: entry.shard.members.iter().map(member).collect(),
-    }
-}
-
-/// The members whose servers have not made their replicas.
-fn pending(entry: &VolumeEntry) -> impl Iterator<Item = &base::Member> {
-    entry.shard.members.iter().filter(|member| member.role == Role::Provisioning)
-}
 
 pub(crate) fn create(
     store: &StoreArgument,
@@ -119,7 +46,7 @@ pub(crate) fn create(
             wait_for_replicas(store.as_ref(), created, Duration::from_secs(seconds), output)?
         }
     };
-    let view = view(&entry, &store.servers()?);
+    let view = view(&entry, &store.servers()?, None);
     output.print(&view, || {
         let names: Vec<_> = view.members.iter().map(|member| member.server.as_str()).collect();
         let size = format_size(view.size_bytes);
@@ -210,7 +137,9 @@ fn not_provisioned(entry: &VolumeEntry, all: &[ServerEntry], wait: Duration) -> 
 pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure> {
     let store = cluster::open(store.address()?, Create::Never)?;
     let servers = store.servers()?;
-    let views: Vec<_> = store.volumes()?.iter().map(|entry| view(entry, &servers)).collect();
+    let statuses = store.statuses()?;
+    let one = |entry: &VolumeEntry| view(entry, &servers, status_of(&statuses, entry).as_ref());
+    let views: Vec<_> = store.volumes()?.iter().map(one).collect();
     output.print(&views, || {
         let row = |view: &VolumeView| {
             let names: Vec<_> = view.members.iter().map(|member| member.server.as_str()).collect();
@@ -218,12 +147,13 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
                 view.name.clone(),
                 format_size(view.size_bytes),
                 view.state.to_owned(),
+                view.health.word().to_owned(),
                 names.join(","),
                 view.holder.clone().unwrap_or_default(),
             ]
         };
         let rows: Vec<_> = views.iter().map(row).collect();
-        table(&["NAME", "SIZE", "STATE", "SERVERS", "HOLDER"], &rows)
+        table(&["NAME", "SIZE", "STATE", "HEALTH", "SERVERS", "HOLDER"], &rows)
     });
     Ok(())
 }
@@ -231,34 +161,80 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
 pub(crate) fn show(store: &StoreArgument, volume: &str, output: &Output) -> Result<(), Failure> {
     let store = cluster::open(store.address()?, Create::Never)?;
     let entry = volumes::find(store.as_ref(), volume)?;
-    let view = view(&entry, &store.servers()?);
-    output.print(&view, || {
-        let stall = match view.stall_deadline_ms {
-            None => "waits for ever without a quorum".to_owned(),
-            Some(ms) => format!("error after {ms} ms without a quorum"),
-        };
-        let durability = match view.durability {
-            Durability::Flush => "flush",
-            Durability::Durable => "durable",
-        };
-        let mut lines = vec![
-            format!("name        {}", view.name),
-            format!("id          {}", view.id),
-            format!("size        {} ({} bytes)", format_size(view.size_bytes), view.size_bytes),
-            format!("block size  {}", view.block_size),
-            format!("policy      {} replicas, {durability}, {stall}", view.replicas),
-            format!("read only   {}", if view.read_only { "yes" } else { "no" }),
-            format!("state       {}", view.state),
-            format!("epoch       {}", view.epoch),
-            format!("holder      {}", view.holder.as_deref().unwrap_or("none")),
-        ];
-        for member in &view.members {
-            let (server, role, state) = (&member.server, member.role, member.server_state);
-            lines.push(format!("member      {server}: {role}, server {state}"));
-        }
-        lines.join("\n")
-    });
+    let status = status_of(&store.statuses()?, &entry);
+    let view = view(&entry, &store.servers()?, status.as_ref());
+    output.print(&view, || view::text(&view));
     Ok(())
+}
+
+/// Waits until a volume is healthy. A command of its own, and not an option of `show`, because its
+/// exit status is an answer: 0 when all copies are there, 5 when they are not in time.
+pub(crate) fn wait(
+    store: &StoreArgument,
+    arguments: &WaitArguments,
+    output: &Output,
+) -> Result<(), Failure> {
+    let store = cluster::open(store.address()?, Create::Never)?;
+    let id = volumes::find(store.as_ref(), &arguments.volume)?.volume.id;
+    let start = Instant::now();
+    let limit = arguments.timeout.map(Duration::from_secs);
+    let mut progress = Progress::new(output);
+    loop {
+        let revision = store.revision()?;
+        let entry = store.volume(id)?.filter(|entry| !entry.deleted).ok_or_else(|| {
+            let text = format!("volume '{}' was deleted meanwhile", arguments.volume);
+            Failure::new(Exit::NotFound, text)
+        })?;
+        let status = status_of(&store.statuses()?, &entry);
+        let view = view(&entry, &store.servers()?, status.as_ref());
+        if view.health == Health::Healthy && view.state != "provisioning" {
+            drop(progress);
+            output.print(&view, || format!("volume {} is healthy", view.name));
+            return Ok(());
+        }
+        if limit.is_some_and(|limit| start.elapsed() >= limit) {
+            drop(progress);
+            let text = format!(
+                "volume '{}' is {} after {} s: {}",
+                view.name,
+                view.health.word(),
+                start.elapsed().as_secs(),
+                view.problems.join("; ")
+            );
+            return Err(Failure::new(Exit::NotReady, text));
+        }
+        progress.show(output, &what_is_waited_for(&view), filled(&view));
+        store.wait_for_change(revision, TURN)?;
+    }
+}
+
+fn what_is_waited_for(view: &VolumeView) -> String {
+    let filling =
+        |member: &&view::MemberView| member.seen.as_ref().is_some_and(|seen| seen.fill.is_some());
+    let names: Vec<_> =
+        view.members.iter().filter(filling).map(|member| member.server.as_str()).collect();
+    if names.is_empty() {
+        format!("volume {}: {}", view.name, view.problems.join("; "))
+    } else {
+        format!("volume {}: filling {}", view.name, names.join(", "))
+    }
+}
+
+/// How far the fillings of a volume are, together.
+pub(crate) fn filled(view: &VolumeView) -> Done {
+    let fills = view.members.iter().filter_map(|member| member.seen.as_ref()?.fill);
+    fills.fold(Done::default(), |all, fill| {
+        all.and(Done {
+            copied_bytes: fill.copied_bytes,
+            total_bytes: fill.total_bytes,
+            bytes_per_second: fill.bytes_per_second,
+        })
+    })
+}
+
+/// What the volume's holder published.
+pub(crate) fn status_of(statuses: &[VolumeStatus], entry: &VolumeEntry) -> Option<VolumeStatus> {
+    statuses.iter().find(|status| status.volume == entry.volume.id).cloned()
 }
 
 /// The JSON of `volume delete` and `volume release`.

@@ -9,7 +9,10 @@ use std::sync::Arc;
 
 use base::{Holder, HolderId, PoolId, Role, ServerId};
 use cluster::lease::{self, Acquire};
-use cluster::{ClusterStore, Create, Heartbeat, servers, volumes};
+use cluster::{
+    ClusterStore, Create, Event, EventKind, FillReport, Heartbeat, MemberReport, Rates,
+    StallReport, VolumeStatus, servers, unix_ms, volumes,
+};
 use serde_json::Value;
 
 struct Bench {
@@ -73,13 +76,15 @@ impl Bench {
 
     /// Registers servers `s1`… and has them say that they run.
     fn servers(&self, count: u8) {
-        for number in 1..=count {
-            let name = format!("s{number}");
-            let pool = PoolId::from_bytes([number; 16]);
-            let id = servers::id_for(self.store.as_ref(), &name, false).unwrap();
-            servers::register(self.store.as_ref(), id, &name, pool).unwrap();
-            self.beat(id, pool);
-        }
+        (1..=count).for_each(|number| self.server(number));
+    }
+
+    fn server(&self, number: u8) {
+        let name = format!("s{number}");
+        let pool = PoolId::from_bytes([number; 16]);
+        let id = servers::id_for(self.store.as_ref(), &name, false).unwrap();
+        servers::register(self.store.as_ref(), id, &name, pool).unwrap();
+        self.beat(id, pool);
     }
 
     fn beat(&self, server: ServerId, pool: PoolId) {
@@ -279,6 +284,156 @@ fn daemons_that_are_not_there() {
     let socket = bench.path("v");
     holdfast(&["export", "add", "v", "--socket", &socket, "--api", &api])
         .refused(6, &["is it running"]);
+}
+
+/// What the head of `volume` would publish, with its second member being filled.
+fn published(entry: &cluster::VolumeEntry, holder: &str, written_ms: u64) -> VolumeStatus {
+    let member = |(index, member): (usize, &base::Member)| MemberReport {
+        server: member.server,
+        role: member.role,
+        mode: if index == 1 { "being filled".to_owned() } else { "live".to_owned() },
+        since_ms: written_ms - 3000,
+        connected: true,
+        last: 900,
+        durable: 850,
+        lag: Some(if index == 1 { 100 } else { 0 }),
+        slow: false,
+        draining: false,
+        fill: (index == 1).then_some(FillReport {
+            copied_bytes: 1 << 30,
+            total_bytes: 4 << 30,
+            bytes_per_second: 1 << 28,
+        }),
+    };
+    VolumeStatus {
+        volume: entry.volume.id,
+        epoch: entry.volume.epoch,
+        holder: holder.to_owned(),
+        written_ms,
+        phase: "stalled".to_owned(),
+        stall: Some(StallReport {
+            reason: "1 of 3 members in sync reachable, 2 needed".to_owned(),
+            since_ms: written_ms - 7000,
+        }),
+        last: 1000,
+        commit: 990,
+        in_flight: 4,
+        queued: 0,
+        rates: Rates::default(),
+        members: entry.shard.members.iter().enumerate().map(member).collect(),
+    }
+}
+
+#[test]
+fn what_a_holder_tells_is_shown_with_its_age() {
+    let bench = Bench::new();
+    bench.servers(3);
+    bench.run(&["volume", "create", "v", "--size", "4G", "--wait", "0"]).json();
+    bench.provision();
+    let store = bench.store.as_ref();
+    let id = store.volume_named("v").unwrap().unwrap().volume.id;
+    assert_eq!(bench.run(&["volume", "show", "v"]).json()["health"], "healthy");
+    let me =
+        Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned(), repair: false };
+    let entry = lease::acquire(store, id, &me, Acquire::default()).unwrap();
+    let shown = bench.run(&["volume", "show", "v"]).json();
+    assert_eq!((&shown["health"], &shown["head"]), (&"unknown".into(), &Value::Null));
+
+    let now = unix_ms();
+    store.put_statuses(&[published(&entry, "server s9", now)]).unwrap();
+    let shown = bench.run(&["volume", "show", "v"]).json();
+    assert_eq!((&shown["health"], &shown["head"]["current"]), (&"stalled".into(), &true.into()));
+    assert!(shown["head"]["stalled"]["for_ms"].as_u64().unwrap() >= 7000);
+    let fill = &shown["members"][1]["seen"]["fill"];
+    assert_eq!((&fill["seconds_left"], &fill["total_bytes"]), (&12.into(), &(4_u64 << 30).into()));
+    let text = holdfast(&["--store", &store.address(), "volume", "show", "v"]).out;
+    for part in
+        ["stalled     for ", "1 GiB of 4 GiB at 256 MiB/s, 12 s left", "record 900", "100 behind"]
+    {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    let waited = bench.run(&["volume", "wait", "v", "--timeout", "0"]);
+    waited.refused(5, &["is stalled", "2 needed"]);
+    let top = bench.run(&["top"]).json();
+    assert_eq!(
+        (&top["volumes"][0]["health"], &top["servers"][0]["replicas"]),
+        (&"stalled".into(), &1.into())
+    );
+    let screen = holdfast(&["--store", &store.address(), "top", "--once"]);
+    assert!(screen.out.contains("volumes 0/1 healthy"), "{}", screen.out);
+    holdfast(&["--store", &store.address(), "top"]).refused(2, &["needs a terminal", "--once"]);
+
+    store.put_statuses(&[published(&entry, "server s9", now - 60_000)]).unwrap();
+    let old = bench.run(&["volume", "show", "v"]).json();
+    assert_eq!((&old["health"], &old["head"]["current"]), (&"unknown".into(), &false.into()));
+    assert!(old["members"][1]["seen"].is_null(), "nothing old is shown as if it were so now");
+    lease::release_forced(store, id, true).unwrap();
+    assert_eq!(bench.run(&["volume", "wait", "v"]).json()["health"], "healthy");
+}
+
+#[test]
+fn servers_are_drained_only_where_their_replicas_can_go() {
+    let bench = Bench::new();
+    bench.servers(3);
+    bench.run(&["volume", "create", "v", "--size", "4G", "--wait", "0"]).json();
+    bench.provision();
+    bench.run(&["server", "drain", "s9"]).refused(3, &["no server 's9'", "server list"]);
+    bench.run(&["server", "drain", "s1"]).refused(5, &["volume v", "--force", "add or start"]);
+    assert_eq!(bench.run(&["server", "list"]).json()[0]["draining_since_ms"], Value::Null);
+    let forced = bench.run(&["server", "drain", "s1", "--force"]).json();
+    assert_eq!((&forced["state"], &forced["replicas"][0]), (&"draining".into(), &"v".into()));
+    bench
+        .run(&["server", "drain", "s1", "--wait", "0"])
+        .refused(5, &["is not empty", "volume v", "server undrain s1"]);
+    assert!(bench.run(&["server", "list"]).json()[0]["draining_since_ms"].is_u64());
+    assert_eq!(bench.run(&["server", "undrain", "s1"]).json()["state"], "in_use");
+    // With a fourth server there is room; an empty server is drained at once.
+    bench.server(4);
+    assert_eq!(bench.run(&["server", "drain", "s1"]).json()["state"], "draining");
+    assert_eq!(bench.run(&["server", "drain", "s4", "--force"]).json()["state"], "drained");
+    // The last copy.
+    let bench = Bench::new();
+    bench.servers(1);
+    bench.run(&["volume", "create", "w", "--size", "1G", "--replicas", "1", "--wait", "0"]).json();
+    bench.provision();
+    bench
+        .run(&["server", "drain", "s1", "--wait"])
+        .refused(5, &["volume w", "its last copy is here"]);
+}
+
+#[test]
+fn events_are_filtered_and_numbered() {
+    let bench = Bench::new();
+    bench.servers(2);
+    let store = bench.store.as_ref();
+    let before = store.last_event().unwrap();
+    let server = |name| servers::named(store, name).unwrap().unwrap().server.id;
+    for (name, kind) in [("s1", EventKind::MemberLost), ("s2", EventKind::FillStarted)] {
+        let event = Event {
+            at_ms: 1_795_309_200_000,
+            kind,
+            volume: None,
+            server: Some(server(name)),
+            text: format!("volume v: {name}"),
+            cause: "a test".to_owned(),
+        };
+        store.append_event(&event).unwrap();
+    }
+    let lines = |more: &[&str]| -> Vec<Value> {
+        let ran = bench.run(&[&["events"], more].concat());
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        ran.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    assert_eq!(lines(&["-n", "2"])[0]["kind"], "member_lost");
+    assert_eq!(lines(&["-n", "1"])[0]["text"], "volume v: s2");
+    let of_one = lines(&["--server", "s1"]);
+    assert!(of_one.iter().all(|event| event["server_id"] == server("s1").to_string().as_str()));
+    let after = (before + 1).to_string();
+    assert_eq!(lines(&["--after", &after]).len(), 1);
+    let text = holdfast(&["--store", &store.address(), "events", "-n", "1"]).out;
+    assert_eq!(text, "2026-11-22 01:00:00.000Z  fill started    volume v: s2 (a test)\n");
+    bench.run(&["events", "--server", "s9"]).refused(3, &["no server 's9'"]);
+    bench.run(&["events", "--volume", "x"]).refused(3, &["no volume 'x'"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@
 //! conditional on the versions of both.
 
 mod address;
-mod drain;
+pub mod drain;
 mod error;
 mod events;
 pub mod heal;
