@@ -116,6 +116,7 @@ impl World {
         };
         self.next_id = id;
         self.oracle.asked(id, asked, lba, blocks, head);
+        self.start_watch(id, asked);
         let request = BlockRequest {
             id: RequestId(id),
             lba: Lba(lba as u64),

@@ -4,6 +4,7 @@ mod client;
 mod clocks;
 mod deposed;
 mod faults;
+mod latency;
 mod model;
 mod oracle;
 mod random;

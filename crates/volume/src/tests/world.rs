@@ -177,6 +177,10 @@ pub(super) struct World {
     pub(super) client_awake: bool,
     pub(super) counts: Counts,
     pub(super) last_reply: Option<BlockReply>,
+    /// How many times longer than usual a server takes.
+    pub(super) slowness: Vec<u64>,
+    /// How long requests took, if it is wanted.
+    pub(super) stopwatch: Option<super::latency::Stopwatch>,
     /// A server that new heads do not reach until then.
     pub(super) apart: Option<(usize, u64)>,
 }
@@ -228,6 +232,8 @@ impl World {
             counts: Counts::new(),
             last_reply: None,
             apart: None,
+            slowness: vec![1; base::limits::MEMBERS_MAX],
+            stopwatch: None,
         }
     }
 
@@ -351,6 +357,7 @@ impl World {
                 self.schedule(after, Event::Command { head: index, server, session, tag, command });
             }
             Output::Reply(reply) => {
+                self.stop_watch(reply.id);
                 let deposed = index != self.current();
                 if deposed && reply.data.is_some() {
                     self.count("deposed read");
@@ -386,7 +393,8 @@ impl World {
             Output::Failed { reason } => panic!("a head ended itself: {reason}"),
             Output::Stalled { .. } => self.count("stalled"),
             Output::Resumed => self.count("resumed"),
-            Output::MemberSlow { .. } => self.count("member slow"),
+            Output::MemberSlow { slow: true, .. } => self.count("member slow"),
+            Output::MemberSlow { slow: false, .. } => self.count("member fast"),
         }
     }
 
@@ -536,6 +544,7 @@ impl World {
         }
         let truncates = matches!(command.body, CommandBody::Truncate { .. });
         let ReplicaCommand { epoch, commit, body, .. } = command;
+        let reads = matches!(body, CommandBody::Read { .. });
         let (seals, releases) =
             (matches!(body, CommandBody::Seal), matches!(body, CommandBody::Release));
         let model = &mut self.servers[server].model;
@@ -564,13 +573,15 @@ impl World {
                 if truncates && result.is_ok() {
                     self.count("truncated");
                 }
-                self.answer(head, server, session, tag, result);
+                let after = if reads { self.reading_takes(server) } else { self.delay() };
+                let result = Box::new(result);
+                self.schedule(after, Event::Reply { head, server, session, tag, result });
                 return;
             }
             Effect::Append { seq, media } => Done::Append { seq, media },
             Effect::Flush { seq } => Done::Flush { seq },
         };
-        let mut takes = self.delay();
+        let mut takes = self.delay() * self.slowness[server];
         if self.settings.slow == Some(server) {
             takes *= 50;
         }
