@@ -1,0 +1,164 @@
+//! Volumes that heal themselves, on real daemons: a client with a model of what it wrote looks on.
+
+use anyhow::{Context, Result, ensure};
+use framework::{
+    Attached, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle, Place, PoolSizes,
+    test, verify, wait_until,
+};
+use serde_json::Value;
+
+/// How long a member may be silent, and what it is called on the command line and in files.
+const DELAY_MS: &str = "1000";
+
+/// What a step of healing may take on a busy machine.
+const PATIENCE_SECONDS: u64 = 120;
+
+/// The exit status of `holdfast attach` when another holder has taken the volume.
+const SUPERSEDED: i32 = 7;
+
+const VOLUME_MIB: u64 = 64;
+
+fn start(lab: &Lab, servers: usize) -> Result<Cluster<'_>> {
+    let sizes = PoolSizes { fast_mib: 192, mass_mib: 256, buffers_mib: 64, ..PoolSizes::default() };
+    let configuration = format!("[heal]\ndelay_ms = {DELAY_MS}\n");
+    Cluster::start_of(lab, ClusterOptions { servers, sizes, configuration, ..Default::default() })
+}
+
+fn attach(cluster: &Cluster<'_>, more: &[&str]) -> Result<Attached> {
+    let arguments = [&["--heal-delay-ms", DELAY_MS], more].concat();
+    let mut attached = cluster.start_attach("disk", &Place::HERE, &arguments)?;
+    attached.wait_for_socket()?;
+    Ok(attached)
+}
+
+fn options() -> LoadOptions {
+    LoadOptions { rate: 400, ..LoadOptions::default() }
+}
+
+fn load(attached: &Attached) -> Result<Load> {
+    let load = Load::start(&attached.socket, options(), Oracle::new(options().blocks))?;
+    load.wait_for(400, Deadline::seconds(PATIENCE_SECONDS))?;
+    Ok(load)
+}
+
+/// Names and roles of the volume's members.
+fn members(cluster: &Cluster<'_>) -> Result<Vec<(String, String)>> {
+    let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+    let members = volume["members"].as_array().context("members")?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Ok(members.iter().map(|member| (text(&member["server"]), text(&member["role"]))).collect())
+}
+
+fn has(members: &[(String, String)], server: &str) -> bool {
+    members.iter().any(|(name, _)| name == server)
+}
+
+/// Waits until `count` members are in sync and none of them is on `without`.
+fn wait_whole(cluster: &Cluster<'_>, count: usize, without: &str) -> Result<()> {
+    let mut last = Vec::new();
+    let whole = wait_until("the volume to be whole", Deadline::seconds(PATIENCE_SECONDS), || {
+        last = members(cluster)?;
+        let well = |(name, role): &&(String, String)| name != without && role == "in_sync";
+        let lost = last.iter().any(|(name, role)| name == without && role != "leaving");
+        Ok((last.iter().filter(well).count() == count && !lost).then_some(()))
+    });
+    whole.with_context(|| format!("its members are {last:?}"))
+}
+
+/// A server of the volume's, by its number in the cluster.
+fn member_number(cluster: &Cluster<'_>) -> Result<usize> {
+    let members = members(cluster)?;
+    let numbers = cluster.servers().iter().position(|server| has(&members, server.name()));
+    numbers.context("the volume has a member on some server")
+}
+
+#[test]
+fn a_killed_member_is_replaced_under_load_and_then_another() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 5)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let mut attached = attach(&cluster, &[])?;
+        let load = load(&attached)?;
+        for _ in 0..2 {
+            let victim = &cluster.servers()[member_number(&cluster)?];
+            let name = victim.name().to_owned();
+            victim.kill()?;
+            wait_whole(&cluster, 3, &name)?;
+            load.wait_for(200, Deadline::seconds(PATIENCE_SECONDS))?;
+            load.check()?;
+        }
+        // What they hold is what was written.
+        verify(&attached.socket, load.finish()?)?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+
+        // Those that were lost clean up when they are back.
+        cluster.start_all()?;
+        wait_until("the former members to go", Deadline::seconds(PATIENCE_SECONDS), || {
+            Ok((members(&cluster)?.len() == 3).then_some(()))
+        })
+    });
+}
+
+#[test]
+fn a_volume_that_nobody_has_attached_is_healed_and_gives_way_to_a_guest() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 4)?;
+        cluster.create_volume("disk", VOLUME_MIB, 2)?;
+        let mut attached = attach(&cluster, &[])?;
+        let oracle = load(&attached)?.finish()?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+
+        let victim = &cluster.servers()[member_number(&cluster)?];
+        victim.kill()?;
+        wait_until("a repair head", Deadline::seconds(PATIENCE_SECONDS), || {
+            let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+            Ok((volume["epoch"].as_u64() > Some(1)).then_some(()))
+        })?;
+        // Nobody is asked for --force, whatever the repair is doing.
+        let mut attached = attach(&cluster, &[])?;
+        let load = Load::start(&attached.socket, options(), oracle)?;
+        wait_whole(&cluster, 2, victim.name())?;
+        load.check()?;
+        let oracle = load.finish()?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+
+        // Once more, to its end.
+        let victim = &cluster.servers()[member_number(&cluster)?];
+        victim.kill()?;
+        wait_whole(&cluster, 2, victim.name())?;
+        wait_until("the volume to be free", Deadline::seconds(PATIENCE_SECONDS), || {
+            let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+            Ok(volume["holder"].is_null().then_some(()))
+        })?;
+        let mut attached = attach(&cluster, &[])?;
+        verify(&attached.socket, oracle)?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_head_that_was_stopped_and_deposed_does_no_harm_and_says_so_once() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 3)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let mut old = attach(&cluster, &[])?;
+        let load = load(&old)?;
+        old.process.pause()?;
+        let mut new = attach(&cluster, &["--force"])?;
+        // What the old head had accepted and not answered is unknown from here on.
+        let paused = load.abandon()?;
+        let load = Load::start(&new.socket, options(), paused)?;
+        load.wait_for(2000, Deadline::seconds(PATIENCE_SECONDS))?;
+        old.process.resume()?;
+        let status = old.process.wait(Deadline::seconds(PATIENCE_SECONDS))?;
+        ensure!(status.code() == Some(SUPERSEDED), "the old head ended with {status}");
+        let log = std::fs::read_to_string(old.process.log())?;
+        let told: Vec<&str> = log.lines().filter(|line| line.contains("taken")).collect();
+        ensure!(told.len() == 1, "it says what became of it once: {log}");
+        load.wait_for(500, Deadline::seconds(PATIENCE_SECONDS))?;
+        verify(&new.socket, load.finish()?)?;
+        new.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(())
+    });
+}
