@@ -343,7 +343,9 @@ pub fn verify_blocks(
     block_size: BlockSize,
 ) -> Result<(), RecordError> {
     for (index, block) in payload.chunks_exact(block_size.bytes() as usize).enumerate() {
-        if crc32c(block) != block_crc(header_bytes, index) {
+        if crc32c(block) != block_crc(header_bytes, index)
+            && !crate::planted::is(crate::planted::Bug::RecordUnverified)
+        {
             return Err(RecordError::BlockChecksum(u32::try_from(index).unwrap_or(u32::MAX)));
         }
     }

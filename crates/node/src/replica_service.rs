@@ -19,6 +19,7 @@ use core::time::Duration;
 use std::collections::{BTreeMap, VecDeque};
 
 use base::limits::{GRANT_MS, MEMBERS_MAX};
+use base::planted::{self, Bug};
 use base::{
     CommandBody, Epoch, HelloReason, HolderId, Instant, ReplicaCommand, ReplicaError, ReplicaKey,
     ReplyBody,
@@ -94,7 +95,7 @@ impl ReplicaService {
     /// Learns of a replica, with the epoch that its store has durably sealed. One that is known
     /// keeps its session.
     pub(crate) fn add_if_new(&mut self, now: Instant, key: ReplicaKey, sealed: Epoch) {
-        let granted = sealed != Epoch::NONE;
+        let granted = sealed != Epoch::NONE && !planted::is(Bug::GrantForgottenByRestart);
         self.owners.entry(key).or_insert(Owner {
             epoch: sealed,
             session: None,
@@ -137,7 +138,7 @@ impl ReplicaService {
         client: HolderId,
     ) -> Result<Admitted, ReplicaError> {
         let owner = self.owners.get_mut(&command.key).ok_or(ReplicaError::NoReplica)?;
-        if command.epoch < owner.epoch {
+        if command.epoch < owner.epoch && !planted::is(Bug::NoFencingOnArrival) {
             return Err(ReplicaError::Superseded { sealed: owner.epoch });
         }
         if matches!(command.body, CommandBody::Seal) {
@@ -149,7 +150,8 @@ impl ReplicaService {
                 return Err(ReplicaError::Invalid);
             }
         }
-        let owns = owner.epoch == command.epoch
+        let owns = planted::is(Bug::NoFencingOnArrival)
+            || owner.epoch == command.epoch
             && owner.session.is_some_and(|(holder, _)| holder == origin)
             // What follows a Seal must not take effect before that is answered.
             && owner.deposed_until <= now;
@@ -258,11 +260,12 @@ impl ReplicaService {
             return Some(Err(ReplicaError::NoReplica));
         };
         let owns = owner.epoch == epoch && owner.session.is_some_and(|(o, _)| o == origin);
-        if !owns && !reads {
+        let gated = !planted::is(Bug::NoGateOnDeparture) && !planted::is(Bug::NoFencingOnArrival);
+        if !owns && !reads && gated {
             return Some(Err(ReplicaError::Superseded { sealed: owner.epoch }));
         }
         if let Ok(reply @ ReplyBody::Sealed(_)) = result {
-            if owner.deposed_until <= now {
+            if owner.deposed_until <= now || planted::is(Bug::GrantNotWaited) {
                 owner.granted_until = owner.granted_until.max(now + GRANT);
                 return Some(Ok(reply));
             }

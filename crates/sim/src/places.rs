@@ -72,6 +72,12 @@ impl Places {
         self.0[place as usize] += 1;
     }
 
+    /// What the network counted.
+    pub(crate) fn add_network(&mut self, network: &crate::network::Network) {
+        self.0[Place::SegmentCorrupted as usize] += network.corrupted;
+        self.0[Place::SegmentLost as usize] += network.lost;
+    }
+
     /// Adds what another run reached.
     pub fn add(&mut self, other: &Self) {
         self.0.iter_mut().zip(&other.0).for_each(|(mine, theirs)| *mine += theirs);

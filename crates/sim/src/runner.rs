@@ -1,7 +1,7 @@
 //! Runs of many seeds: a violation in one is caught, cut down to the faults that it takes, and told
 //! so that it can be repeated.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 use std::time::{Duration, Instant};
@@ -10,6 +10,8 @@ use crate::faults::Fault;
 use crate::{Report, World, WorldConfig};
 
 thread_local! {
+    /// Events of the last world that was dropped.
+    static EVENTS: Cell<u64> = const { Cell::new(0) };
     /// What the last panic of this thread said, and where.
     static LAST: RefCell<Option<Violation>> = const { RefCell::new(None) };
 }
@@ -21,6 +23,8 @@ pub struct Violation {
     pub what: String,
     /// Where in the source.
     pub place: String,
+    /// After how many events.
+    pub events: u64,
 }
 
 impl Violation {
@@ -32,6 +36,10 @@ impl Violation {
         };
         self.place == other.place && kind(&self.what) == kind(&other.what)
     }
+}
+
+pub(crate) fn note_events(events: u64) {
+    EVENTS.with(|noted| noted.set(events));
 }
 
 /// Panics of simulated worlds are kept for whoever runs them instead of being printed.
@@ -46,7 +54,7 @@ fn keep_panics() {
                 .or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()))
                 .unwrap_or_else(|| "a panic without words".to_owned());
             let place = info.location().map(ToString::to_string).unwrap_or_default();
-            LAST.with(|last| *last.borrow_mut() = Some(Violation { what, place }));
+            LAST.with(|last| *last.borrow_mut() = Some(Violation { what, place, events: 0 }));
         }));
     });
 }
@@ -56,7 +64,8 @@ pub fn run(config: WorldConfig) -> Result<Report, Violation> {
     keep_panics();
     panic::catch_unwind(AssertUnwindSafe(|| World::new(config).run())).map_err(|_| {
         let last = LAST.with(|last| last.borrow_mut().take());
-        last.expect("a panic was noted")
+        let violation = last.expect("a panic was noted");
+        Violation { events: EVENTS.with(Cell::get), ..violation }
     })
 }
 

@@ -345,11 +345,12 @@ impl World {
         })
     }
 
-    fn finish(mut self) -> Report {
+    fn finish(&mut self) -> Report {
         self.report.simulated = self.now.since(Instant::ZERO);
         self.report.checked = self.oracle.checked();
         self.report.digest = self.trace.digest();
-        self.report
+        self.report.places.add_network(&self.network);
+        std::mem::take(&mut self.report)
     }
 
     fn fail(&self, what: &str) -> ! {
@@ -708,6 +709,13 @@ impl World {
             self.desired = (self.desired + 1) % self.config.servers;
         }
         self.control_later(self.desired, 0);
+    }
+}
+
+impl Drop for World {
+    /// A run that failed leaves behind how far it came.
+    fn drop(&mut self) {
+        crate::runner::note_events(self.report.events);
     }
 }
 

@@ -6,6 +6,7 @@
 //! which serves everybody who waits for it.
 
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
+use base::planted::{self, Bug};
 use base::{Position, Record, RecordKind, ReplicaError, ReplicaKey, ReplyBody, Seq};
 
 use crate::api::{Parts, Stall};
@@ -485,7 +486,9 @@ impl Store {
         let Some(replica) = &mut self.replicas[slot] else { return };
         let mut moved = false;
         while let Some(front) = replica.undurable.front() {
-            if self.devices[usize::from(front.device.0)].syncs_done < front.stamp {
+            if self.devices[usize::from(front.device.0)].syncs_done < front.stamp
+                && !planted::is(Bug::SyncNotAwaited)
+            {
                 break;
             }
             replica.durable = front.seq;
@@ -553,6 +556,11 @@ impl Store {
         }
         let seals = core::mem::take(&mut replica.seals);
         for (epoch, tag) in seals {
+            if planted::is(Bug::SealNotPersisted) {
+                self.replica_mut(slot).sealed = epoch;
+                self.after_entry(Entry::Seal { replica: slot, epoch }, After::Sealed(tag));
+                continue;
+            }
             self.journal.push(Entry::Seal { replica: slot, epoch }, After::Sealed(tag));
         }
     }

@@ -7,6 +7,7 @@
 //! everything that was written by then is committed, they are clean; they stay for scans until
 //! their space is wanted, and are then trimmed, oldest first.
 
+use base::planted::{self, Bug};
 use base::{Instant, Position, Seq};
 use core::time::Duration;
 
@@ -209,7 +210,8 @@ impl Store {
                 }
                 SegmentState::Free => unreachable!("a replica's segment is not free"),
             };
-            if !ready || state.last_seq > replica.commit || count == most {
+            let settled = state.last_seq <= replica.commit || planted::is(Bug::UncommittedHome);
+            if !ready || !settled || count == most {
                 break;
             }
             if state.last_seq > replica.durable {
@@ -317,7 +319,7 @@ impl Store {
         let segments: Vec<u32> = replica.segments.iter().filter(of_job).copied().collect();
         let live = segments.iter().any(|segment| self.segments.all[*segment as usize].live > 0);
         let zeroes = replica.extents.next_through(0, job.through.seq.0).is_some();
-        if live || zeroes {
+        if (live || zeroes) && !planted::is(Bug::TrimBeforeHome) {
             // Removals shift entries back, past the cursor: sweep again.
             let again = Job { cursor: 0, extent_cursor: 0, ..job };
             self.flush.job = Some(again);

@@ -10,6 +10,7 @@
 
 use base::checksum::crc32c;
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
+use base::planted::{self, Bug};
 use base::record::block_crc;
 use base::{BufferMut, Position, RecordHeader, RecordKind, Seq};
 
@@ -448,6 +449,7 @@ impl Store {
                 // What cannot be read was not torn by a crash: that block is damaged, no more.
                 && replay.window.as_ref().is_some_and(|window| !window.unreadable)
                 && replay.bad.last() != Some(&seq)
+                && !planted::is(Bug::TornTailAccepted)
             {
                 replay.bad.push(seq);
             }
@@ -510,7 +512,8 @@ impl Store {
         if let Some(broken) = replay.broken
             && !salvaged
         {
-            if broken.before.seq < replay.durable || replay.unreadable {
+            let salvage = !planted::is(Bug::DamageTakenForTear);
+            if salvage && (broken.before.seq < replay.durable || replay.unreadable) {
                 self.forget_index(replay.slot);
                 self.recharge(replay);
                 replay.rewind();

@@ -7,6 +7,7 @@
 
 use base::checksum::crc32c;
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
+use base::planted::{self, Bug};
 use base::{BlockSize, BufferMut, Seq};
 
 use crate::api::Parts;
@@ -117,7 +118,8 @@ impl Store {
         }
         let old = self.replica_ref(job.slot).chunks.place(chunk);
         let place = if let Some(old) = old {
-            ChunkPlace { slot: old.slot ^ 1, ..old }
+            let slot = if planted::is(Bug::HomeMetaInPlace) { old.slot } else { old.slot ^ 1 };
+            ChunkPlace { slot, ..old }
         } else {
             let Some(location) = self.chunks.allocate() else {
                 self.flush.home_full = true;
@@ -225,6 +227,7 @@ impl Store {
                 changed = true;
             } else if zeroes.is_some_and(|seq| seq <= job.through.seq.0)
                 && meta.block(index) != BlockState::Absent
+                && !planted::is(Bug::DiscardForgotten)
             {
                 meta.set(index, BlockState::Absent);
                 changed = true;
@@ -515,7 +518,12 @@ impl Store {
             .stamps
             .iter()
             .all(|(device, stamp)| self.devices[usize::from(device.0)].syncs_done >= *stamp);
-        if !done {
+        let hasty = match phase {
+            Phase::DataSync => planted::is(Bug::HomeBeforeData),
+            Phase::MetaSync => planted::is(Bug::HomeBeforeMeta),
+            Phase::Gather | Phase::Move | Phase::Meta | Phase::Journal => false,
+        };
+        if !done && !hasty {
             return;
         }
         self.flush.wave.stamps.clear();
@@ -636,7 +644,10 @@ impl Store {
             for step in &target.moves {
                 let block = first + step.index as u64;
                 // A newer version in the log stays there.
-                if self.index.lookup(job.slot, block) == Some(step.entry) {
+                let found = self.index.lookup(job.slot, block);
+                if found == Some(step.entry)
+                    || planted::is(Bug::NewerBlockDropped) && found.is_some()
+                {
                     self.index.remove(job.slot, block);
                     let segment = self.segments.of(step.entry.sector);
                     self.segments.all[segment].live -= 1;

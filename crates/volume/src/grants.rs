@@ -14,6 +14,7 @@
 use core::time::Duration;
 
 use base::limits::{GRANT_MS, GRANT_TRUSTED_MS};
+use base::planted::{self, Bug};
 use base::{CommandBody, Instant, ReplicaError};
 
 use crate::head::Head;
@@ -90,7 +91,8 @@ impl Head {
             return true;
         }
         let now = self.now;
-        self.sets.write_quorum_met(self.members_where(|member| member.grant.trusted(now)))
+        planted::is(Bug::GrantUnchecked)
+            || self.sets.write_quorum_met(self.members_where(|member| member.grant.trusted(now)))
     }
 
     pub(crate) fn no_grant(&self) -> StallReason {
@@ -155,7 +157,8 @@ impl Head {
         match result {
             Ok(_) => {
                 if let Some(sent) = sent {
-                    member.grant.learn(sent);
+                    let late = planted::is(Bug::GrantFromAnswer);
+                    member.grant.learn(if late { self.now } else { sent });
                 }
             }
             // It does not know the command: there are no grants to be had from it.

@@ -2,6 +2,7 @@
 //! acknowledged in seq order once a write quorum has it.
 
 use base::limits::{HEAD_REQUESTS_MAX, PAYLOAD_BYTES_MAX, RANGE_BLOCKS_MAX};
+use base::planted::{self, Bug};
 use base::{
     BlockRequest, BufferMut, Durability, Operation, Position, Record, RecordHeader, RecordKind,
     ReplicaError, ReplyBody, Seq, Status,
@@ -95,7 +96,7 @@ impl Head {
         let last = self.log.last();
         let header = RecordHeader {
             key: self.key,
-            position: Position::new(self.epoch, last.seq.next()),
+            position: Position::new(self.epoch, next_seq(last.seq)),
             previous_epoch: last.epoch,
             kind,
             block_size: self.block_size,
@@ -150,6 +151,7 @@ impl Head {
     /// Members that hold `seq`, on media if `media`.
     pub(crate) fn holders(&self, seq: Seq, media: bool) -> Bits {
         self.members_where(|member| {
+            let media = media && !planted::is(Bug::AckBeforeMedia);
             let position = if media { member.durable() } else { member.acked };
             member.follows() && position >= seq
         })
@@ -162,7 +164,9 @@ impl Head {
             // What precedes EpochStart is settled with it, never before.
             let seq = self.log.commit().next().max(start);
             let Some(entry) = self.log.entry(seq) else { break };
-            if !self.sets.write_quorum_met(self.holders(seq, entry.media)) {
+            if !self.sets.write_quorum_met(self.holders(seq, entry.media))
+                && !planted::is(Bug::AckBeforeQuorum)
+            {
                 break;
             }
             let committed = self.log.commit_next();
@@ -220,4 +224,8 @@ impl Head {
             }
         }
     }
+}
+
+fn next_seq(last: Seq) -> Seq {
+    if planted::is(Bug::ReuseSeq) && last.0 % 64 == 63 { last } else { last.next() }
 }

@@ -12,6 +12,7 @@
 //! And it counts only on media, so that what the old epochs left undecided stays as this opening
 //! decided it, whatever loses power afterwards.
 
+use base::planted::{self, Bug};
 use base::{
     BlockCount, Instant, Lba, Position, Record, RecordHeader, RecordKind, ReplicaState, Seq,
 };
@@ -33,7 +34,9 @@ impl Head {
 
     fn advance_sealing(&mut self, quorum_since: Option<Instant>) {
         let sealed = self.members_where(|member| matches!(member.mode, Mode::Sealed(_)));
-        if !self.sets.seal_quorum_met(sealed) {
+        if !self.sets.seal_quorum_met(sealed)
+            && (sealed == 0 || !planted::is(Bug::OpenWithoutSealQuorum))
+        {
             self.phase = Phase::Sealing { quorum_since: None };
             return;
         }
@@ -63,7 +66,7 @@ impl Head {
             commit = commit.max(state.commit);
             let local = self.local == Some(member.server);
             let rank = (state.last, local, core::cmp::Reverse(state.trimmed));
-            if source.is_none_or(|(best, _)| rank > best) {
+            if source.is_none_or(|(best, _)| (rank > best) != planted::is(Bug::ShortestTail)) {
                 source = Some((rank, index));
             }
         }
@@ -94,7 +97,9 @@ impl Head {
     /// survive, unless a member of the seal quorum lost its power and with it records that were
     /// acknowledged but not flushed: then it may have them.
     pub(crate) fn better_tail(&self, index: usize, state: ReplicaState) -> bool {
-        self.members[index].in_sync() && state.last > self.log.tail()
+        self.members[index].in_sync()
+            && state.last > self.log.tail()
+            && !planted::is(Bug::BetterTailDropped)
     }
 
     /// Chooses again among those that answer: nobody connected holds the whole tail any more, or

@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use base::limits::HEAD_REQUESTS_MAX;
+use base::planted::{self, Bug};
 use base::{
     BlockCount, Buffer, BufferMut, CommandBody, DegradedReason, Instant, Lba, ReplicaError,
     ReplyBody, RequestId, Seq,
@@ -311,6 +312,9 @@ impl Head {
     /// The newest acknowledged record of a range; what came before this epoch is below EpochStart.
     pub(crate) fn covers(&self, lba: Lba, blocks: BlockCount) -> Seq {
         let start = self.log.start().expect("reads begin after EpochStart");
+        if planted::is(Bug::ReadOfStaleMember) {
+            return start;
+        }
         self.newest.touching(lba, blocks).min(self.log.commit()).max(start)
     }
 
@@ -439,6 +443,7 @@ impl Head {
             return;
         }
         let until = self.newest.touching(read.lba, read.blocks);
+        let until = if planted::is(Bug::UndecidedRead) { Seq::ZERO } else { until };
         self.reads.settled(slot);
         if until > self.log.commit() || !self.trusted() {
             self.reads.enter(slot, ReadState::Held { until, data });

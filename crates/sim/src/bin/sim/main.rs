@@ -1,5 +1,7 @@
 //! `scripts/dev sim`: seed after seed through the simulator, until one violates something.
 
+mod planted;
+
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -18,9 +20,9 @@ const MINIMISE: Duration = Duration::from_mins(1);
 #[derive(Parser)]
 #[command(name = "scripts/dev sim")]
 struct Arguments {
-    /// Seeds to run.
-    #[arg(long, default_value_t = 1000)]
-    seeds: u64,
+    /// Seeds to run, 1000 by default.
+    #[arg(long)]
+    seeds: Option<u64>,
     /// The first seed; by default a fresh one, which is printed.
     #[arg(long)]
     seed_base: Option<u64>,
@@ -45,6 +47,12 @@ struct Arguments {
     /// Places that were not reached are no failure (for short runs).
     #[arg(long)]
     no_places: bool,
+    /// Prove that planted bugs are found, each within so many seeds (--seeds, 400 by default).
+    #[arg(long)]
+    planted: bool,
+    /// With --planted or --replay: this bug only.
+    #[arg(long)]
+    bug: Option<String>,
     /// The commit, for the record.
     #[arg(long, hide = true)]
     commit: Option<String>,
@@ -90,6 +98,9 @@ impl Total {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.planted {
+        return planted::prove(&arguments);
+    }
     match arguments.replay {
         Some(seed) => replay(&arguments, seed),
         None => many(&arguments),
@@ -97,6 +108,10 @@ fn main() -> ExitCode {
 }
 
 fn replay(arguments: &Arguments, seed: u64) -> ExitCode {
+    if let Err(error) = planted::plant_named(arguments.bug.as_deref()) {
+        eprintln!("sim: {error}");
+        return ExitCode::from(2);
+    }
     let mut config = WorldConfig::with_faults(seed);
     if arguments.minimal
         && let Err(violation) = runner::run(config.clone())
@@ -123,15 +138,17 @@ fn fresh_seed() -> u64 {
     u64::from(now.subsec_nanos()) + 1_000_000_000 * (now.as_secs() % 1_000_000)
 }
 
+fn jobs(arguments: &Arguments) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    arguments.jobs.unwrap_or_else(all)
+}
+
 fn many(arguments: &Arguments) -> ExitCode {
     let base = arguments.seed_base.unwrap_or_else(fresh_seed);
     if !arguments.json {
         println!("sim: seeds {base} and up (--seed-base {base})");
     }
-    let jobs = arguments
-        .jobs
-        .or_else(|| std::thread::available_parallelism().ok().map(usize::from))
-        .unwrap_or(1);
+    let jobs = jobs(arguments);
     let started = Instant::now();
     let end = arguments.seconds.map(|seconds| started + Duration::from_secs(seconds));
     let next = AtomicU64::new(0);
@@ -142,7 +159,7 @@ fn many(arguments: &Arguments) -> ExitCode {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) && end.is_none_or(|end| Instant::now() < end) {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= arguments.seeds {
+                    if number >= arguments.seeds.unwrap_or(1000) {
                         return;
                     }
                     let result = runner::run(WorldConfig::with_faults(base + number));

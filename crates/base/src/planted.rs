@@ -1,0 +1,103 @@
+//! Bugs that are planted to prove that the simulator finds them.
+//!
+//! A planted bug is one condition in production code, `… || planted::is(Bug::Name)`. Without the
+//! feature `planted`, which only the simulator's proof is built with, [`is`] is `false` at compile
+//! time and the code is what it looks like without it. With the feature one bug at a time is
+//! live, in one thread.
+
+/// Declares the bugs: a name in the code, and what it does.
+macro_rules! bugs {
+    ($($name:ident = $text:literal,)*) => {
+        /// A planted bug.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Bug { $(#[doc = $text] $name,)* }
+
+        impl Bug {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// What it does.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+
+            /// Its name.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+        }
+    };
+}
+
+bugs! {
+    AckBeforeQuorum = "a write is acknowledged before any member has answered",
+    OneAckTooFew = "one member less than a quorum is enough",
+    AckBeforeMedia = "a write that must be on media counts when it is in a cache",
+    OpenWithoutSealQuorum = "an opening goes on when the first member has answered the seal",
+    ShortestTail = "an opening takes the shortest log instead of the longest",
+    TailMatchedBySeq = "a member's log is taken for the head's because it is as long",
+    BetterTailDropped = "a log that is found longer during the opening is cut like any other",
+    ReadOfStaleMember = "a read does not say what the member must hold",
+    UndecidedRead = "a read is answered with a write that no quorum holds yet",
+    GrantUnchecked = "a read leaves without read grants",
+    GrantFromAnswer = "a grant counts from its answer instead of from its question",
+    JointRuleForgotten = "while members change only the old set counts",
+    PromotedTooEarly = "a member counts before it holds what was acknowledged",
+    ReuseSeq = "a head gives a seq twice",
+    NoFencingOnArrival = "a member obeys a session whose epoch is over",
+    NoGateOnDeparture = "a deposed head hears that its writes were accepted",
+    GrantNotWaited = "a seal is answered while the old head may still read",
+    GrantForgottenByRestart = "a restarted server does not know that it granted reads",
+    SealNotPersisted = "a seal is answered before it is on media",
+    SyncNotAwaited = "a record counts as durable when it is written",
+    TornTailAccepted = "a torn record at the end of a log is believed",
+    DamageTakenForTear = "a log damaged in its middle is cut there",
+    ReadUnverified = "data from a disk is not compared with its checksum",
+    NewerBlockDropped = "flushing home forgets a block that was written again meanwhile",
+    HomeBeforeData = "a chunk's metadata is written before its data is on media",
+    HomeBeforeMeta = "a chunk is named by the journal before its metadata is on media",
+    HomeMetaInPlace = "a chunk's metadata is overwritten where it stands",
+    DiscardForgotten = "a discard does not reach home",
+    UncommittedHome = "what may yet be cut from the log is flushed home",
+    TrimBeforeHome = "a log is trimmed before what it holds is home",
+    RecordUnverified = "a record that comes over the network is not verified",
+    AnswerUnverified = "data that comes over the network is not verified",
+    HeaderUnverified = "a header that comes over the network is not verified",
+}
+
+#[cfg(not(feature = "planted"))]
+mod selector {
+    use super::Bug;
+
+    /// True if `bug` is live: never.
+    #[must_use]
+    pub const fn is(_bug: Bug) -> bool {
+        false
+    }
+}
+
+#[cfg(feature = "planted")]
+mod selector {
+    use std::cell::Cell;
+
+    use super::Bug;
+
+    thread_local! {
+        static LIVE: Cell<Option<Bug>> = const { Cell::new(None) };
+    }
+
+    /// True if `bug` is live in this thread.
+    #[must_use]
+    pub fn is(bug: Bug) -> bool {
+        LIVE.with(Cell::get) == Some(bug)
+    }
+
+    /// Makes `bug` live in this thread, and no other.
+    pub fn plant(bug: Option<Bug>) {
+        LIVE.with(|live| live.set(bug));
+    }
+}
+
+pub use selector::is;
+#[cfg(feature = "planted")]
+pub use selector::plant;
