@@ -31,16 +31,15 @@ pub(crate) struct Filling {
     source: Option<usize>,
     /// Members that could not fill it, in this round.
     tried: Bits,
-    asked: bool,
     /// When to ask next.
     at: Instant,
     pub(crate) progress: Option<FillProgress>,
 }
 
 impl Filling {
-    /// When something is to be done about it.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        (!self.asked).then_some(self.at)
+    /// When to ask for it next.
+    pub(crate) fn at(&self) -> Instant {
+        self.at
     }
 
     pub(crate) fn copies_chunks(&self) -> bool {
@@ -97,8 +96,7 @@ impl Head {
         let now = self.now;
         let member = &mut self.members[index];
         let at = now.max(member.fill_after);
-        let (tried, asked) = (0, false);
-        let filling = Filling { why, chunks, source: None, tried, asked, at, progress: None };
+        let filling = Filling { why, chunks, source: None, tried: 0, at, progress: None };
         member.enter(Mode::Filling(filling), now);
     }
 
@@ -134,8 +132,10 @@ impl Head {
     /// Asks for the filling to begin, go on or change its rate, when it is time.
     pub(crate) fn pump_filling(&mut self, index: usize) {
         let now = self.now;
+        // What it was sent before may still be on its way into its log.
+        let busy = self.members[index].outstanding > 0;
         let Some(filling) = self.filling(index) else { return };
-        if filling.asked || filling.at > now {
+        if busy || filling.at > now {
             return;
         }
         let (chunks, kept, tried) = (filling.chunks, filling.source, filling.tried);
@@ -152,7 +152,6 @@ impl Head {
         self.send(index, Kind::Install, number, body);
         if let Some(filling) = self.filling(index) {
             filling.source = Some(source);
-            filling.asked = true;
         }
     }
 
@@ -174,7 +173,6 @@ impl Head {
     pub(crate) fn install_answered(&mut self, index: usize, result: &Answer) {
         let (now, interval) = (self.now, self.tunables.fill_interval);
         let Some(filling) = self.filling(index) else { return };
-        filling.asked = false;
         filling.at = now + interval;
         match result {
             Ok(ReplyBody::Filling(progress)) => match progress.phase {

@@ -245,7 +245,7 @@ impl Member {
             Mode::Parked { until, .. } => until.filter(|_| self.outstanding == 0),
             Mode::Matching(matching) => matching.retry_at,
             Mode::CatchingUp(catch_up) => catch_up.retry_at,
-            Mode::Filling(filling) => filling.deadline(),
+            Mode::Filling(filling) => (self.outstanding == 0).then_some(filling.at()),
             Mode::Down | Mode::Sealing | Mode::Sealed(_) | Mode::Truncating { .. } | Mode::Live => {
                 None
             }

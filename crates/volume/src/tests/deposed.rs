@@ -22,6 +22,7 @@ fn settings(seed: u64) -> Settings {
         power_losses: false,
         greedy_trims: false,
         stall_deadline_ms: None,
+        spares: None,
         grants: true,
         deposes: true,
         untrue_head: false,

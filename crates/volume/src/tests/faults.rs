@@ -2,7 +2,7 @@
 
 use base::{CommandBody, ReplicaError, Seq};
 
-use super::world::{Event, Server, World, server_id};
+use super::world::{Event, Server, World, index_of, server_id};
 use crate::Input;
 
 impl World {
@@ -79,7 +79,7 @@ impl World {
         if self.settings.deposes {
             return self.depose();
         }
-        let server = self.random.index(self.settings.members);
+        let server = self.random.index(self.servers.len());
         let downtime = self.random.below(200 * self.settings.delay);
         match self.random.below(17) {
             14 | 15 => self.strand(server),
@@ -96,7 +96,7 @@ impl World {
                 self.restart_after(server, downtime);
             }
             4 if self.settings.power_losses && self.random.one_in(3) => {
-                for server in 0..self.settings.members {
+                for server in 0..self.servers.len() {
                     self.kill(server, true);
                     let downtime = self.random.below(600 * self.settings.delay);
                     self.restart_after(server, downtime);
@@ -128,7 +128,7 @@ impl World {
     fn strand(&mut self, server: usize) {
         self.count("strand");
         let current = self.current();
-        for other in (0..self.settings.members).filter(|other| *other != server) {
+        for other in (0..self.servers.len()).filter(|other| *other != server) {
             self.disconnect(current, other);
         }
         let moment = self.random.below(6 * self.settings.delay);
@@ -157,8 +157,7 @@ impl World {
     /// without it.
     pub(super) fn succeed(&mut self, server: usize) {
         self.count("succession");
-        let absent =
-            (server + 1 + self.random.index(self.settings.members)) % self.settings.members;
+        let absent = (server + 1 + self.random.index(self.servers.len())) % self.servers.len();
         if absent != server {
             self.kill(absent, false);
             let downtime = self.random.below(200 * self.settings.delay);
@@ -182,8 +181,10 @@ impl World {
     fn trim_one(&mut self, server: usize) {
         let limit = |server: &Server| server.model.commit.min(server.model.durable);
         let own = limit(&self.servers[server]);
-        let everywhere = self.servers.iter().map(limit).min().unwrap();
-        let end = if self.settings.greedy_trims { own } else { everywhere };
+        let members = self.record.0.members.iter();
+        let everywhere = members.map(|member| limit(&self.servers[index_of(member.server)]));
+        let everywhere = everywhere.min().expect("a member");
+        let end = if self.settings.greedy_trims { own } else { own.min(everywhere) };
         let model = &mut self.servers[server].model;
         if end > model.trimmed {
             model.trimmed = Seq(model.trimmed.0 + 1 + self.random.below(end.0 - model.trimmed.0));

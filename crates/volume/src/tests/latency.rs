@@ -56,6 +56,7 @@ fn settings(delay: u64) -> Settings {
         power_losses: false,
         greedy_trims: false,
         stall_deadline_ms: None,
+        spares: None,
         grants: true,
         deposes: false,
         untrue_head: false,

@@ -1,10 +1,14 @@
 //! Tests of the head against model members in a small simulated world.
 
+mod bench;
 mod client;
 mod clocks;
+mod control;
 mod deposed;
 mod faults;
+mod fill;
 mod latency;
+mod membership;
 mod model;
 mod oracle;
 mod random;

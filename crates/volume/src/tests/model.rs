@@ -4,9 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use base::{
-    BlockSize, Buffer, BufferMut, CommandBody, Epoch, Position, Record, RecordHeader, RecordKind,
-    ReplicaError, ReplicaState, ReplyBody, Seq,
+    BlockSize, Buffer, BufferMut, CommandBody, Epoch, FillProgress, Position, Record, RecordHeader,
+    RecordKind, ReplicaError, ReplicaState, ReplyBody, Seq,
 };
+
+use super::fill::Fill;
 
 pub(super) const BLOCK_SIZE: BlockSize = BlockSize::B512;
 pub(super) const BLOCK_BYTES: usize = 512;
@@ -83,6 +85,16 @@ pub(super) struct Model {
     pub(super) damaged: BTreeSet<Seq>,
     /// An append of this session failed: what follows does not fit.
     pub(super) broken: bool,
+    /// Durable records were lost.
+    pub(super) lost: bool,
+    /// Half filled with chunks.
+    pub(super) filling: bool,
+    /// Blocks as a filling copied them: they may be newer than the log says.
+    pub(super) copied: BTreeMap<usize, (Position, u64)>,
+    /// What fills it just now.
+    pub(super) fill: Option<Fill>,
+    /// It was deleted, or is not made yet.
+    pub(super) absent: bool,
 }
 
 /// What to do with a command.
@@ -94,6 +106,8 @@ pub(super) enum Effect {
     Append { seq: Seq, media: bool },
     /// Answer once everything through `seq` is on media.
     Flush { seq: Seq },
+    /// Answer how far it is; it goes on, or begins, with what [`Model::fill_step`] does.
+    Fill { progress: FillProgress, begun: bool },
 }
 
 fn refuse(error: ReplicaError) -> Effect {
@@ -120,8 +134,8 @@ impl Model {
             durable: self.durable,
             commit: self.commit,
             trimmed: self.trimmed,
-            filling: false,
-            damaged: false,
+            filling: self.filling,
+            damaged: self.lost,
         }
     }
 
@@ -134,6 +148,7 @@ impl Model {
     pub(super) fn crash(&mut self, keep: Seq) {
         self.life += 1;
         self.broken = false;
+        self.fill = None;
         self.log.truncate(usize::try_from(keep.0).unwrap());
         let last = seq_of(self.log.len());
         self.written = last;
@@ -151,7 +166,11 @@ impl Model {
         commit: Seq,
         body: CommandBody,
     ) -> Effect {
-        if epoch < self.sealed || (epoch == self.sealed && self.sealed_by != Some(head)) {
+        if self.absent {
+            return refuse(ReplicaError::NoReplica);
+        }
+        let other = self.sealed_by.is_some_and(|sealer| sealer != head);
+        if epoch < self.sealed || (epoch == self.sealed && other) {
             return refuse(ReplicaError::Superseded { sealed: self.sealed });
         }
         if let CommandBody::Seal = body {
@@ -160,12 +179,28 @@ impl Model {
             self.sealed_by = Some(head);
             self.written = self.last().seq;
             self.broken = false;
+            self.fill = None;
             return Effect::Answer(Ok(ReplyBody::Sealed(self.state())));
         }
-        assert_eq!(epoch, self.sealed, "a head seals before anything else");
+        if epoch != self.sealed || self.sealed_by.is_none() {
+            return refuse(ReplicaError::NotSealed);
+        }
+        if let CommandBody::Install { source, chunks, .. } = body {
+            assert_eq!(commit, Seq::ZERO, "nothing is known of a member that is filled");
+            return self.install(source, chunks);
+        }
+        let harmless = matches!(
+            body,
+            CommandBody::Renew
+                | CommandBody::Hello { .. }
+                | CommandBody::HealthOf { .. }
+                | CommandBody::Release
+        );
+        let free = !self.filling && self.fill.is_none();
+        assert!(free || harmless, "{} does not mix with a filling", body.name());
         self.learn_commit(truth, commit);
         match body {
-            CommandBody::Seal => unreachable!(),
+            CommandBody::Seal | CommandBody::Install { .. } => unreachable!(),
             CommandBody::Append { record, media } => self.append(truth, &record, media),
             CommandBody::Read { lba, blocks, covers, buffer } => {
                 let end = usize::try_from(lba.0 + u64::from(blocks.0)).unwrap();
@@ -179,10 +214,9 @@ impl Model {
             | CommandBody::Release
             | CommandBody::Renew
             | CommandBody::Hello { .. } => Effect::Answer(Ok(ReplyBody::Done)),
-            CommandBody::HealthOf { .. }
-            | CommandBody::Install { .. }
-            | CommandBody::List { .. }
-            | CommandBody::Fetch { .. } => Effect::Answer(Err(ReplicaError::Invalid)),
+            CommandBody::HealthOf { .. } | CommandBody::List { .. } | CommandBody::Fetch { .. } => {
+                Effect::Answer(Err(ReplicaError::Invalid))
+            }
         }
     }
 
@@ -217,13 +251,11 @@ impl Model {
         let bytes = blocks.len() * BLOCK_BYTES;
         buffer.payload_mut()[..bytes].fill(0);
         for (place, lba) in blocks.enumerate() {
-            let newest = self.log.iter().rev().find(|entry| touches(&entry.header, lba));
-            let Some(entry) = newest else { continue };
-            if self.damaged.contains(&entry.header.position.seq) {
+            let Ok((_, value)) = self.block(lba, self.log.len()) else {
                 return refuse(ReplicaError::Damaged);
-            }
+            };
             let at = place * BLOCK_BYTES;
-            fill(&mut buffer.payload_mut()[at..at + BLOCK_BYTES], entry.value);
+            fill(&mut buffer.payload_mut()[at..at + BLOCK_BYTES], value);
         }
         let data: Buffer = buffer.freeze().payload(bytes);
         Effect::Answer(Ok(ReplyBody::Data(data)))

@@ -1,6 +1,6 @@
 //! Random worlds. `HOLDFAST_SEED=n` replays one, `HOLDFAST_SEEDS=n` runs so many.
 
-use base::{BufferPool, Durability};
+use base::{BufferPool, Durability, Role};
 
 use super::model::values_of;
 use super::oracle::{Answers, Asked};
@@ -29,12 +29,30 @@ fn settings(seed: u64) -> Settings {
         deposes: false,
         untrue_head: false,
         untrue_members: false,
+        spares: None,
     }
 }
 
-/// Runs one world to its end.
-fn run(seed: u64, buffers: &BufferPool) -> (Counts, Answers) {
+/// Worlds in which members come and go.
+fn changing_settings(seed: u64) -> Settings {
+    let mut random = Random::new(seed ^ 0x1357);
     let mut settings = settings(seed);
+    settings.members = [1, 2, 2, 3, 3, 3, 5][random.index(7)];
+    settings.spares = Some(1 + random.index(2));
+    settings.bad = None;
+    settings.slow = random.one_in(4).then(|| random.index(settings.members));
+    settings.greedy_trims = random.one_in(2);
+    settings.power_losses = random.one_in(3);
+    settings.blocks = [4, 16][random.index(2)];
+    if random.one_in(2) {
+        settings.tunables.log_copy_records = random.below(30);
+        settings.tunables.fill_interval = core::time::Duration::from_millis(5);
+    }
+    settings
+}
+
+/// Runs one world to its end.
+fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (Counts, Answers) {
     // Where it is not too long to wait for them.
     settings.grants = settings.delay >= MS && seed.is_multiple_of(2);
     let (delay, greedy) = (settings.delay, settings.greedy_trims);
@@ -46,7 +64,8 @@ fn run(seed: u64, buffers: &BufferPool) -> (Counts, Answers) {
     let length = 100 + world.random.below(900);
     world.run_until(length * delay);
     world.calm_down();
-    if greedy && !settles(&mut world) {
+    let changing = world.settings.spares.is_some();
+    if greedy && !changing && !settles(&mut world) {
         world.count("stranded by greedy trims");
         return (world.finish(), Answers::default());
     }
@@ -55,13 +74,15 @@ fn run(seed: u64, buffers: &BufferPool) -> (Counts, Answers) {
     }
     world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
     check_content(&mut world);
-    if !greedy {
+    if !greedy || changing {
         let live = |world: &World| {
             let status = world.head().unwrap().head.status();
             let caught_up = |member: &crate::MemberStatus| {
-                member.mode == MemberMode::Live && member.last == status.last.seq
+                member.mode == MemberMode::Live
+                    && member.last == status.last.seq
+                    && member.role == Role::InSync
             };
-            status.members.iter().all(caught_up)
+            world.mended() && status.members.iter().all(caught_up)
         };
         world.run_until_done(60_000 * MS, "all members are live", live);
         world.check_converged();
@@ -131,23 +152,24 @@ pub(super) fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
-#[test]
-fn random_worlds() {
+/// Runs many worlds, or the one that the environment names.
+fn worlds(name: &str, settings: impl Fn(u64) -> Settings, seeds: u64, wanted: &[&str]) {
     let buffers = BufferPool::heap(128, 64);
     if let Some(seed) = number("HOLDFAST_SEED") {
         eprintln!("{:?}", settings(seed));
-        eprintln!("{:?}", run(seed, &buffers));
+        eprintln!("{:?}", run(seed, settings(seed), &buffers));
         return;
     }
-    let seeds = number("HOLDFAST_SEEDS").unwrap_or(300);
+    let standard = seeds;
+    let seeds = number("HOLDFAST_SEEDS").unwrap_or(seeds);
     let first = number("HOLDFAST_FIRST_SEED").unwrap_or(0);
     let mut counts = Counts::new();
     let mut answers = Answers::default();
     for seed in first..first + seeds {
-        let one = std::panic::AssertUnwindSafe(|| run(seed, &buffers));
+        let one = std::panic::AssertUnwindSafe(|| run(seed, settings(seed), &buffers));
         let result = std::panic::catch_unwind(one);
         let Ok((seen, answered)) = result else {
-            panic!("failed; again with: HOLDFAST_SEED={seed} cargo test -p volume random_worlds")
+            panic!("failed; again with: HOLDFAST_SEED={seed} cargo test -p volume {name}")
         };
         for (what, times) in seen {
             *counts.entry(what).or_default() += times;
@@ -158,31 +180,52 @@ fn random_worlds() {
         answers.errors += answered.errors;
     }
     eprintln!("{seeds} worlds, {answers:?}\n{counts:?}");
-    if seeds >= 300 {
-        let wanted = [
-            "Append",
-            "Scan",
-            "Truncate",
-            "Trim",
-            "Release",
-            "truncated",
-            "superseded",
-            "released",
-            "damaged",
-            "returned",
-            "injected error",
-            "power loss",
-            "server crash",
-            "head crash",
-            "takeover",
-            "stalled",
-            "resumed",
-        ];
+    if seeds >= standard {
         for what in wanted {
-            assert!(
-                counts.get(what).is_some_and(|times| *times > 0),
-                "no {what} in {seeds} worlds"
-            );
+            let reached = counts.get(what).is_some_and(|times| *times > 0);
+            assert!(reached, "no {what} in {seeds} worlds");
         }
     }
+}
+
+#[test]
+fn random_worlds() {
+    let wanted = [
+        "Append",
+        "Scan",
+        "Truncate",
+        "Trim",
+        "Release",
+        "truncated",
+        "superseded",
+        "released",
+        "damaged",
+        "returned",
+        "injected error",
+        "power loss",
+        "server crash",
+        "head crash",
+        "takeover",
+        "stalled",
+        "resumed",
+    ];
+    worlds("random_worlds", settings, 300, &wanted);
+}
+
+#[test]
+fn random_memberships() {
+    let wanted = [
+        "Install",
+        "agreed",
+        "answer lost",
+        "changed",
+        "conflict",
+        "deleted",
+        "filled",
+        "refused: no quorum",
+        "refused: not caught up",
+        "refused: not open",
+        "refused: not settled",
+    ];
+    worlds("random_memberships", changing_settings, 300, &wanted);
 }

@@ -5,13 +5,13 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use base::{
-    BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Member, Policy, PoolId,
-    ReplicaCommand, ReplicaError, ReplyBody, Role, Seq, ServerId, ShardIndex, ShardRecord,
-    VolumeId, VolumeRecord,
+    BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Member, Policy,
+    ReplicaCommand, ReplicaError, ReplyBody, Seq, ServerId, ShardRecord, VolumeRecord,
 };
 use core::time::Duration;
 
 use super::clocks::Clock;
+use super::control::{Change, first_record};
 use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth, touches};
 use super::oracle::Oracle;
 use crate::{Head, HeadConfig, HeadPhase, Input, Output, Tunables};
@@ -75,6 +75,8 @@ pub(super) struct Settings {
     pub(super) untrue_head: bool,
     /// Planted: members answer Seals at once.
     pub(super) untrue_members: bool,
+    /// Servers that keep no replica at first; with them, members come and go.
+    pub(super) spares: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -91,6 +93,11 @@ pub(super) enum Event {
     HeldSeal { head: usize, server: usize, session: u64, tag: u64, epoch: Epoch },
     Resume { head: usize },
     Submit,
+    FillStep { server: usize, life: u64 },
+    Plan,
+    Write(Box<Change>),
+    Written { change: Box<Change>, lost: bool },
+    Sweep { server: usize },
 }
 
 pub(super) type Answer = Result<ReplyBody, ReplicaError>;
@@ -151,6 +158,10 @@ pub(super) struct Running {
     /// Its process is stopped; this is what it will find.
     pub(super) stopped: Option<Vec<Input>>,
     pub(super) was_stopped: bool,
+    /// The record as this head's control plane knows it, and its revision.
+    pub(super) known: (ShardRecord, u64),
+    /// A change is under way: its outcome is not known yet.
+    pub(super) changing: bool,
 }
 
 /// What happened, by name.
@@ -167,7 +178,11 @@ pub(super) struct World {
     pub(super) oracle: Oracle,
     /// All heads there ever were; those that crashed are gone.
     pub(super) heads: Vec<Option<Running>>,
-    epoch: Epoch,
+    pub(super) epoch: Epoch,
+    /// The shard's record in the cluster store, and its revision.
+    pub(super) record: (ShardRecord, u64),
+    /// The control plane only mends.
+    pub(super) mending: bool,
     pub(super) buffers: BufferPool,
     free_at_start: (usize, usize),
     pub(super) next_id: u64,
@@ -189,7 +204,7 @@ pub(super) fn server_id(index: usize) -> ServerId {
     ServerId::from_bytes([u8::try_from(index + 1).unwrap(); 16])
 }
 
-fn index_of(server: ServerId) -> usize {
+pub(super) fn index_of(server: ServerId) -> usize {
     usize::from(server.bytes()[0]) - 1
 }
 
@@ -204,11 +219,13 @@ impl Running {
 impl World {
     pub(super) fn new(seed: u64, settings: Settings, buffers: BufferPool) -> Self {
         let mut random = Random::new(seed);
-        let mut server = |_| {
+        let mut server = |index| {
+            let model = Model { absent: index >= settings.members, ..Model::default() };
             let grant = super::clocks::Grant::new(&mut random, settings.grants);
-            Server { model: Model::default(), up: true, grant, busy_until: 0 }
+            Server { model, up: true, grant, busy_until: 0 }
         };
-        let servers = (0..settings.members).map(&mut server).collect();
+        let servers =
+            (0..settings.members + settings.spares.unwrap_or(0)).map(&mut server).collect();
         let durable = settings.durability == Durability::Durable;
         let free_at_start = buffers.available();
         Self {
@@ -217,6 +234,8 @@ impl World {
             events: BinaryHeap::new(),
             random,
             servers,
+            record: (first_record(settings.members), 1),
+            mending: false,
             truth: Truth::default(),
             oracle: Oracle::new(settings.blocks, durable),
             settings,
@@ -254,12 +273,10 @@ impl World {
 
     fn config(&self) -> HeadConfig {
         let settings = &self.settings;
-        let id = VolumeId::from_bytes([9; 16]);
-        let member = |index| Member {
-            server: server_id(index),
-            pool: PoolId::from_bytes([1; 16]),
-            role: Role::InSync,
-        };
+        let shard = self.record.0.clone();
+        let id = shard.volume;
+        let local = server_id(usize::try_from(self.epoch.0).unwrap() % settings.members);
+        let is_member = shard.members.iter().any(|member| member.server == local);
         HeadConfig {
             volume: VolumeRecord {
                 id,
@@ -275,16 +292,9 @@ impl World {
                 epoch: self.epoch,
                 holder: None,
             },
-            shard: ShardRecord {
-                volume: id,
-                shard: ShardIndex(0),
-                members: (0..settings.members).map(member).collect(),
-                failover: Vec::new(),
-                moves: Vec::new(),
-            },
+            shard,
             epoch: self.epoch,
-            local: (!self.epoch.0.is_multiple_of(4))
-                .then(|| server_id(usize::try_from(self.epoch.0).unwrap() % settings.members)),
+            local: (!self.epoch.0.is_multiple_of(4) && is_member).then_some(local),
             buffers: self.buffers.clone(),
             tunables: settings.tunables,
         }
@@ -297,14 +307,24 @@ impl World {
         let now = clock.at(self.now);
         let mut head = Head::new(self.config(), now).expect("the configuration is valid");
         head.trusts_blindly = self.settings.untrue_head;
-        let links = vec![Link::default(); self.settings.members];
-        let (opened, ended, was_stopped, stopped) = (false, false, false, None);
-        self.heads.push(Some(Running { head, links, opened, ended, clock, stopped, was_stopped }));
+        let links = vec![Link::default(); self.servers.len()];
+        let running = Running {
+            head,
+            links,
+            opened: false,
+            ended: false,
+            clock,
+            stopped: None,
+            was_stopped: false,
+            known: self.record.clone(),
+            changing: false,
+        };
+        self.heads.push(Some(running));
         let index = self.heads.len() - 1;
         if let Some((server, until)) = self.apart {
             self.stall_link(index, server, until.saturating_sub(self.now));
         }
-        for server in 0..self.settings.members {
+        for server in 0..self.servers.len() {
             let after = self.delay();
             self.schedule(after, Event::Connect { head: index, server });
         }
@@ -359,6 +379,7 @@ impl World {
             Output::Reply(reply) => {
                 self.stop_watch(reply.id);
                 let deposed = index != self.current();
+                self.check_acknowledged(index, &reply);
                 if deposed && reply.data.is_some() {
                     self.count("deposed read");
                 }
@@ -503,6 +524,11 @@ impl World {
             }
             Event::Resume { head } => self.resume(head),
             Event::Submit => self.submit(),
+            Event::FillStep { server, life } => self.fill_step(server, life),
+            Event::Plan => self.plan(),
+            Event::Write(change) => self.write_record(change),
+            Event::Written { change, lost } => self.record_written(*change, lost),
+            Event::Sweep { server } => self.sweep(server),
         }
     }
 
@@ -513,7 +539,12 @@ impl World {
         let now = self.now;
         let Some(running) = &mut self.heads[head] else { return };
         let link = &mut running.links[server];
+        let id = server_id(server);
+        let serves = |member: &Member| member.server == id && member.role.is_served();
         if link.connected || running.ended || running.stopped.is_some() {
+            return;
+        }
+        if !running.known.0.members.iter().any(serves) {
             return;
         }
         link.connected = true;
@@ -580,6 +611,14 @@ impl World {
             }
             Effect::Append { seq, media } => Done::Append { seq, media },
             Effect::Flush { seq } => Done::Flush { seq },
+            Effect::Fill { progress, begun } => {
+                self.answer(head, server, session, tag, Ok(ReplyBody::Filling(progress)));
+                if begun {
+                    let after = self.delay();
+                    self.schedule(after, Event::FillStep { server, life });
+                }
+                return;
+            }
         };
         let mut takes = self.delay() * self.slowness[server];
         if self.settings.slow == Some(server) {
@@ -639,6 +678,9 @@ impl World {
 
     pub(super) fn start_faults(&mut self) {
         self.faults = true;
+        if self.settings.spares.is_some() {
+            self.schedule(self.settings.delay, Event::Plan);
+        }
         self.schedule(self.settings.delay, Event::Fault);
     }
 
@@ -646,13 +688,17 @@ impl World {
     pub(super) fn calm_down(&mut self) {
         self.faults = false;
         self.submitting = false;
+        if self.settings.spares.is_some() {
+            self.mending = true;
+            self.schedule(MS, Event::Plan);
+        }
         let current = self.current();
         for index in 0..current {
             if self.heads[index].take().is_some() {
                 self.oracle.head_gone(index);
             }
         }
-        for server in 0..self.settings.members {
+        for server in 0..self.servers.len() {
             self.servers[server].up = true;
             self.schedule(1, Event::Connect { head: current, server });
         }
@@ -710,7 +756,8 @@ impl World {
 
     /// What every block must hold by the members' settled records.
     pub(super) fn replayed(&self) -> Vec<u64> {
-        let longest = self.servers.iter().max_by_key(|server| server.model.last()).unwrap();
+        let members = self.record.0.in_sync().map(|server| &self.servers[index_of(server)]);
+        let longest = members.max_by_key(|server| server.model.last()).unwrap();
         let mut blocks = vec![0; self.settings.blocks];
         for entry in &longest.model.log {
             for (lba, block) in blocks.iter_mut().enumerate() {
@@ -724,9 +771,12 @@ impl World {
 
     /// Asserts that all members hold the same log.
     pub(super) fn check_converged(&self) {
-        for server in &self.servers[1..] {
-            assert_eq!(server.model.log.len(), self.servers[0].model.log.len());
-            assert!(server.model.log == self.servers[0].model.log, "logs are the same");
+        let members = self.record.0.members.iter().map(|member| index_of(member.server));
+        let mut logs = members.map(|index| &self.servers[index].model.log);
+        let first = logs.next().expect("a member");
+        for log in logs {
+            assert_eq!(log.len(), first.len());
+            assert!(log == first, "logs are the same");
         }
     }
 }
