@@ -161,7 +161,11 @@ impl Peers {
             None => Health::Unknown,
             Some(peer) if peer.up => {
                 let silent = now.since(peer.initiator.last_heard()) >= SILENT_AFTER;
-                if silent { Health::Silent } else { Health::Healthy }
+                match peer.said.degraded {
+                    _ if silent => Health::Silent,
+                    Some(_) => Health::Degraded,
+                    None => Health::Healthy,
+                }
             }
             Some(peer) if now.since(peer.created) < UNREACHED_AFTER => Health::Unknown,
             Some(_) => Health::Silent,

@@ -255,14 +255,15 @@ impl ReplicaService {
         (origin, tag): (Origin, u64),
         result: Result<ReplyBody, ReplicaError>,
     ) -> Option<Result<ReplyBody, ReplicaError>> {
-        let reads = self.is_reader(key, epoch, origin);
         let Some(owner) = self.owners.get_mut(&key) else {
             return Some(Err(ReplicaError::NoReplica));
         };
         let owns = owner.epoch == epoch && owner.session.is_some_and(|(o, _)| o == origin);
         let gated = !planted::is(Bug::NoGateOnDeparture) && !planted::is(Bug::NoFencingOnArrival);
-        if !owns && !reads && gated {
-            return Some(Err(ReplicaError::Superseded { sealed: owner.epoch }));
+        if !owns && gated {
+            let sealed = owner.epoch;
+            let reads = self.is_reader(key, epoch, origin);
+            return Some(if reads { result } else { Err(ReplicaError::Superseded { sealed }) });
         }
         if let Ok(reply @ ReplyBody::Sealed(_)) = result {
             if owner.deposed_until <= now || planted::is(Bug::GrantNotWaited) {
@@ -309,6 +310,20 @@ impl ReplicaService {
     /// The next answer that waited and may leave.
     pub(crate) fn poll_answer(&mut self) -> Option<Answer> {
         self.answers.pop_front()
+    }
+
+    /// Asserts what must hold between any two calls.
+    pub(crate) fn check(&self) {
+        for (key, held) in &self.held {
+            let owner = self.owners.get(key).expect("only known replicas hold a Seal");
+            let waits = owner.session.is_some_and(|(origin, _)| origin == held.origin);
+            assert!(waits, "a Seal is held for the owner only");
+        }
+        for (key, readers) in &self.readers {
+            let owner = self.owners.get(key).expect("only known replicas are read");
+            assert!(readers.len() <= READERS_MAX);
+            assert!(readers.iter().all(|(_, epoch)| *epoch == owner.epoch), "of the sealed epoch");
+        }
     }
 
     /// When the wait of some Seal is over.

@@ -382,6 +382,16 @@ impl Fills {
         self.settle();
     }
 
+    /// Asserts what must hold between any two calls.
+    pub(crate) fn check(&self) {
+        for (tag, fill) in self.fills.iter() {
+            assert_eq!(tag, fill.line.id);
+            assert_eq!(self.of_replica(fill.line.key), Some(tag), "one fill for each replica");
+        }
+        let active = self.fills.iter().filter(|(_, fill)| fill.is_active()).count();
+        assert!(active <= ACTIVE_MAX, "fills take turns");
+    }
+
     /// When some fill wants to be called.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         self.fills.iter().filter_map(|(_, fill)| fill.next_deadline()).min()

@@ -380,6 +380,8 @@ impl Node {
         }
         if let Some(server) = &self.server {
             server.store.check_invariants();
+            server.service.check();
+            server.fills.check();
         }
     }
 
