@@ -121,6 +121,7 @@ impl Worker {
     pub(crate) fn metrics(&self) -> Vec<MetricFamily> {
         let mut families = self.request_metrics();
         families.extend(self.pool_metrics());
+        families.extend(self.replication_metrics());
         families.push(gauge("holdfast_heads", "Heads that run in this process.", self.heads.len()));
         families.push(gauge(
             "holdfast_connections",
@@ -153,6 +154,45 @@ impl Worker {
             }
         }
         vec![requests, errors, bytes, latency]
+    }
+
+    fn replication_metrics(&self) -> Vec<MetricFamily> {
+        if self.node.store().is_none() {
+            return Vec::new();
+        }
+        let node::metrics::NodeCounters { seals_held, seals_waited, fills } = self.node.counters();
+        vec![
+            gauge(
+                "holdfast_seals_held",
+                "Seals of new heads that wait for a deposed head's read grant to run out.",
+                seals_held,
+            ),
+            counter("holdfast_seals_waited_total", "Seals that ever waited so.", seals_waited),
+            gauge(
+                "holdfast_fills",
+                "Replicas that are being filled from other servers, or wait for that.",
+                self.node.fills().filter(|(_, progress)| is_filling(progress.phase)).count(),
+            ),
+            counter("holdfast_fills_started_total", "Fillings begun.", fills.started),
+            counter("holdfast_fills_done_total", "Fillings that ended well.", fills.done),
+            counter(
+                "holdfast_fills_failed_total",
+                "Times a filling could not go on.",
+                fills.failed,
+            ),
+            counter(
+                "holdfast_fill_chunk_bytes_total",
+                "Payload bytes of chunks that came from other servers.",
+                fills.chunk_bytes,
+            ),
+            counter("holdfast_fill_chunks_total", "Chunks that came.", fills.chunks),
+            counter(
+                "holdfast_fill_log_bytes_total",
+                "Payload bytes of log records that came from other servers.",
+                fills.log_bytes,
+            ),
+            counter("holdfast_fill_records_total", "Log records that came.", fills.records),
+        ]
     }
 
     fn pool_metrics(&self) -> Vec<MetricFamily> {
@@ -188,6 +228,18 @@ fn gauge(
     #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
     let value = MetricValue::Gauge(value as f64);
     MetricFamily { name, help, samples: vec![MetricSample { labels: Vec::new(), value }] }
+}
+
+fn counter(name: &'static str, help: &'static str, value: u64) -> MetricFamily {
+    let value = MetricValue::Counter(value);
+    MetricFamily { name, help, samples: vec![MetricSample { labels: Vec::new(), value }] }
+}
+
+fn is_filling(phase: base::FillPhase) -> bool {
+    match phase {
+        base::FillPhase::Connecting | base::FillPhase::Chunks | base::FillPhase::Log => true,
+        base::FillPhase::Done | base::FillPhase::Failed => false,
+    }
 }
 
 fn histogram(counters: &Counters, kind: OperationKind) -> MetricValue {
