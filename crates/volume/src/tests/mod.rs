@@ -10,6 +10,7 @@ mod fill;
 mod latency;
 mod membership;
 mod model;
+mod news;
 mod oracle;
 mod random;
 mod scenarios;
