@@ -68,8 +68,8 @@ impl Store {
             Entry::Restart { restart, .. } => replica.note_restart(restart),
             Entry::Chunk { chunk, place, .. } => return self.apply_chunk(slot, chunk, Some(place)),
             Entry::ChunkFree { chunk, .. } => return self.apply_chunk(slot, chunk, None),
-            Entry::Filling { ordinal, keep_home, .. } => {
-                self.apply_filling(slot, ordinal, keep_home);
+            Entry::Filling { ordinal, through, keep_home, .. } => {
+                self.apply_filling(slot, ordinal, through, keep_home);
             }
             Entry::Filled { ordinal, position, .. } => self.apply_filled(slot, ordinal, position),
         }

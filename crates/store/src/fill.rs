@@ -12,7 +12,7 @@
 use base::{BlockCount, Position, ReplicaError, ReplicaKey, ReplyBody, Seq};
 
 use crate::journal::After;
-use crate::metadata::Entry;
+use crate::metadata::{ChunkPlace, Entry, KEPT};
 use crate::replica::{Exclusive, ScanHint};
 use crate::segments::SegmentState;
 use crate::store::{Phase, Store};
@@ -35,8 +35,11 @@ impl Store {
     /// the listed one.
     pub fn next_chunk(&self, key: ReplicaKey, from: u32) -> Option<(u32, Seq)> {
         let slot = *self.by_key.get(&key)?;
-        let (chunk, place) = self.replica_ref(slot).chunks.next(u64::from(from))?;
-        Some((chunk, place.newest))
+        let replica = self.replica_ref(slot);
+        let (chunk, place) = replica.chunks.next(u64::from(from))?;
+        let kept = replica.filling && place.kept;
+        let through = if kept { place.newest.max(replica.kept_through) } else { place.newest };
+        Some((chunk, through))
     }
 
     pub(crate) fn fill_begin(&mut self, tag: u64, key: ReplicaKey) {
@@ -61,17 +64,56 @@ impl Store {
         }
         replica.exclusive = Exclusive::Journal;
         let (ordinal, keep_home) = (replica.next_ordinal, !replica.damaged);
-        let entry = Entry::Filling { replica: slot, ordinal, keep_home };
+        // What was not committed may not have happened.
+        let through = replica.commit;
+        if keep_home {
+            self.distrust_touched(slot);
+        }
+        let entry = Entry::Filling { replica: slot, ordinal, through, keep_home };
         self.journal.push(entry, After::Done(tag));
     }
 
+    /// Of a chunk that something in the log touches, nothing is known when the log is gone.
+    fn distrust_touched(&mut self, slot: u16) {
+        let chunk_blocks = self.chunk_blocks(self.replica_ref(slot).block_size) as u64;
+        for at in 0..self.index.slots() {
+            if let Some((owner, block, _)) = self.index.slot(at)
+                && owner == slot
+            {
+                self.distrust(slot, u32::try_from(block / chunk_blocks).expect("a chunk number"));
+            }
+        }
+        let mut from = 0;
+        while let Some((start, end)) = self.replica_ref(slot).extents.next_through(from, u64::MAX) {
+            from = end;
+            let mut chunk = start / chunk_blocks;
+            let end = end.div_ceil(chunk_blocks);
+            while let Some((number, _)) = self.replica_ref(slot).chunks.next_before(chunk, end) {
+                chunk = u64::from(number) + 1;
+                self.distrust(slot, number);
+            }
+        }
+    }
+
+    fn distrust(&mut self, replica: u16, chunk: u32) {
+        let chunks = &mut self.replica_mut(replica).chunks;
+        if let Some(old) = chunks.place(chunk)
+            && old.newest != Seq::ZERO
+        {
+            let place = ChunkPlace { newest: Seq::ZERO, ..old };
+            chunks.set(chunk, Some(place));
+            self.journal.push(Entry::Chunk { replica, chunk, place }, After::Nothing);
+        }
+    }
+
     /// The replica has lost its log, durably.
-    pub(crate) fn apply_filling(&mut self, slot: u16, ordinal: u64, keep_home: bool) {
+    pub(crate) fn apply_filling(&mut self, slot: u16, ordinal: u64, through: Seq, keep_home: bool) {
         if self.phase == Phase::Open {
             self.forget_index(slot);
         }
         let replica = self.replica_mut(slot);
         replica.filling = true;
+        replica.kept_through = through;
         replica.damaged = false;
         replica.exclusive = Exclusive::None;
         replica.restarts.clear();
@@ -93,14 +135,21 @@ impl Store {
         for read in parked {
             self.fail_read(read, ReplicaError::Filling);
         }
+        self.keep_chunks(slot, keep_home);
+    }
+
+    /// Marks the chunks that are as good as the log was, or drops all of them.
+    fn keep_chunks(&mut self, slot: u16, keep: bool) {
+        // In a checkpoint, chunks come after this entry and say themselves whether they were kept.
         let mut from = 0;
-        while let Some((chunk, place)) = self.replica_ref(slot).chunks.next(from)
-            && !keep_home
-        {
+        while let Some((chunk, place)) = self.replica_ref(slot).chunks.next(from) {
             from = u64::from(chunk) + 1;
-            self.replica_mut(slot).chunks.set(chunk, None);
-            // No discard: there may be very many.
-            self.chunks.release(place.location);
+            let kept = ChunkPlace { kept: place.newest != Seq::ZERO, ..place };
+            self.replica_mut(slot).chunks.set(chunk, keep.then_some(kept));
+            if !keep {
+                // No discard: there may be very many.
+                self.chunks.release(place.location);
+            }
         }
     }
 
@@ -158,7 +207,8 @@ impl Store {
         };
         let replica = self.replica_mut(slot);
         let possible = position.epoch <= replica.sealed
-            && (position.epoch == base::Epoch::NONE) == (position.seq == Seq::ZERO);
+            && (position.epoch == base::Epoch::NONE) == (position.seq == Seq::ZERO)
+            && position.seq.0 < KEPT;
         if !possible || self.fill.has_any(slot) {
             return self.done(tag, Err(ReplicaError::Invalid));
         }

@@ -26,7 +26,7 @@ use base::{BlockSize, PoolId, ReplicaKey, Seq, ShardIndex, VolumeId};
 
 use crate::bytes::{array_at, put, u32_at, u64_at};
 use crate::layout::PAGE;
-use crate::metadata::ChunkPlace;
+use crate::metadata::{ChunkPlace, KEPT};
 
 const MAGIC: [u8; 4] = *b"HFCH";
 const CRC_OFFSET: usize = 4;
@@ -216,7 +216,13 @@ impl ChunkMap {
         let location = u32::try_from(value & 0x7fff_ffff).expect("masked").checked_sub(1)?;
         let version = u32::try_from(value >> 32).expect("shifted");
         let slot = u8::from(value >> 31 & 1 != 0);
-        Some(ChunkPlace { location, slot, version, newest: Seq(newest) })
+        Some(ChunkPlace {
+            location,
+            slot,
+            version,
+            newest: Seq(newest & !KEPT),
+            kept: newest & KEPT != 0,
+        })
     }
 
     /// Sets a chunk's place; gives the old one.
@@ -232,7 +238,7 @@ impl ChunkMap {
             let packed = u64::from(place.version) << 32
                 | u64::from(place.slot) << 31
                 | u64::from(place.location + 1);
-            (packed, place.newest.0)
+            (packed, place.newest.0 | if place.kept { KEPT } else { 0 })
         });
         self.count = self.count + usize::from(place.is_some()) - usize::from(old.is_some());
         old
@@ -383,7 +389,7 @@ mod tests {
         for chunk in (0..2800).step_by(41) {
             let location = space.allocate().expect("69 of 70");
             let (slot, newest) = (u8::from(chunk % 2 == 1), Seq(u64::from(chunk) * 3));
-            let place = ChunkPlace { location, slot, version: !chunk, newest };
+            let place = ChunkPlace { location, slot, version: !chunk, newest, kept: slot == 1 };
             assert_eq!(map.set(chunk, Some(place)), None);
             assert_eq!(map.place(chunk), Some(place));
             taken.push((chunk, place));

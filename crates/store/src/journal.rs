@@ -367,7 +367,12 @@ impl Store {
                 2 => Entry::Seal { replica, epoch: state.sealed },
                 3 if state.filling => {
                     cursor.step = 8;
-                    Entry::Filling { replica, ordinal: state.first_ordinal, keep_home: true }
+                    Entry::Filling {
+                        replica,
+                        ordinal: state.first_ordinal,
+                        through: state.kept_through,
+                        keep_home: true,
+                    }
                 }
                 3 => Entry::Trim { replica, ordinal: state.first_ordinal, position: state.trimmed },
                 4 => Entry::Flushed {

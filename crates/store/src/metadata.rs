@@ -128,9 +128,16 @@ pub(crate) struct ChunkPlace {
     /// The version that slot must have.
     pub(crate) version: u32,
     /// Of every record of the shard's log through this one, the chunk holds what it did to it, or
-    /// something newer. Zero: not known.
+    /// something newer; and no record after this one that is home did anything to it. Zero: not
+    /// known.
     pub(crate) newest: Seq,
+    /// While its replica is being filled: it was there before, and nothing that was in the log then
+    /// touches it.
+    pub(crate) kept: bool,
 }
+
+/// In the encoded newest seq: the chunk was kept.
+pub(crate) const KEPT: u64 = 1 << 63;
 
 /// One fact. The replica is named by its slot number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,8 +164,9 @@ pub(crate) enum Entry {
     /// The chunk holds nothing and is nowhere.
     ChunkFree { replica: u16, chunk: u32 },
     /// The replica is being filled: it has no log, and will go on in a segment with this ordinal
-    /// or a higher one. Without `keep_home` it has no chunk either.
-    Filling { replica: u16, ordinal: u64, keep_home: bool },
+    /// or a higher one. Without `keep_home` it has no chunk either; else chunks that are kept
+    /// hold every record through `through`.
+    Filling { replica: u16, ordinal: u64, through: Seq, keep_home: bool },
     /// It is filled: home holds everything through this position, or what comes after it in the log.
     Filled { replica: u16, ordinal: u64, position: Position },
 }
@@ -233,11 +241,13 @@ impl Entry {
                 .u32(chunk)
                 .u32(place.location | u32::from(place.slot) << 31)
                 .u32(place.version)
-                .u64(place.newest.0),
+                .u64(place.newest.0 | if place.kept { KEPT } else { 0 }),
             Self::ChunkFree { replica, chunk } => Encoded::new(10).u16(replica).u32(chunk),
-            Self::Filling { replica, ordinal, keep_home } => {
-                Encoded::new(11).u16(replica).u64(ordinal).with(&[u8::from(keep_home)])
-            }
+            Self::Filling { replica, ordinal, through, keep_home } => Encoded::new(11)
+                .u16(replica)
+                .u64(ordinal)
+                .u64(through.0)
+                .with(&[u8::from(keep_home)]),
             Self::Filled { replica, ordinal, position } => {
                 Encoded::new(12).u16(replica).u64(ordinal).u64(position.epoch.0).u64(position.seq.0)
             }
@@ -284,14 +294,21 @@ impl Entry {
                 let (replica, chunk) = (from.u16()?, from.u32()?);
                 let (place, version) = (from.u32()?, from.u32()?);
                 let slot = u8::from(place >> 31 != 0);
-                let newest = Seq(from.u64()?);
-                let place = ChunkPlace { location: place & 0x7fff_ffff, slot, version, newest };
+                let newest = from.u64()?;
+                let place = ChunkPlace {
+                    location: place & 0x7fff_ffff,
+                    slot,
+                    version,
+                    newest: Seq(newest & !KEPT),
+                    kept: newest & KEPT != 0,
+                };
                 Self::Chunk { replica, chunk, place }
             }
             10 => Self::ChunkFree { replica: from.u16()?, chunk: from.u32()? },
             11 => Self::Filling {
                 replica: from.u16()?,
                 ordinal: from.u64()?,
+                through: Seq(from.u64()?),
                 keep_home: match from.u8()? {
                     0 => false,
                     1 => true,
@@ -347,7 +364,7 @@ mod tests {
         let key = ReplicaKey { volume: VolumeId::from_bytes([2; 16]), shard: ShardIndex(3) };
         let keep = Position::new(Epoch(7), Seq(8));
         let restart = Restart { ordinal: 4, previous: 5, end_page: 6, keep };
-        let place = ChunkPlace { location: 6, slot: 1, version: 7, newest: Seq(8) };
+        let place = ChunkPlace { location: 6, slot: 1, version: 7, newest: Seq(8), kept: true };
         let long = |values: &[u64]| -> Vec<u8> {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
@@ -380,12 +397,12 @@ mod tests {
             ),
             (
                 Entry::Chunk { replica: 9, chunk: 5, place },
-                vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0],
+                vec![9, 9, 0, 5, 0, 0, 0, 6, 0, 0, 0x80, 7, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0x80],
             ),
             (Entry::ChunkFree { replica: 9, chunk: 5 }, vec![10, 9, 0, 5, 0, 0, 0]),
             (
-                Entry::Filling { replica: 9, ordinal: 5, keep_home: true },
-                [&[11, 9, 0][..], &long(&[5]), &[1]].concat(),
+                Entry::Filling { replica: 9, ordinal: 5, through: Seq(6), keep_home: true },
+                [&[11, 9, 0][..], &long(&[5, 6]), &[1]].concat(),
             ),
             (
                 Entry::Filled { replica: 9, ordinal: 5, position: keep },

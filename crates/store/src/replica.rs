@@ -79,6 +79,8 @@ pub(crate) struct Replica {
     pub(crate) chunks: ChunkMap,
     /// Its home is being filled from a peer's: it has no log.
     pub(crate) filling: bool,
+    /// Through which seq the chunks that were kept hold every record, while it is being filled.
+    pub(crate) kept_through: Seq,
 
     // The log.
     pub(crate) segments: VecDeque<u32>,
@@ -143,6 +145,7 @@ impl Replica {
             restarts: Vec::new(),
             chunks: ChunkMap::new(blocks.div_ceil(chunk_blocks)),
             filling: false,
+            kept_through: Seq::ZERO,
             segments: VecDeque::new(),
             next_ordinal: 1,
             next_batch: 1,

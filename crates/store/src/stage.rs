@@ -16,7 +16,7 @@ use crate::api::{FILL_CHUNKS_MAX, Parts};
 use crate::home::{BlockState, ChunkMeta};
 use crate::journal::After;
 use crate::layout::DeviceIndex;
-use crate::metadata::{ChunkPlace, Entry};
+use crate::metadata::{ChunkPlace, Entry, KEPT};
 use crate::store::{Store, Task};
 
 /// Chunks of home that filling leaves to flushing, at most: those of one wave.
@@ -146,14 +146,15 @@ impl Store {
             return self.done(tag, Err(ReplicaError::NoSpace));
         }
         let location = self.chunks.allocate().expect("some are free");
-        let newest = if newest == base::chunks::UNKNOWN { Seq::ZERO } else { newest };
+        // Not known, or impossible.
+        let newest = if newest.0 >= KEPT { Seq::ZERO } else { newest };
         let mut meta = self.fill.spare_meta.pop().unwrap_or_default();
         meta.reset(self.chunk_blocks(self.replica_ref(slot).block_size));
         meta.newest = newest;
         let staged = Staged {
             slot,
             chunk,
-            place: ChunkPlace { location, slot: 0, version: 0, newest },
+            place: ChunkPlace { location, slot: 0, version: 0, newest, kept: false },
             meta,
             next: 0,
             queue: VecDeque::new(),

@@ -53,8 +53,26 @@ struct Target {
     /// Nothing in the log after the job's segments covers any of its blocks: all that came
     /// through their end will be home.
     complete: bool,
+    /// No record that goes home with this wave is above this seq.
+    newest: Seq,
     empty: bool,
     meta_sent: bool,
+}
+
+impl Target {
+    /// What its entry will state of it, after a job through this seq.
+    fn newest_at_home(&self, through: Seq) -> Seq {
+        if !self.complete || self.meta.has_damage() {
+            return Seq::ZERO;
+        }
+        match self.old.map(|old| old.newest) {
+            Some(Seq::ZERO) => through,
+            // A replica that was filled with blocks newer than its log may put older ones in their
+            // place until the log has caught up.
+            Some(old) => old.max(self.newest).min(through),
+            None => self.newest,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +137,7 @@ impl Store {
         let old = self.replica_ref(job.slot).chunks.place(chunk);
         let place = if let Some(old) = old {
             let slot = if planted::is(Bug::HomeMetaInPlace) { old.slot } else { old.slot ^ 1 };
-            ChunkPlace { slot, ..old }
+            ChunkPlace { slot, kept: false, ..old }
         } else {
             let Some(location) = self.chunks.allocate() else {
                 self.flush.home_full = true;
@@ -127,7 +145,7 @@ impl Store {
                 return;
             };
             self.flush.home_full = false;
-            ChunkPlace { location, slot: 0, version: 0, newest: Seq::ZERO }
+            ChunkPlace { location, slot: 0, version: 0, newest: Seq::ZERO, kept: false }
         };
         let meta = self.flush.spare_meta.pop().unwrap_or_default();
         let moves = self.flush.wave.spare_moves.pop().unwrap_or_default();
@@ -143,6 +161,7 @@ impl Store {
             written: false,
             changed: false,
             complete: false,
+            newest: Seq::ZERO,
             empty: false,
             meta_sent: false,
         });
@@ -211,6 +230,7 @@ impl Store {
         let first = u64::from(chunk) * blocks as u64;
         let mut moves = core::mem::take(&mut self.flush.wave.targets[at].moves);
         let (mut changed, mut complete) = (false, true);
+        let mut last = Seq::ZERO;
         let replica = self.replica_ref(job.slot);
         for index in 0..blocks {
             let block = first + index as u64;
@@ -225,18 +245,22 @@ impl Store {
                 meta.set(index, BlockState::Present(entry.crc));
                 moves.push(Move { index, entry });
                 changed = true;
-            } else if zeroes.is_some_and(|seq| seq <= job.through.seq.0)
+                let segment = self.segments.of(entry.sector);
+                last = last.max(self.segments.all[segment].last_seq);
+            } else if let Some(seq) = zeroes.filter(|seq| *seq <= job.through.seq.0)
                 && meta.block(index) != BlockState::Absent
                 && !planted::is(Bug::DiscardForgotten)
             {
                 meta.set(index, BlockState::Absent);
                 changed = true;
+                last = last.max(Seq(seq));
             }
         }
         let target = &mut self.flush.wave.targets[at];
         target.empty = meta.is_all_absent();
         target.changed = changed;
         target.complete = complete;
+        target.newest = last;
         target.meta = meta;
         target.moves = moves;
         target.loaded = true;
@@ -550,10 +574,7 @@ impl Store {
             let version = self.journal.version;
             let target = &mut self.flush.wave.targets[at];
             target.place.version = version;
-            // Not the greater of this and the old one: a replica that was filled with blocks newer
-            // than its log may put older ones in their place until the log has caught up.
-            let complete = target.complete && !target.meta.has_damage();
-            target.place.newest = if complete { job.through.seq } else { Seq::ZERO };
+            target.place.newest = target.newest_at_home(job.through.seq);
             target.meta.newest = target.place.newest;
             target.meta_sent = true;
             let place = target.place;

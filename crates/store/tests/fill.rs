@@ -1,395 +1,22 @@
-//! Filling one store's replica from another's: under crashes of the target at every disk operation, while the source
-//! is written, flushed and trimmed, with peers that lie.
+//! Filling one store's replica from another's: under crashes of the target at every disk
+//! operation, while the source is written, flushed, trimmed and truncated, with peers that lie.
 //!
 //! `FILL_SEED=n` replays one seed of the random test; `FILL_SEEDS=n` runs that many.
 
 #![allow(missing_docs)]
 #![allow(clippy::cast_possible_truncation, clippy::manual_assert, clippy::match_same_arms)]
 
+mod pair;
 mod sim;
 
-use base::chunks::{self, ListEntry, ListHeader, NO_MORE};
 use base::{
-    BlockCount, BlockSize, BufferPool, Epoch, Lba, Position, Record, RecordHeader, RecordKind,
-    ReplicaError, ReplicaKey, ReplyBody, Seq, ShardIndex, VolumeId,
+    BlockCount, BlockSize, Epoch, Lba, Position, Record, RecordHeader, RecordKind, ReplicaError,
+    ReplicaKey, Seq, ShardIndex, VolumeId, chunks,
 };
 use core::time::Duration;
-use sim::{Random, Shape, World, shape};
-use store::{Command, DeviceInfo, DeviceRole};
-
-type Answer = Result<ReplyBody, ReplicaError>;
-
-fn key() -> ReplicaKey {
-    ReplicaKey { volume: VolumeId::from_bytes([9; 16]), shard: ShardIndex(0) }
-}
-
-fn pattern(id: u64, lba: u64, bytes: usize) -> Vec<u8> {
-    let mut block = vec![0; bytes];
-    if id != 0 {
-        for (number, word) in block.chunks_exact_mut(8).enumerate() {
-            let value = (id << 20 ^ lba << 4 ^ number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    block
-}
-
-/// A store with one replica, and what the replica must hold.
-struct Node {
-    world: World,
-    memory: BufferPool,
-    tag: u64,
-    block_size: BlockSize,
-    /// Of every record: first block, blocks, id of its data.
-    log: Vec<Logged>,
-    id: u64,
-    commit: u64,
-    blocks: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Logged {
-    position: Position,
-    lba: u64,
-    blocks: u64,
-    id: u64,
-}
-
-impl Node {
-    fn new(shape: Shape, block_size: BlockSize, blocks: u64, seed: u64) -> Self {
-        let mut node = Self {
-            world: World::new(shape, Random::new(seed)),
-            memory: BufferPool::heap(64, 96),
-            tag: 0,
-            block_size,
-            log: Vec::new(),
-            id: 0,
-            commit: 0,
-            blocks,
-        };
-        let made = node.ask(Command::Create { key: key(), block_size, blocks });
-        assert!(matches!(made, Ok(ReplyBody::Done)));
-        assert!(node.ask(Command::Seal { key: key(), epoch: Epoch(9) }).is_ok());
-        node
-    }
-
-    fn block_bytes(&self) -> usize {
-        self.block_size.bytes() as usize
-    }
-
-    fn send(&mut self, command: Command) -> u64 {
-        self.tag += 1;
-        self.world.command(self.tag, command);
-        self.tag
-    }
-
-    fn take_answer(&mut self, tag: u64) -> Option<Answer> {
-        self.world.drain();
-        let at = self.world.answers.iter().position(|(other, _)| *other == tag)?;
-        Some(self.world.answers.swap_remove(at).1)
-    }
-
-    /// `None`: power went first.
-    fn try_ask(&mut self, command: Command) -> Option<Answer> {
-        let tag = self.send(command);
-        self.wait(tag)
-    }
-
-    fn wait(&mut self, tag: u64) -> Option<Answer> {
-        for _ in 0..100_000 {
-            if self.world.is_cut() {
-                return None;
-            }
-            if let Some(answer) = self.take_answer(tag) {
-                return Some(answer);
-            }
-            if !self.world.step() && !self.world.tick() {
-                break;
-            }
-        }
-        panic!("no answer; {:?}", self.world.store.usage());
-    }
-
-    fn ask(&mut self, command: Command) -> Answer {
-        self.try_ask(command).expect("power stays")
-    }
-
-    fn last(&self) -> Position {
-        self.log.last().map_or(Position::ZERO, |logged| logged.position)
-    }
-
-    fn append(&mut self, epoch: u64, lba: u64, blocks: u64, kind: RecordKind) {
-        let bytes = self.block_bytes();
-        let mut buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-        self.id += 1;
-        let previous = self.last();
-        let position = Position::new(Epoch(epoch), previous.seq.next());
-        let mut id = 0;
-        if kind == RecordKind::Write {
-            id = self.id;
-            for number in 0..blocks {
-                let block = pattern(id, lba + number, bytes);
-                let at = number as usize * bytes;
-                buffer.payload_mut()[at..at + bytes].copy_from_slice(&block);
-            }
-        }
-        let header = RecordHeader {
-            key: key(),
-            position,
-            previous_epoch: previous.epoch,
-            kind,
-            block_size: self.block_size,
-            lba: Lba(lba),
-            blocks: BlockCount(blocks as u32),
-            fua: false,
-        };
-        let record = Record::encode(header, buffer);
-        let commit = Seq(self.commit);
-        let answer = self.ask(Command::Append { key: key(), record, commit, media: false });
-        assert!(answer.is_ok(), "{answer:?}");
-        self.log.push(Logged { position, lba, blocks, id });
-    }
-
-    fn some_append(&mut self, epoch: u64) {
-        let most = (base::limits::PAYLOAD_BYTES_MAX / self.block_bytes()) as u64;
-        let random = &mut self.world.random;
-        let kind = match random.below(12) {
-            0 => RecordKind::Discard,
-            1 => RecordKind::WriteZeroes,
-            _ => RecordKind::Write,
-        };
-        let blocks = if kind == RecordKind::Write {
-            let most = if random.chance(80) { 8 } else { most.min(64) };
-            1 + random.below(most)
-        } else {
-            1 + random.below(self.blocks / 3)
-        };
-        let lba = random.below(self.blocks - blocks + 1);
-        if self.log.len().is_multiple_of(8) {
-            // Or else the log fills.
-            self.flush();
-            self.commit((self.log.len() as u64).saturating_sub(5));
-        }
-        self.append(epoch, lba, blocks, kind);
-    }
-
-    fn flush(&mut self) {
-        assert!(self.ask(Command::Flush { key: key() }).is_ok());
-    }
-
-    fn commit(&mut self, seq: u64) {
-        self.commit = seq.max(self.commit);
-        let commit = Seq(self.commit);
-        assert!(self.ask(Command::Commit { key: key(), commit }).is_ok());
-    }
-
-    fn contents(&self, through: usize) -> Vec<u64> {
-        let mut ids = vec![0; self.blocks as usize];
-        for logged in &self.log[..through] {
-            let range = logged.lba as usize..(logged.lba + logged.blocks) as usize;
-            ids[range].fill(logged.id);
-        }
-        ids
-    }
-
-    /// Every block is what the log says.
-    fn check(&mut self, what: &str) {
-        let ids = self.contents(self.log.len());
-        self.check_ids(&ids, what);
-    }
-
-    fn check_ids(&mut self, ids: &[u64], what: &str) {
-        let bytes = self.block_bytes();
-        let step = (base::limits::PAYLOAD_BYTES_MAX / bytes) as u64;
-        let covers = self.world.store.replica(key()).expect("it is there").state.last.seq;
-        for lba in (0..self.blocks).step_by(step as usize) {
-            let buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-            let blocks = BlockCount(step.min(self.blocks - lba) as u32);
-            let read = Command::Read { key: key(), lba: Lba(lba), blocks, covers, buffer };
-            let Ok(ReplyBody::Data(data)) = self.ask(read) else { panic!("{what}: at {lba}") };
-            for (address, block) in (lba..).zip(data.bytes().chunks_exact(bytes)) {
-                let id = ids[address as usize];
-                assert!(block == pattern(id, address, bytes), "{what}: block {address}, {id}");
-            }
-        }
-    }
-
-    fn reopen(&mut self) {
-        self.world.cut_after = None;
-        self.world.reopen(true).expect("it opens");
-        self.world.store.check_invariants();
-    }
-}
-
-/// Copies from source to target as a server does.
-struct Filler {
-    position: Option<Position>,
-    copied: u64,
-    freed: u64,
-}
-
-impl Filler {
-    fn new() -> Self {
-        Self { position: None, copied: 0, freed: 0 }
-    }
-
-    /// One whole filling, log tail included; `None`: the target's power went. `between` is called
-    /// after every step.
-    fn fill(
-        &mut self,
-        source: &mut Node,
-        target: &mut Node,
-        between: &mut dyn FnMut(&mut Node),
-    ) -> Option<()> {
-        target.try_ask(Command::FillBegin { key: key() })?.expect("it begins");
-        loop {
-            self.pass(source, target, between)?;
-            let position = self.position.take().expect("a pass has a position");
-            target.try_ask(Command::FillEnd { key: key(), position })?.expect("it ends");
-            if copy_log(source, target)? {
-                return Some(());
-            }
-            // The log does not reach back any more: again.
-            target.try_ask(Command::FillBegin { key: key() })?.expect("it begins");
-        }
-    }
-
-    fn pass(
-        &mut self,
-        source: &mut Node,
-        target: &mut Node,
-        between: &mut dyn FnMut(&mut Node),
-    ) -> Option<()> {
-        let unit = target.world.store.chunk_unit(key()).expect("it is there");
-        let (mut first, mut at) = (0, 0);
-        loop {
-            let (header, entries) = list(source, unit, first);
-            self.position.get_or_insert(header.trimmed);
-            for entry in entries {
-                self.free_until(target, &mut at, entry.chunk)?;
-                at = entry.chunk + 1;
-                let own = target.world.store.next_chunk(key(), entry.chunk);
-                if own.is_none_or(|(chunk, seq)| chunk != entry.chunk || seq < entry.newest) {
-                    self.copy(source, target, entry, unit, between)?;
-                }
-                between(source);
-            }
-            if header.next == NO_MORE {
-                return self.free_until(target, &mut at, NO_MORE);
-            }
-            first = header.next;
-        }
-    }
-
-    fn free_until(&mut self, target: &mut Node, at: &mut u32, end: u32) -> Option<()> {
-        while let Some((chunk, _)) = target.world.store.next_chunk(key(), *at)
-            && chunk < end
-        {
-            target.try_ask(Command::FillFree { key: key(), chunk })?.expect("it is freed");
-            self.freed += 1;
-            *at = chunk + 1;
-        }
-        Some(())
-    }
-
-    fn copy(
-        &mut self,
-        source: &mut Node,
-        target: &mut Node,
-        entry: ListEntry,
-        unit: BlockCount,
-        between: &mut dyn FnMut(&mut Node),
-    ) -> Option<()> {
-        let ListEntry { chunk, newest } = entry;
-        target.try_ask(Command::FillChunk { key: key(), chunk, newest })?.expect("room");
-        let mut lba = u64::from(chunk) * u64::from(unit.0);
-        let end = (lba + u64::from(unit.0)).min(target.blocks);
-        while lba < end {
-            let Some(record) = fetch(source, lba, end).expect("the source is whole") else { break };
-            lba = record.header().lba.0 + u64::from(record.header().blocks.0);
-            self.copied += record.payload().len() as u64;
-            let record = resent(target, &record);
-            let answer = target.try_ask(Command::FillData { key: key(), record })?;
-            assert!(matches!(answer, Ok(ReplyBody::Done)), "{answer:?}");
-            between(source);
-        }
-        let answer = target.try_ask(Command::FillCommit { key: key(), chunk })?;
-        assert!(matches!(answer, Ok(ReplyBody::Done)), "{answer:?}");
-        Some(())
-    }
-}
-
-/// A record as it comes out of the network: other memory, the same bytes.
-fn resent(target: &Node, record: &Record) -> Record {
-    let mut buffer = target.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-    let (head, payload) = buffer.split_mut();
-    head[..record.header_bytes().len()].copy_from_slice(record.header_bytes().bytes());
-    payload[..record.payload().len()].copy_from_slice(record.payload().bytes());
-    Record::decode(buffer).expect("it is a record")
-}
-
-fn list(source: &mut Node, unit: BlockCount, first: u32) -> (ListHeader, Vec<ListEntry>) {
-    let bytes = if source.world.random.chance(50) { 4096 } else { 100_000 };
-    let buffer = source.memory.take(bytes).expect("buffers");
-    let answer = source.ask(Command::List { key: key(), unit, first, buffer });
-    let Ok(ReplyBody::Chunks(list)) = answer else { panic!("{answer:?}") };
-    let (header, entries) = chunks::decode(list.bytes()).expect("it is a list");
-    (header, entries.collect())
-}
-
-fn fetch(source: &mut Node, lba: u64, end: u64) -> Result<Option<Record>, ReplicaError> {
-    let buffer = source.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-    match source.ask(Command::Fetch { key: key(), lba: Lba(lba), end: Lba(end), buffer }) {
-        Ok(ReplyBody::Record(record)) => {
-            let header = record.header();
-            assert!(header.lba.0 >= lba && header.lba.0 + u64::from(header.blocks.0) <= end);
-            Ok(Some(record))
-        }
-        Ok(ReplyBody::Done) => Ok(None),
-        Ok(other) => panic!("{other:?}"),
-        Err(error) => Err(error),
-    }
-}
-
-/// Copies the log after the target's last record; false if it is no longer there.
-fn copy_log(source: &mut Node, target: &mut Node) -> Option<bool> {
-    loop {
-        let last = target.world.store.replica(key()).expect("it is there").state.last;
-        let seq = last.seq.next();
-        if seq > source.last().seq {
-            return Some(true);
-        }
-        let buffer = source.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-        let record = match source.ask(Command::Scan { key: key(), seq, buffer }) {
-            Ok(ReplyBody::Record(record)) => resent(target, &record),
-            Err(ReplicaError::Trimmed { .. }) => return Some(false),
-            other => panic!("{other:?}"),
-        };
-        let commit = Seq(source.commit);
-        let append = Command::Append { key: key(), record, commit, media: false };
-        let answer = target.try_ask(append)?;
-        assert!(matches!(answer, Ok(ReplyBody::Appended { .. })), "{answer:?}");
-    }
-}
-
-fn small_shape(mass: u64, chunk_bytes: u64) -> Shape {
-    let mut shape = shape();
-    shape.devices = vec![
-        DeviceInfo { bytes: 10 << 20, role: DeviceRole::Fast },
-        DeviceInfo { bytes: mass, role: DeviceRole::Mass },
-    ];
-    shape.chunk_bytes = chunk_bytes;
-    shape.flush.idle = Duration::from_millis(1);
-    shape.flush.log_fill_percent = 10;
-    shape
-}
-
-/// The target has the source's log when the filling is done, and its contents.
-fn adopt(source: &Node, target: &mut Node) {
-    target.log.clone_from(&source.log);
-    target.id = source.id;
-    target.commit = target.commit.max(source.commit);
-}
+use pair::{Filler, Node, adopt, copy_log, fetch, key, list, small_shape};
+use sim::Random;
+use store::{Command, FILL_CHUNKS_MAX};
 
 #[test]
 fn a_fresh_replica_is_filled_and_goes_on() {
@@ -402,7 +29,7 @@ fn a_fresh_replica_is_filled_and_goes_on() {
         source.flush();
         source.world.run(Duration::from_secs(1));
         let mut filler = Filler::new();
-        filler.fill(&mut source, &mut target, &mut |_| ()).expect("power stays");
+        assert_eq!(filler.fill(&mut source, &mut target, &mut |_| true), Some(true));
         adopt(&source, &mut target);
         target.flush();
         target.check("filled");
@@ -421,4 +48,424 @@ fn a_fresh_replica_is_filled_and_goes_on() {
         target.reopen();
         target.check("gone on and reopened");
     }
+}
+
+/// What a seed did, so that the test can say that everything happened.
+#[derive(Debug, Default)]
+struct Seen {
+    crashes: u64,
+    aborted: u64,
+    truncated: u64,
+    passes: u64,
+    kept: u64,
+    freed: u64,
+}
+
+/// Something happens at the source.
+fn disturb(source: &mut Node, epoch: u64) {
+    if source.world.random.chance(50) {
+        for _ in 0..source.world.random.below(6) {
+            source.some_append(epoch);
+        }
+    }
+    if source.world.random.chance(20) {
+        source.flush();
+        let commit = source.log.len() as u64 - source.world.random.below(4);
+        source.commit(commit);
+    }
+    if source.world.random.chance(30) {
+        let pause = source.world.random.below(40);
+        source.world.run(Duration::from_millis(pause));
+    }
+}
+
+fn some_node(random: &mut Random, block_size: BlockSize, blocks: u64) -> Node {
+    let mut shape = small_shape(16 << 20, 64 << (10 + random.below(2)));
+    if block_size == BlockSize::B4096 {
+        shape.devices[0].bytes = 7 << 20;
+    }
+    shape.flush.log_fill_percent = random.below(40) as u8;
+    shape.flush.idle = Duration::from_millis(1 + random.below(30));
+    Node::new(shape, block_size, blocks, random.next())
+}
+
+/// The target follows the source, is left behind, and is filled in spite of everything.
+fn random_fill(seed: u64, seen: &mut Seen) {
+    let mut random = Random::new(seed);
+    let (block_size, blocks) = match random.below(3) {
+        0 => (BlockSize::B512, 2048),
+        _ => (BlockSize::B4096, 600),
+    };
+    let mut source = some_node(&mut random, block_size, blocks);
+    let mut target = some_node(&mut random, block_size, blocks);
+    let mut epoch = 1;
+    for _ in 0..random.below(5) {
+        for _ in 0..random.below(60) {
+            source.some_append(epoch);
+        }
+        if copy_log(&mut source, &mut target) == Some(false) {
+            break;
+        }
+        target.flush();
+        let pause = random.below(60);
+        target.world.run(Duration::from_millis(pause));
+    }
+    // The source's history goes on without the target's last records.
+    if random.chance(60) {
+        source.truncate();
+        seen.truncated += 1;
+        epoch += 1;
+        source.seal(epoch);
+    }
+    for _ in 0..random.below(250) {
+        source.some_append(epoch);
+    }
+    for round in 0.. {
+        assert!(round < 60, "seed {seed}: it is filled in the end");
+        target.seal(epoch);
+        let fine = round > 10;
+        if !fine && random.chance(60) {
+            target.world.cut_after = Some(target.world.operations + random.below(120));
+        }
+        let mut filler = Filler::new();
+        let mut left = if fine { u64::MAX } else { random.below(200) };
+        let filled = filler.fill(&mut source, &mut target, &mut |source| {
+            disturb(source, epoch);
+            left = left.saturating_sub(1);
+            left > 0
+        });
+        seen.passes += filler.passes;
+        seen.kept += filler.kept;
+        seen.freed += filler.freed;
+        match filled {
+            Some(true) => break,
+            Some(false) => seen.aborted += 1,
+            None => {
+                seen.crashes += 1;
+                target.reopen();
+            }
+        }
+        if filler.begun {
+            assert!(target.state().filling || filler.ending, "seed {seed}: it fills");
+        }
+        if random.chance(40) {
+            source.truncate();
+            seen.truncated += 1;
+            epoch += 1;
+            source.seal(epoch);
+        }
+    }
+    adopt(&source, &mut target);
+    target.flush();
+    target.check(&format!("seed {seed}: filled"));
+    target.world.store.check_invariants();
+    target.reopen();
+    target.check(&format!("seed {seed}: filled and reopened"));
+    // What it holds is as good as any: another one is filled from it.
+    let mut third = some_node(&mut random, block_size, blocks);
+    third.seal(epoch);
+    let mut filler = Filler::new();
+    let filled = filler.fill(&mut target, &mut third, &mut |target| {
+        disturb(target, epoch);
+        true
+    });
+    assert_eq!(filled, Some(true));
+    adopt(&target, &mut third);
+    third.check(&format!("seed {seed}: filled from what was filled"));
+    third.commit(target.commit);
+    third.flush();
+    third.world.run(Duration::from_secs(1));
+    third.check(&format!("seed {seed}: and gone home"));
+    third.world.store.check_invariants();
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+#[test]
+fn a_replica_that_was_left_behind_is_filled_whatever_happens() {
+    let mut seen = Seen::default();
+    let seeds = match number("FILL_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("FILL_SEEDS").unwrap_or(40),
+    };
+    let many = seeds.end - seeds.start >= 40;
+    for seed in seeds {
+        let result = std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| {
+            random_fill(seed, &mut seen);
+        }));
+        if let Err(panic) = result {
+            eprintln!("to reproduce: FILL_SEED={seed} cargo test -p store --test fill");
+            std::panic::resume_unwind(panic);
+        }
+    }
+    println!("{seen:?}");
+    if many {
+        let Seen { crashes, aborted, truncated, passes, kept, freed } = seen;
+        assert!(crashes > 5 && aborted > 5 && truncated > 5 && passes > 50);
+        assert!(kept > 20 && freed > 5);
+    }
+}
+
+/// A target with a home of its own, cut off after each disk operation of a filling in turn.
+#[test]
+fn power_may_go_at_every_disk_operation_of_a_filling() {
+    let step = if std::env::var_os("STORE_EVERY_CUT").is_some() { 1 } else { 7 };
+    let mut cuts = 0;
+    for cut in (0..3000).step_by(step) {
+        let mut source = Node::new(small_shape(8 << 20, 64 << 10), BlockSize::B4096, 160, 1);
+        let mut target = Node::new(small_shape(8 << 20, 64 << 10), BlockSize::B4096, 160, cut);
+        for lba in (0..160).step_by(16) {
+            source.append(1, lba, 8, RecordKind::Write);
+        }
+        source.flush();
+        source.commit(10);
+        assert_eq!(copy_log(&mut source, &mut target), Some(true));
+        target.flush();
+        target.commit(10);
+        target.world.run(Duration::from_secs(1));
+        target.append_copy(&mut source, 0, 4);
+        for lba in [16, 40, 70, 71, 100] {
+            source.append(1, lba, 8, RecordKind::Write);
+        }
+        source.append(1, 128, 32, RecordKind::Discard);
+        source.flush();
+        source.commit(source.log.len() as u64);
+        source.world.run(Duration::from_secs(1));
+        source.append(1, 48, 30, RecordKind::Write);
+
+        target.world.cut_after = Some(target.world.operations + cut);
+        let mut filler = Filler::new();
+        let filled = filler.fill(&mut source, &mut target, &mut |_| true);
+        target.reopen();
+        let state = target.state();
+        match filled {
+            None if !filler.begun && !state.filling => {
+                // Its old log is still there; power took what was not flushed.
+                assert!(state.last.seq >= Seq(10), "cut {cut}");
+            }
+            None if state.filling => {
+                let buffer = target.memory.take(4096).expect("buffers");
+                let (lba, blocks, covers) = (Lba(0), BlockCount(1), Seq::ZERO);
+                let read = Command::Read { key: key(), lba, blocks, covers, buffer };
+                assert_eq!(target.ask(read).unwrap_err(), ReplicaError::Filling);
+                assert_eq!(state.last, Position::ZERO);
+            }
+            None => assert!(filler.ending, "cut {cut}: filled out of nowhere"),
+            Some(_) => assert!(!state.filling),
+        }
+        let again = Filler::new().fill(&mut source, &mut target, &mut |_| true);
+        assert_eq!(again, Some(true));
+        adopt(&source, &mut target);
+        target.flush();
+        target.check(&format!("cut {cut}"));
+        target.reopen();
+        target.check(&format!("cut {cut}, reopened"));
+        cuts += 1;
+        if filled.is_some() {
+            break;
+        }
+    }
+    println!("{cuts} places to cut");
+    assert!(cuts * step > 30 && cuts * step < 3000);
+}
+
+#[test]
+fn only_what_changed_is_copied() {
+    let mut source = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1024, 1);
+    let mut target = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1024, 2);
+    for lba in (0..1024).step_by(32) {
+        source.append(1, lba, 32, RecordKind::Write);
+    }
+    source.flush();
+    source.commit(32);
+    assert_eq!(copy_log(&mut source, &mut target), Some(true));
+    target.flush();
+    target.commit(32);
+    for node in [&mut source, &mut target] {
+        node.world.run(Duration::from_secs(1));
+    }
+    // Chunks 1 and 40 change, 63 goes away, all of it home.
+    source.append(1, 16, 1, RecordKind::Write);
+    source.append(1, 640, 1, RecordKind::Write);
+    source.append(1, 1008, 16, RecordKind::Discard);
+    source.flush();
+    source.commit(35);
+    source.world.run(Duration::from_secs(1));
+    let mut filler = Filler::new();
+    assert_eq!(filler.fill(&mut source, &mut target, &mut |_| true), Some(true));
+    assert_eq!((filler.copied, filler.freed, filler.kept), (2 * 65536, 1, 61));
+    adopt(&source, &mut target);
+    target.check("delta");
+    let again = &mut Filler::new();
+    assert_eq!(again.fill(&mut source, &mut target, &mut |_| true), Some(true));
+    assert_eq!((again.copied, again.freed, again.kept), (0, 0, 63));
+    target.check("delta again");
+}
+
+fn record(lba: u64, blocks: u32, change: impl FnOnce(&mut RecordHeader), node: &Node) -> Record {
+    let mut header = RecordHeader {
+        key: key(),
+        position: Position::new(Epoch(1), Seq(7)),
+        previous_epoch: Epoch(1),
+        kind: RecordKind::Write,
+        block_size: BlockSize::B4096,
+        lba: Lba(lba),
+        blocks: BlockCount(blocks),
+        fua: false,
+    };
+    change(&mut header);
+    let buffer = node.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
+    Record::encode(header, buffer)
+}
+
+#[test]
+fn peers_that_lie_are_refused() {
+    let mut node = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1020, 1);
+    let other = ReplicaKey { volume: VolumeId::from_bytes([1; 16]), shard: ShardIndex(0) };
+    let invalid = |node: &mut Node, command| {
+        let answer = node.ask(command);
+        assert!(matches!(answer, Err(ReplicaError::Invalid)), "{answer:?}");
+    };
+    let chunk = |chunk| Command::FillChunk { key: key(), chunk, newest: Seq(5) };
+    let position = Position::ZERO;
+    // Nothing of a filling before it begins.
+    invalid(&mut node, chunk(0));
+    invalid(&mut node, Command::FillCommit { key: key(), chunk: 0 });
+    invalid(&mut node, Command::FillFree { key: key(), chunk: 0 });
+    invalid(&mut node, Command::FillEnd { key: key(), position });
+    assert!(node.ask(Command::FillBegin { key: key() }).is_ok());
+    for number in [64, u32::MAX] {
+        invalid(&mut node, chunk(number));
+        invalid(&mut node, Command::FillFree { key: key(), chunk: number });
+        invalid(&mut node, Command::FillCommit { key: key(), chunk: number });
+    }
+    assert!(node.ask(chunk(3)).is_ok());
+    invalid(&mut node, chunk(3));
+    invalid(&mut node, Command::FillFree { key: key(), chunk: 3 });
+    invalid(&mut node, Command::FillEnd { key: key(), position });
+    let data = |record| Command::FillData { key: key(), record };
+    let bad = [
+        record(0, 1, |_| (), &node),
+        record(47, 2, |_| (), &node),
+        record(63, 2, |_| (), &node),
+        record(48, 1, |header| header.kind = RecordKind::Discard, &node),
+        record(48, 1, |header| header.block_size = BlockSize::B512, &node),
+        record(48, 1, |header| header.key = other, &node),
+        record(1019, 2, |_| (), &node),
+        record(u64::MAX - 1, 1, |_| (), &node),
+        record(u64::MAX / 4096, 1, |_| (), &node),
+    ];
+    for record in bad {
+        invalid(&mut node, data(record));
+    }
+    let good = record(50, 2, |_| (), &node);
+    assert!(node.ask(data(good)).is_ok());
+    // Not again, and not before what came.
+    let late = record(51, 2, |_| (), &node);
+    invalid(&mut node, data(late));
+    let early = record(48, 1, |_| (), &node);
+    invalid(&mut node, data(early));
+    for number in 4..4 + FILL_CHUNKS_MAX as u32 - 1 {
+        assert!(node.ask(chunk(number)).is_ok());
+    }
+    invalid(&mut node, chunk(20));
+    assert!(node.ask(Command::FillCommit { key: key(), chunk: 3 }).is_ok());
+    assert_eq!(node.world.store.next_chunk(key(), 0), Some((3, Seq(5))));
+    // A seal ends what is staged; beginning again goes on from what counts.
+    node.seal(5);
+    invalid(&mut node, Command::FillCommit { key: key(), chunk: 4 });
+    let late = record(64, 1, |_| (), &node);
+    invalid(&mut node, data(late));
+    node.world.run(Duration::from_secs(1));
+    node.world.store.check_invariants();
+    assert!(node.ask(Command::FillBegin { key: key() }).is_ok());
+    assert_eq!(node.world.store.next_chunk(key(), 0), Some((3, Seq(5))));
+    for position in [
+        Position::new(Epoch(6), Seq(9)),
+        Position::new(Epoch(0), Seq(9)),
+        Position::new(Epoch(1), Seq(0)),
+    ] {
+        invalid(&mut node, Command::FillEnd { key: key(), position });
+    }
+    // An empty chunk is none.
+    assert!(node.ask(chunk(3)).is_ok());
+    assert!(node.ask(Command::FillCommit { key: key(), chunk: 3 }).is_ok());
+    assert_eq!(node.world.store.next_chunk(key(), 0), None);
+    let state = node.state();
+    assert!(state.filling && state.last == Position::ZERO && state.sealed == Epoch(5));
+    // What a log is needed for is refused.
+    let buffer = node.memory.take(4096).expect("buffers");
+    let scan = Command::Scan { key: key(), seq: Seq(1), buffer };
+    let append = record(0, 1, |header| header.position.seq = Seq(1), &node);
+    let append = Command::Append { key: key(), record: append, commit: Seq(0), media: false };
+    let buffer = node.memory.take(4096).expect("buffers");
+    let ask = Command::List { key: key(), unit: BlockCount(16), first: 0, buffer };
+    let flush = Command::Flush { key: key() };
+    for command in [scan, append, ask, flush, Command::Truncate { key: key(), keep: Seq(0) }] {
+        assert_eq!(node.ask(command).unwrap_err(), ReplicaError::Filling);
+    }
+    let position = Position::new(Epoch(2), Seq(9));
+    assert!(node.ask(Command::FillEnd { key: key(), position }).is_ok());
+    let state = node.state();
+    assert!(!state.filling && state.last == position && state.commit == Seq(9));
+    assert_eq!((state.durable, state.trimmed), (Seq(9), Seq(9)));
+    assert!(node.ask(Command::Delete { key: key() }).is_ok());
+    node.world.run(Duration::from_secs(1));
+    node.world.store.check_invariants();
+    assert_eq!(node.world.store.usage().home_used_bytes, 0);
+}
+
+#[test]
+fn impossible_lists_and_fetches_are_refused() {
+    let mut node = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1024, 1);
+    for unit in [0, 1, 8, 17, 24, 2048, u32::MAX] {
+        let buffer = node.memory.take(4096).expect("buffers");
+        let ask = Command::List { key: key(), unit: BlockCount(unit), first: 0, buffer };
+        assert_eq!(node.ask(ask).unwrap_err(), ReplicaError::Invalid);
+    }
+    for (lba, end) in [(0, 0), (5, 4), (0, 1025), (0, u64::MAX), (u64::MAX, 0)] {
+        let buffer = node.memory.take(4096).expect("buffers");
+        let ask = Command::Fetch { key: key(), lba: Lba(lba), end: Lba(end), buffer };
+        assert_eq!(node.ask(ask).unwrap_err(), ReplicaError::Invalid, "{lba}..{end}");
+    }
+    assert!(fetch(&mut node, 0, 1024).expect("it is whole").is_none());
+    let (header, entries) = list(&mut node, BlockCount(16), u32::MAX);
+    assert!(entries.is_empty() && header.next == chunks::NO_MORE);
+}
+
+#[test]
+fn a_full_home_refuses_to_be_filled_and_loses_nothing() {
+    let mut source = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1024, 1);
+    let mut target = Node::new(small_shape(5 << 20, 64 << 10), BlockSize::B4096, 1024, 2);
+    for lba in (0..1024).step_by(32) {
+        source.append(1, lba, 32, RecordKind::Write);
+    }
+    source.flush();
+    source.commit(32);
+    source.world.run(Duration::from_secs(1));
+    assert!(target.ask(Command::FillBegin { key: key() }).is_ok());
+    let mut chunk = 0;
+    loop {
+        match target.ask(Command::FillChunk { key: key(), chunk, newest: Seq(3) }) {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error, ReplicaError::NoSpace);
+                break;
+            }
+        }
+        let blocks = record(u64::from(chunk) * 16, 16, |_| (), &target);
+        assert!(target.ask(Command::FillData { key: key(), record: blocks }).is_ok());
+        assert!(target.ask(Command::FillCommit { key: key(), chunk }).is_ok());
+        chunk += 1;
+    }
+    assert!(chunk > 10);
+    target.reopen();
+    let kept = (0..chunk)
+        .filter(|chunk| target.world.store.next_chunk(key(), *chunk) == Some((*chunk, Seq(3))));
+    assert_eq!(kept.count(), chunk as usize);
+    assert!(target.state().filling);
+    assert!(target.ask(Command::Delete { key: key() }).is_ok());
+    assert_eq!(target.world.store.usage().home_used_bytes, 0);
 }
