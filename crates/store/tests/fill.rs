@@ -134,6 +134,9 @@ fn random_fill(seed: u64, seen: &mut Seen) {
             left = left.saturating_sub(1);
             left > 0
         });
+        if filled.is_some() {
+            target.world.cut_after = None;
+        }
         seen.passes += filler.passes;
         seen.kept += filler.kept;
         seen.freed += filler.freed;
