@@ -32,7 +32,7 @@ pub enum MembershipError {
          (members_changed) first"
     )]
     ChangeOpen,
-    /// More than one member's part in the in-sync set differs.
+    /// More than one member would enter, or more than one leave.
     #[error("{0} members would enter or leave the in-sync set at once: change one at a time")]
     TooMany(usize),
     /// Nobody would be in sync.
@@ -89,8 +89,9 @@ impl Head {
     /// store to replace the record (conditional on the old one and on this head's epoch), finds out
     /// for certain what came of it, and says so with [`Head::members_changed`].
     ///
-    /// At most one member may enter or leave the in-sync set. Members that enter must follow and
-    /// hold all that is acknowledged, and so must a write quorum of the new set. A head that
+    /// One member may enter the in-sync set, one may leave it, or one may take another's place. A
+    /// member that enters must follow and hold all that is acknowledged, and so must a write quorum
+    /// of the new set. A head that
     /// is opening agrees once it has chosen a log and the same holds of that.
     ///
     /// A record with the same in-sync set needs no agreement: `Ok`, and nothing begins. The head may
@@ -103,8 +104,14 @@ impl Head {
         self.now = self.now.max(now);
         match self.phase {
             Phase::Sealing { .. } => return Err(MembershipError::NotOpen),
-            Phase::Releasing { .. } | Phase::Ended(_) => return Err(MembershipError::Ending),
-            Phase::Reconciling | Phase::Starting | Phase::Serving => {}
+            Phase::Releasing { until: Some(_) } | Phase::Ended(_) => {
+                return Err(MembershipError::Ending);
+            }
+            // A head that is released may still wait for a quorum to finish what it accepted.
+            Phase::Reconciling
+            | Phase::Starting
+            | Phase::Serving
+            | Phase::Releasing { until: None } => {}
         }
         let new = self.set_of(shard)?;
         if self.sets.change_open() {
@@ -178,13 +185,13 @@ impl Head {
     /// that enters must, lest one that is still being filled count.
     fn may_become(&mut self, new: Bits) -> Result<(), MembershipError> {
         let old = self.sets.old();
-        let changed = (old ^ new).count_ones();
-        if changed != 1 {
-            return Err(MembershipError::TooMany(usize::try_from(changed).unwrap_or(MEMBERS_MAX)));
+        let (entering, leaving) = (new & !old, old & !new);
+        if entering.count_ones() > 1 || leaving.count_ones() > 1 {
+            let changed = usize::try_from((old ^ new).count_ones());
+            return Err(MembershipError::TooMany(changed.unwrap_or(MEMBERS_MAX)));
         }
         // While an opening has not come so far: all that it found may have been acknowledged.
         let acknowledged = self.log.commit().max(self.log.tail().seq);
-        let entering = new & !old;
         let hold = self.holders(acknowledged, false);
         if entering & hold != entering && !planted::is(Bug::PromotedTooEarly) {
             let slot = usize::try_from(entering.trailing_zeros()).expect("a small number");

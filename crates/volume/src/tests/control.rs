@@ -4,8 +4,7 @@
 
 use base::membership::in_sync_floor;
 use base::{
-    BlockReply, Epoch, Member, PoolId, Role, Seq, ServerId, ShardIndex, ShardRecord, Status,
-    VolumeId,
+    BlockReply, Epoch, Member, PoolId, Role, ServerId, ShardIndex, ShardRecord, Status, VolumeId,
 };
 
 use super::oracle::Asked;
@@ -210,20 +209,31 @@ impl World {
             member.role = Role::CatchingUp;
             return Some(new);
         }
-        for member in &mut new.members {
+        let (mut leaving, mut entering) = (None, None);
+        for (index, member) in new.members.iter().enumerate() {
             let Some(seen) = of(member.server) else { continue };
             let (in_sync, ready) = (member.role == Role::InSync, seen.caught_up);
             let stuck = seen.mode.needs_copy() || seen.mode == crate::MemberMode::Filling;
             if in_sync && stuck {
-                member.role = Role::CatchingUp;
-                return Some(new);
+                leaving.get_or_insert(index);
             }
             if !in_sync && ready {
-                member.role = Role::InSync;
-                return Some(new);
+                entering.get_or_insert(index);
             }
         }
-        None
+        // One may leave, one enter, or one take the other's place: whatever the head agrees to.
+        match self.random.index(3) {
+            0 => leaving = None,
+            1 => entering = None,
+            _ => {}
+        }
+        if let Some(index) = leaving {
+            new.members[index].role = Role::CatchingUp;
+        }
+        if let Some(index) = entering {
+            new.members[index].role = Role::InSync;
+        }
+        (leaving.is_some() || entering.is_some()).then_some(new)
     }
 
     /// Every member is in sync, and the current head knows.
@@ -244,12 +254,15 @@ impl World {
             return;
         }
         let commit = running.head.status().commit;
-        let holds = |server: ServerId| self.servers[index_of(server)].model.written >= commit;
+        // What a member has lost, it did hold when it said so.
+        let holds = |server: ServerId| {
+            let model = &self.servers[index_of(server)].model;
+            model.lost || model.written >= commit
+        };
         let members = self.record.0.in_sync();
         let holders = members.clone().filter(|server| holds(*server)).count();
         let needed = base::membership::write_quorum(members.count());
-        let through: Seq = commit;
-        assert!(holders >= needed, "{holders} of {needed} hold {through}: {:?}", self.record);
+        assert!(holders >= needed, "{holders} of {needed} hold {commit}: {:?}", self.record);
     }
 
     fn drain(&mut self, head: usize) {

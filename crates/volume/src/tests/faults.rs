@@ -118,6 +118,7 @@ impl World {
                 self.input(head, Input::Release);
             }
             11 | 12 => self.trim_one(server),
+            13 if self.settings.spares.is_some() => self.lose_records(server),
             13 => self.damage_one(),
             _ => {}
         }
@@ -189,6 +190,35 @@ impl World {
         if end > model.trimmed {
             model.trimmed = Seq(model.trimmed.0 + 1 + self.random.below(end.0 - model.trimmed.0));
         }
+    }
+
+    /// A member loses the end of its log, durable or not, and says so. One at a time, and not the only
+    /// one that counts: the others hold what was acknowledged.
+    fn lose_records(&mut self, server: usize) {
+        let members = self.record.0.in_sync().map(index_of);
+        let others_are_well = members.clone().all(|other| {
+            other == server || !self.servers[other].model.lost && !self.servers[other].model.filling
+        });
+        let counted = members.clone().any(|member| member == server);
+        // The others may be about to leave.
+        if self.heads.iter().flatten().any(|running| running.changing) {
+            return;
+        }
+        if self.settings.power_losses || !counted || members.count() < 2 || !others_are_well {
+            return;
+        }
+        self.kill(server, false);
+        self.count("durable records lost");
+        let model = &mut self.servers[server].model;
+        let end = model.log.len();
+        let left = end.saturating_sub(1 + self.random.index(20));
+        model.log.truncate(left);
+        let left = Seq(left as u64);
+        (model.written, model.durable) = (left, left);
+        (model.commit, model.trimmed) = (model.commit.min(left), model.trimmed.min(left));
+        model.lost = true;
+        let downtime = self.random.below(100 * self.settings.delay);
+        self.restart_after(server, downtime);
     }
 
     /// Damages a record of the bad member that another holds, safely.

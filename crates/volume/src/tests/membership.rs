@@ -63,8 +63,9 @@ fn flushes_need_media_in_both_sets() {
 #[test]
 fn what_is_no_step_is_refused_with_the_way_out() {
     let mut bench = Bench::with_spares(3, 2);
-    let cases: [(&[(usize, Role)], MembershipError); 5] = [
+    let cases: [(&[(usize, Role)], MembershipError); 6] = [
         (&[(0, InSync), (1, CatchingUp), (2, CatchingUp)], MembershipError::TooMany(2)),
+        (&[(0, InSync)], MembershipError::TooMany(2)),
         (&[(0, CatchingUp), (1, CatchingUp)], MembershipError::LastCopy),
         (
             &[(0, InSync), (1, InSync), (2, InSync), (3, InSync)],
@@ -440,4 +441,33 @@ fn a_place_that_was_left_is_taken_by_another() {
         bench.models[spare].session_lost();
         bench.write_ok(2, spare as u64);
     }
+}
+
+#[test]
+fn one_member_may_take_anothers_place() {
+    let mut bench = Bench::with_spares(3, 1);
+    let mut roles = ABC.to_vec();
+    roles.push((3, CatchingUp));
+    bench.changed(&roles);
+    bench.up([3]);
+    bench.down(2);
+    bench.write_ok(1, 1);
+    // Of those in sync one is dead, and one lacks what only the third and the newcomer hold.
+    bench.models[1].crash(Seq(1));
+    bench.models[1].lost = true;
+    bench.down(1);
+    bench.up([1]);
+    bench.pass(100);
+    let write = bench.write(1, 2);
+    let without_dead = [(0, InSync), (1, InSync), (3, CatchingUp)];
+    assert!(matches!(bench.change(&without_dead), Err(MembershipError::NoQuorum { .. })));
+    let four = [(0, InSync), (1, InSync), (2, InSync), (3, InSync)];
+    assert!(matches!(bench.change(&four), Err(MembershipError::NoQuorum { .. })));
+    let instead = [(0, InSync), (1, InSync), (2, CatchingUp), (3, InSync)];
+    bench.agree(&instead);
+    assert_eq!(bench.status(write), None, "both sets count");
+    bench.changed(&instead);
+    assert_eq!(bench.status(write), Some(Status::Ok));
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(2));
 }

@@ -196,8 +196,8 @@ impl Model {
                 | CommandBody::HealthOf { .. }
                 | CommandBody::Release
         );
-        let free = !self.filling && self.fill.is_none();
-        assert!(free || harmless, "{} does not mix with a filling", body.name());
+        let free = !self.filling && self.fill.is_none() && !self.lost;
+        assert!(free || harmless, "{}: it is filled, or must be", body.name());
         self.learn_commit(truth, commit);
         match body {
             CommandBody::Seal | CommandBody::Install { .. } => unreachable!(),

@@ -221,6 +221,7 @@ fn random_memberships() {
         "changed",
         "conflict",
         "deleted",
+        "durable records lost",
         "filled",
         "refused: no quorum",
         "refused: not caught up",
