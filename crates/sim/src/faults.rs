@@ -28,6 +28,27 @@ pub enum FaultKind {
         /// For how long.
         millis: u64,
     },
+    /// A server, or every one, loses power, or a process is killed, in the midst of things: after so
+    /// many more acknowledged writes, or completed disk operations.
+    Ambush {
+        /// How many.
+        after: u64,
+        /// Of the guest's writes; else disk operations.
+        writes: bool,
+        /// What then.
+        power: bool,
+        /// To whom; `None`: to all servers.
+        who: Option<usize>,
+    },
+    /// The process with the head is cut off, or stands still, while another one takes over.
+    TakeOver {
+        /// By which process.
+        to: usize,
+        /// It stands still; else it is cut off.
+        pause: bool,
+        /// For how long.
+        millis: u64,
+    },
     /// A process's clock runs at another rate.
     Drift {
         /// Whose.
@@ -134,10 +155,14 @@ pub enum FaultKind {
         /// Which.
         device: usize,
     },
-    /// A bit flips on media. Only of the faulty server.
+    /// Bits flip on media. Only of the faulty server.
     Rot {
         /// Which.
         device: usize,
+        /// In how many pages.
+        pages: u64,
+        /// And its process is killed.
+        kill: bool,
     },
     /// A write is said to be done and is not. Only of the faulty server.
     LostWrite,
@@ -204,7 +229,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 22;
+const KINDS: usize = 26;
 
 /// All faults of a run, in the order of their times.
 pub fn schedule(profile: &Profile) -> Vec<Fault> {
@@ -278,7 +303,10 @@ fn kind(number: usize, profile: &Profile, random: &mut Random) -> FaultKind {
         16 => FaultKind::ReadErrors { who: server, device, count: random.between(1, 4) },
         17 => match random.below(4) {
             0 => FaultKind::BadPage { device },
-            1 => FaultKind::Rot { device },
+            1 => {
+                let pages = random.choose(&[1, 4, 64]);
+                FaultKind::Rot { device, pages, kill: random.one_in(2) }
+            }
             2 => FaultKind::LostWrite,
             _ => FaultKind::MisdirectedWrite,
         },
@@ -287,6 +315,13 @@ fn kind(number: usize, profile: &Profile, random: &mut Random) -> FaultKind {
         19 => FaultKind::StoreMute { answers: random.between(1, 4) },
         20 => FaultKind::Attach { who },
         21 => FaultKind::HandOver { to: who },
+        22 | 23 => FaultKind::TakeOver { to: who, pause: random.one_in(2), millis },
+        24 | 25 => FaultKind::Ambush {
+            after: random.between(1, 40),
+            writes: random.one_in(2),
+            power: !random.one_in(3),
+            who: (!random.one_in(3)).then_some(server),
+        },
         _ => unreachable!("there are {KINDS} kinds"),
     }
 }
@@ -314,6 +349,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 23, "{seen:?}");
+        assert_eq!(seen.len(), 25, "{seen:?}");
     }
 }

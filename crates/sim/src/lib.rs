@@ -6,6 +6,7 @@
 //! is a list made from it ([`faults`]). The [`oracle`] says what reads may return, [`places`] what a
 //! good set of runs must have come through.
 
+mod checkers;
 mod clock;
 mod cluster_store;
 mod content;
@@ -22,4 +23,5 @@ pub mod runner;
 mod trace;
 mod world;
 
+pub use process::PoolLayout;
 pub use world::{Report, World, WorldConfig};

@@ -1,6 +1,7 @@
 //! A simulated process: a node, the disks under it, and what of it dies with it.
 
 use core::net::SocketAddr;
+use core::time::Duration;
 
 use base::limits::PAGE_BYTES;
 use base::{BufferPool, ClusterId, Epoch, HolderId, Instant, PoolId, ServerId, Slab};
@@ -17,7 +18,6 @@ use crate::disk::Disk;
 use crate::random::Random;
 
 const CLUSTER: ClusterId = ClusterId::from_bytes([0xc1; 16]);
-const FAST_BYTES: u64 = 16 << 20;
 const MASS_BYTES: u64 = 64 << 20;
 
 /// A server, or (without disks) a diskless head.
@@ -44,6 +44,7 @@ pub(crate) struct Process {
     pub(crate) tick_at: Option<Instant>,
     /// Ticks in a row that were due at once.
     ticks_at_once: u32,
+    layout: PoolLayout,
     /// Buffers of this life's front end.
     pub(crate) guest_buffers: BufferPool,
 }
@@ -80,16 +81,48 @@ pub(crate) fn address(index: usize) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 
-fn devices() -> Vec<DeviceInfo> {
+/// How large a log is, and when it goes home.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolLayout {
+    /// Bytes of the fast device.
+    pub fast_bytes: u64,
+    /// Bytes of a log segment.
+    pub segment_bytes: u64,
+    /// When data goes home.
+    pub flush: FlushPolicy,
+}
+
+impl PoolLayout {
+    /// A log that a quiet run does not fill.
+    pub fn roomy() -> Self {
+        Self { fast_bytes: 16 << 20, segment_bytes: 512 << 10, flush: FlushPolicy::default() }
+    }
+
+    /// A log that is always being flushed and trimmed.
+    pub fn busy() -> Self {
+        Self {
+            fast_bytes: 8 << 20,
+            segment_bytes: 512 << 10,
+            flush: FlushPolicy {
+                log_fill_percent: 10,
+                age: Duration::from_millis(200),
+                idle: Duration::from_millis(50),
+                ..FlushPolicy::default()
+            },
+        }
+    }
+}
+
+fn devices(layout: PoolLayout) -> Vec<DeviceInfo> {
     vec![
-        DeviceInfo { bytes: FAST_BYTES, role: DeviceRole::Fast },
+        DeviceInfo { bytes: layout.fast_bytes, role: DeviceRole::Fast },
         DeviceInfo { bytes: MASS_BYTES, role: DeviceRole::Mass },
     ]
 }
 
 impl Process {
     /// A process that is not running; a server's disks are formatted.
-    pub(crate) fn new(index: usize, is_server: bool) -> Self {
+    pub(crate) fn new(index: usize, is_server: bool, layout: PoolLayout) -> Self {
         let mut disks = Vec::new();
         if is_server {
             disks = vec![Disk::default(), Disk::default()];
@@ -97,9 +130,9 @@ impl Process {
                 pool: pool_id(index),
                 cluster: CLUSTER,
                 server: server_id(index),
-                devices: devices(),
+                devices: devices(layout),
                 log_bytes: 0,
-                segment_bytes: 512 * 1024,
+                segment_bytes: layout.segment_bytes,
                 chunk_bytes: 64 * 1024,
                 replicas_max: 8,
             })
@@ -126,6 +159,7 @@ impl Process {
             operations: Slab::with_capacity(64),
             tick_at: None,
             ticks_at_once: 0,
+            layout,
             guest_buffers: BufferPool::heap(1, 1),
         }
     }
@@ -153,9 +187,9 @@ impl Process {
                     StoreConfig::SMALL_BUFFERS_MIN,
                     StoreConfig::LARGE_BUFFERS_MIN,
                 ),
-                flush: FlushPolicy::default(),
+                flush: self.layout.flush,
             },
-            devices: devices(),
+            devices: devices(self.layout),
             target: TargetConfig::new(server_id(self.index)),
             target_buffers: BufferPool::heap(128, 24),
             offer_volumes: true,

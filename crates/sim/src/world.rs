@@ -16,6 +16,7 @@ use base::{
 };
 use node::{ConnectionId, HeadEvent, Input, Node, Output};
 
+use crate::checkers::{Checkers, Seen};
 use crate::cluster_store::{Answer, Call, ClusterStore};
 use crate::disk::Disk;
 use crate::faults::{Fault, Profile, schedule};
@@ -23,7 +24,7 @@ use crate::guest::Guest;
 use crate::network::{Later, Network};
 use crate::oracle::Oracle;
 use crate::places::{Place, Places};
-use crate::process::{Process, RunningHead, address, pool_id, server_id};
+use crate::process::{PoolLayout, Process, RunningHead, address, pool_id, server_id};
 use crate::queue::Queue;
 use crate::random::Random;
 use crate::trace::Trace;
@@ -58,6 +59,8 @@ pub struct WorldConfig {
     pub length: Duration,
     /// Now and then a disk or the network is a hundred times slower, and members fall behind.
     pub hiccups: bool,
+    /// The servers' pools.
+    pub layout: PoolLayout,
     /// When a write counts. Only with [`Durability::Durable`] do servers lose power: with
     /// [`Durability::Flush`] that may cost what was acknowledged and not flushed.
     pub durability: Durability,
@@ -82,6 +85,7 @@ impl WorldConfig {
             faults: Vec::new(),
             length: Duration::ZERO,
             hiccups: true,
+            layout: PoolLayout::roomy(),
             durability: Durability::Flush,
             trace: false,
             trace_block: None,
@@ -110,6 +114,7 @@ impl WorldConfig {
             length,
             durability,
             blocks: random.choose(&[64, 512, 512]),
+            layout: random.choose(&[PoolLayout::roomy(), PoolLayout::busy()]),
             ..Self::quiet(seed, servers, diskless, 0)
         }
     }
@@ -203,6 +208,12 @@ enum Event {
         answer: Box<Answer>,
     },
     Submit,
+    /// Nothing: time passes.
+    Wake,
+    Sprung {
+        power: bool,
+        who: Option<usize>,
+    },
     Fault {
         number: usize,
     },
@@ -228,6 +239,8 @@ impl Event {
             Self::StoreEffect { process, .. } => (14, *process as u64, 0),
             Self::StoreAnswer { process, .. } => (15, *process as u64, 0),
             Self::Submit => (16, 0, 0),
+            Self::Wake => (20, 0, 0),
+            Self::Sprung { power, who } => (19, u64::from(*power), who.unwrap_or(99) as u64),
             Self::Exit { process, .. } => (18, *process as u64, 0),
             Self::Fault { number } => (17, *number as u64, 0),
         }
@@ -259,6 +272,8 @@ pub struct World {
     next_request: u64,
     next_write: u64,
     faults_on: bool,
+    ambush: Option<strike::Ambush>,
+    checkers: Checkers,
     trace: Trace,
     report: Report,
 }
@@ -273,7 +288,9 @@ impl World {
         let mut world = Self {
             now: Instant::ZERO,
             queue: Queue::new(),
-            processes: (0..count).map(|index| Process::new(index, index < servers)).collect(),
+            processes: (0..count)
+                .map(|index| Process::new(index, index < servers, config.layout))
+                .collect(),
             held: (0..count).map(|_| Vec::new()).collect(),
             network: Network::new(count, config.seed, config.hiccups),
             connecting: BTreeSet::new(),
@@ -288,6 +305,8 @@ impl World {
             next_request: 1,
             next_write: 1,
             faults_on: !config.faults.is_empty(),
+            ambush: None,
+            checkers: Checkers::new(servers),
             trace: Trace::new(config.trace),
             report: Report::default(),
             random,
@@ -317,6 +336,7 @@ impl World {
             self.run_until(limit, "to submit all requests", |world| world.next_request > total);
         } else {
             let end = self.now + self.config.length;
+            self.queue.push(end, Event::Wake);
             self.run_until(limit, "for the faults to end", |world| world.now >= end);
         }
         self.heal();
@@ -433,6 +453,8 @@ impl World {
             | Event::Resume { .. }
             | Event::StoreEffect { .. }
             | Event::Submit
+            | Event::Wake
+            | Event::Sprung { .. }
             | Event::Fault { .. } => None,
         }
     }
@@ -482,6 +504,8 @@ impl World {
                 self.store_answer(process, *answer);
             }
             Event::Submit => self.submit(),
+            Event::Wake => {}
+            Event::Sprung { power, who } => self.sprung(power, who),
             Event::Fault { number } => self.strike(number),
         }
     }
@@ -505,6 +529,7 @@ impl World {
     /// A process serves: the first time its replica is made, later it may have to run the head.
     fn process_opened(&mut self, process: usize) {
         self.processes[process].open = true;
+        self.check_invariants(process);
         let servers: Vec<_> =
             (0..self.config.servers).map(|index| (server_id(index), address(index))).collect();
         let local = self.processes[process].clock.local(self.now);
@@ -531,6 +556,7 @@ impl World {
         if self.processes[process].is_writing() {
             self.report.places.reach(Place::KilledWithDiskWrites);
         }
+        self.check_invariants(process);
         self.held[process].clear();
         self.processes[process].stop(power_cut, &mut self.random);
         self.network.break_all(self.now, process, power_cut);
@@ -677,13 +703,23 @@ impl World {
         })
     }
 
-    /// What every machine of a process asserts of itself.
-    fn check_invariants(&self, process: usize) {
+    /// What every machine of a process asserts of itself, and what the checkers know of it.
+    fn check_invariants(&mut self, process: usize) {
         // A pool that is still opening has not read its metadata yet.
         if let Some(node) =
             self.processes[process].node.as_ref().filter(|_| self.processes[process].open)
         {
             node.check_invariants();
+            let seen = Seen {
+                node,
+                process,
+                store_epoch: self.store.records.volume.epoch,
+                head: self.processes[process].head.map(|head| head.epoch),
+                honest: self.faulty != Some(process),
+            };
+            if let Err(violation) = self.checkers.look(&seen) {
+                self.fail(&violation);
+            }
         }
     }
 
@@ -704,6 +740,7 @@ impl World {
             }
             self.after(0, Event::Start { process });
         }
+        self.ambush = None;
         // Whoever wants the volume takes it to a server that starts.
         if self.faulty == Some(self.desired) {
             self.desired = (self.desired + 1) % self.config.servers;

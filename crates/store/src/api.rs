@@ -548,4 +548,6 @@ pub struct Usage {
     pub home_used_bytes: u64,
     /// Why appends wait, if they do.
     pub stalled: Option<Stall>,
+    /// Commands answered [`ReplicaError::Damaged`] since the pool was opened.
+    pub damaged_answers: u64,
 }

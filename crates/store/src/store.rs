@@ -103,6 +103,8 @@ pub struct Store {
     pub(crate) now: Instant,
     pub(crate) phase: Phase,
     pub(crate) failed: Option<DeviceFailure>,
+    /// Commands answered `Damaged`.
+    damaged_answers: u64,
     pub(crate) pool: PoolId,
     pub(crate) geometry: Geometry,
     pub(crate) devices: Vec<Device>,
@@ -163,6 +165,7 @@ impl Store {
             now: Instant::ZERO,
             phase: Phase::Opening,
             failed: None,
+            damaged_answers: 0,
             pool: PoolId::from_bytes([0; 16]),
             geometry: Geometry::default(),
             devices: devices.iter().map(device).collect(),
@@ -264,6 +267,7 @@ impl Store {
     }
 
     pub(crate) fn done(&mut self, tag: u64, result: Result<ReplyBody, ReplicaError>) {
+        self.damaged_answers += u64::from(matches!(result, Err(ReplicaError::Damaged)));
         self.output(Output::Done { tag, result });
     }
 
@@ -662,6 +666,7 @@ impl Store {
             home_bytes: u64::from(self.chunks.chunks()) * chunk,
             home_used_bytes: u64::from(self.chunks.chunks() - self.chunks.free()) * chunk,
             stalled: self.stalled,
+            damaged_answers: self.damaged_answers,
         }
     }
 

@@ -15,6 +15,15 @@ use crate::random::Random;
 /// The device that data goes home to.
 const MASS: usize = 1;
 
+/// Something that happens when something else has happened so often.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ambush {
+    left: u64,
+    writes: bool,
+    power: bool,
+    who: Option<usize>,
+}
+
 impl World {
     pub(super) fn strike(&mut self, number: usize) {
         if !self.faults_on {
@@ -26,6 +35,8 @@ impl World {
             FaultKind::Kill { .. }
             | FaultKind::PowerCut { .. }
             | FaultKind::Pause { .. }
+            | FaultKind::Ambush { .. }
+            | FaultKind::TakeOver { .. }
             | FaultKind::Drift { .. } => self.strike_process(fault.kind),
             FaultKind::Partition { .. }
             | FaultKind::Silence { .. }
@@ -63,21 +74,20 @@ impl World {
                 running
             }
             FaultKind::PowerCut { who } => self.cut_power(who),
-            FaultKind::Pause { who, millis } => {
-                if self.processes[who].node.is_none() {
-                    return false;
-                }
-                let until = self.now + Duration::from_millis(millis);
-                if self.processes[who].head.is_some_and(|head| head.opened) {
-                    self.report.places.reach(Place::PausedHead);
-                }
-                if millis > GRANT_MS {
-                    self.report.places.reach(Place::PausedPastGrant);
-                }
-                let paused = &mut self.processes[who].paused_until;
-                *paused = (*paused).max(until);
-                self.queue.push(until, Event::Resume { process: who });
+            FaultKind::Pause { who, millis } => self.pause(who, millis),
+            FaultKind::Ambush { after, writes, power, who } => {
+                self.ambush = Some(Ambush { left: after, writes, power, who });
                 true
+            }
+            FaultKind::TakeOver { to, pause, millis } => {
+                let from = self.desired;
+                let struck = if pause {
+                    self.pause(from, millis)
+                } else {
+                    self.partition(1 << from, self.now + Duration::from_millis(millis))
+                };
+                self.attach(to);
+                struck && from != to
             }
             FaultKind::Drift { who, millionths } => {
                 let now = self.now;
@@ -88,6 +98,50 @@ impl World {
             }
             _ => unreachable!("the caller sorts kinds"),
         }
+    }
+
+    fn pause(&mut self, who: usize, millis: u64) -> bool {
+        if self.processes[who].node.is_none() {
+            return false;
+        }
+        let until = self.now + Duration::from_millis(millis);
+        if self.processes[who].head.is_some_and(|head| head.opened) {
+            self.report.places.reach(Place::PausedHead);
+        }
+        if millis > GRANT_MS {
+            self.report.places.reach(Place::PausedPastGrant);
+        }
+        let paused = &mut self.processes[who].paused_until;
+        *paused = (*paused).max(until);
+        self.queue.push(until, Event::Resume { process: who });
+        true
+    }
+
+    /// A write was acknowledged, or a disk operation completed: was that what somebody waited for?
+    pub(super) fn spring(&mut self, write: bool) {
+        let Some(ambush) = self.ambush.as_mut().filter(|ambush| ambush.writes == write) else {
+            return;
+        };
+        ambush.left -= 1;
+        if ambush.left > 0 {
+            return;
+        }
+        let Ambush { power, who, .. } = *ambush;
+        self.ambush = None;
+        // Not from within what a node is doing.
+        self.after(0, Event::Sprung { power, who });
+    }
+
+    pub(super) fn sprung(&mut self, power: bool, who: Option<usize>) {
+        if !self.faults_on {
+            return;
+        }
+        self.trace.say(self.now, || format!("ambush: power {power}, server {who:?}"));
+        if power && self.cut_power(who) {
+            return;
+        }
+        let victims = who.map_or(0..self.config.servers, |who| who..who + 1);
+        victims.for_each(|victim| self.stop(victim, false));
     }
 
     fn schedule_tick_again(&mut self, process: usize) {
@@ -183,14 +237,9 @@ impl World {
                 true
             }
             FaultKind::ReadErrors { who, device, count } => {
-                // Reads while a pool opens decide what is left of it: only the faulty server's.
-                let process = &mut self.processes[who];
-                // With one replica there is nobody else to read from, and the guest must see it.
-                let elsewhere = self.config.servers > 1;
-                let allowed =
-                    process.open && elsewhere && (device == MASS || self.faulty == Some(who));
+                let allowed = self.faulty == Some(who);
                 if allowed {
-                    process.disks[device].read_errors = count;
+                    self.processes[who].disks[device].read_errors = count;
                 }
                 allowed
             }
@@ -198,11 +247,20 @@ impl World {
                 world.processes[who].disks[device].make_bad(page);
                 Place::ReadErrorHit
             }),
-            FaultKind::Rot { device } => self.damage(device, random, |world, who, page, random| {
-                let bit = random.index(8 * base::limits::PAGE_BYTES);
-                world.processes[who].disks[device].rot(page, bit);
-                Place::PageRotted
-            }),
+            FaultKind::Rot { device, pages, kill } => {
+                let mut struck = false;
+                for _ in 0..pages {
+                    struck |= self.damage(device, random, |world, who, page, random| {
+                        let bit = random.index(8 * base::limits::PAGE_BYTES);
+                        world.processes[who].disks[device].rot(page, bit);
+                        Place::PageRotted
+                    });
+                }
+                if let Some(who) = self.faulty.filter(|_| kill) {
+                    self.stop(who, false);
+                }
+                struck
+            }
             FaultKind::LostWrite => self.misdo(WriteFault::Lost, Place::WriteLost),
             FaultKind::MisdirectedWrite => {
                 let fault = WriteFault::Misdirected(random.between(1, 64));

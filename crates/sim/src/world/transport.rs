@@ -58,6 +58,7 @@ impl World {
             DiskKind::Discard { .. } => DiskResult::Discarded(Ok(())),
         };
         let id: DiskId = operation.id;
+        self.spring(false);
         self.input(process, life, Input::DiskDone { id, result });
     }
 

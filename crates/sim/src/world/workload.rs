@@ -21,7 +21,7 @@ impl World {
             return;
         }
         self.after(pause, Event::Submit);
-        if self.requests.len() >= DEPTH || self.processes[self.desired].head.is_none() {
+        if self.processes[self.desired].head.is_none() {
             return;
         }
         let kind = match self.random.below(20) {
@@ -41,7 +41,11 @@ impl World {
             0 => self.random.index(self.processes.len()),
             _ => self.desired,
         };
-        self.submit_request(process, kind, lba, blocks);
+        // Each front end has a depth of its own: what a lost head holds is not in another's way.
+        let begun = self.requests.values().filter(|guest| guest.process == process).count();
+        if begun < DEPTH {
+            self.submit_request(process, kind, lba, blocks);
+        }
     }
 
     /// The guest goes on until the faults end, or until it has submitted everything.
@@ -148,6 +152,7 @@ impl World {
             Kind::Flush => {}
             Kind::Write | Kind::Discard => {
                 self.report.written += 1;
+                self.spring(true);
                 for block in blocks {
                     let block = usize::try_from(block).expect("a small volume");
                     self.oracle.acknowledged(block, guest.epoch.0, guest.number);
@@ -194,7 +199,7 @@ impl World {
             if self.next_request == before {
                 // Members that are behind still hold buffers.
                 let later = self.now + Duration::from_millis(1);
-                self.after(1_000_000, Event::Submit);
+                self.after(1_000_000, Event::Wake);
                 self.run_until(bound, "for a free buffer", |world| world.now >= later);
                 continue;
             }

@@ -1,0 +1,41 @@
+//! I1, seen from a server: what it said is on media and settled is there after every crash, or it
+//! says that it has lost something.
+
+use base::Seq;
+
+use super::Seen;
+
+pub(super) struct Durable {
+    /// Of each server, the highest seq that was both on media and settled.
+    kept: Vec<Seq>,
+}
+
+impl Durable {
+    pub(super) fn new(servers: usize) -> Self {
+        Self { kept: vec![Seq::ZERO; servers] }
+    }
+
+    pub(super) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
+        let Some((_, info)) = seen.node.store().and_then(|store| store.replicas().next()) else {
+            return Ok(());
+        };
+        let kept = &mut self.kept[seen.process];
+        let state = info.state;
+        if info.damaged || state.damaged || state.filling {
+            // What it had is lost and it says so.
+            *kept = Seq::ZERO;
+            return Ok(());
+        }
+        if state.last.seq < *kept {
+            return Err(format!(
+                "I1: server {} had settled records through {kept} on media, now its log ends at {}",
+                seen.process, state.last
+            ));
+        }
+        if state.trimmed > state.last.seq {
+            return Err(format!("I1: server {} trimmed what it does not have", seen.process));
+        }
+        *kept = (*kept).max(state.commit.min(state.durable));
+        Ok(())
+    }
+}
