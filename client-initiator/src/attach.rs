@@ -308,9 +308,6 @@ impl Attached {
                     | Event::MemberDown { .. }
                     | Event::MemberUp { .. }
                     | Event::MemberSlow { .. }
-                    | Event::FillStarted { .. }
-                    | Event::FillDone { .. }
-                    | Event::Degraded { .. }
                     | Event::PoolFailed { .. },
                 )
                 | None => {}

@@ -1,5 +1,7 @@
 //! Volumes that heal themselves, on real daemons: a client with a model of what it wrote looks on.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use framework::{
     Attached, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle, Place, PoolSizes,
@@ -132,6 +134,33 @@ fn a_volume_that_nobody_has_attached_is_healed_and_gives_way_to_a_guest() {
         })?;
         let mut attached = attach(&cluster, &[])?;
         verify(&attached.socket, oracle)?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_server_is_drained_under_load_without_a_pause() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 4)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let mut attached = attach(&cluster, &[])?;
+        let load = load(&attached)?;
+        let number = member_number(&cluster)?;
+        let server = &cluster.servers()[number];
+        load.begin_window();
+        cluster.holdfast(&["server", "drain", server.name(), "--wait", "100"])?;
+        wait_until("the replica to be gone", Deadline::seconds(PATIENCE_SECONDS), || {
+            load.check()?;
+            let drain = server.status()?["drain"].clone();
+            Ok((drain["safe_to_stop"] == true).then_some(()))
+        })?;
+        server.stop()?;
+        let window = load.end_window();
+        eprintln!("drained; the longest pause was {} ms", window.pause.as_millis());
+        ensure!(window.pause < Duration::from_secs(2), "the client waited {:?}", window.pause);
+        wait_whole(&cluster, 3, server.name())?;
+        verify(&attached.socket, load.finish()?)?;
         attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
         Ok(())
     });

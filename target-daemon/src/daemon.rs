@@ -408,14 +408,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
             Some(Event::Unopenable { volume, epoch, reason }) => {
                 parts.exports.head_ended(volume, epoch, &reason);
             }
-            Some(
-                Event::MemberDown { .. }
-                | Event::MemberUp { .. }
-                | Event::MemberSlow { .. }
-                | Event::FillStarted { .. }
-                | Event::FillDone { .. }
-                | Event::Degraded { .. },
-            )
+            Some(Event::MemberDown { .. } | Event::MemberUp { .. } | Event::MemberSlow { .. })
             | None => {}
             Some(Event::PoolFailed { reason }) => {
                 tracing::error!(reason, "the pool has failed; replace the device and restart");

@@ -187,9 +187,6 @@ impl Healer {
             // They wake the healer, which looks at everything anyway.
             Event::Opened { .. }
             | Event::MemberSlow { .. }
-            | Event::FillStarted { .. }
-            | Event::FillDone { .. }
-            | Event::Degraded { .. }
             | Event::PoolFailed { .. }
             | Event::Stopped => {}
         }
@@ -212,7 +209,7 @@ impl Healer {
         };
         let changed = self.changes.turn(&mut parts, heads);
         let repaired = match &mut self.repairs {
-            Some(repairs) => repairs.turn(&self.heads, &mut parts, heads),
+            Some(repairs) => repairs.turn(&self.heads, &mut parts, heads, &self.changes),
             None => Ok(()),
         };
         self.tell()?;

@@ -331,33 +331,6 @@ pub enum Event {
         /// It is slow now.
         slow: bool,
     },
-    /// A member is being filled from another one.
-    FillStarted {
-        /// The volume.
-        volume: VolumeId,
-        /// The member's server.
-        server: ServerId,
-        /// Where the data comes from.
-        source: ServerId,
-    },
-    /// A filling is complete: the member follows the log.
-    FillDone {
-        /// The volume.
-        volume: VolumeId,
-        /// The member's server.
-        server: ServerId,
-        /// Bytes that were copied.
-        copied_bytes: u64,
-    },
-    /// A member's server says that it does not work as it should.
-    Degraded {
-        /// The volume.
-        volume: VolumeId,
-        /// The member's server.
-        server: ServerId,
-        /// How, for people.
-        reason: String,
-    },
     /// A pending head has opened.
     Opened {
         /// The volume.
@@ -547,7 +520,7 @@ pub struct MemberStatus {
     pub slow_for: Option<Duration>,
     /// Its server has said that it goes away.
     pub draining: bool,
-    /// Its server has said that a device of its pool has failed.
+    /// A device of its pool has failed, or its server has no such replica: it is gone for good.
     pub device_failed: bool,
     /// Its server has said that it does not work as it should, for people.
     pub degraded: Option<String>,

@@ -7,7 +7,7 @@ use crate::control::{
     MetricValue, PoolStatus, ReplicaSpec, ReplicaStatus, Status, Traffic,
 };
 use crate::worker::{HeadState, Worker};
-use base::Role;
+use base::{ReplicaError, Role};
 use node::metrics::{Counters, OperationKind};
 
 impl Worker {
@@ -87,7 +87,7 @@ impl Worker {
             caught_up: member.caught_up,
             slow_for: member.slow_since.map(|since| now.since(since)),
             draining: member.draining.is_some(),
-            device_failed: member.degraded == Some(base::DegradedReason::FailedDevice),
+            device_failed: is_gone(member),
             degraded: member.degraded.map(|reason| reason.to_string()),
             others_say: member.others_say,
             filling: member.fill,
@@ -265,6 +265,26 @@ fn mode(member: &volume::MemberStatus) -> MemberMode {
         volume::MemberMode::Filling => MemberMode::Filling,
         volume::MemberMode::Failed(_) => MemberMode::Failed,
     }
+}
+
+/// True if the member's copy will not come back by itself.
+fn is_gone(member: &volume::MemberStatus) -> bool {
+    let said = member.degraded == Some(base::DegradedReason::FailedDevice);
+    let refused = match member.mode {
+        volume::MemberMode::Failed(error) => {
+            matches!(error, ReplicaError::DeviceFailed | ReplicaError::NoReplica)
+        }
+        volume::MemberMode::Down
+        | volume::MemberMode::Sealing
+        | volume::MemberMode::Reconciling
+        | volume::MemberMode::CatchingUp
+        | volume::MemberMode::Live
+        | volume::MemberMode::TooFarBehind
+        | volume::MemberMode::Diverged
+        | volume::MemberMode::Damaged
+        | volume::MemberMode::Filling => false,
+    };
+    said || refused
 }
 
 fn traffic(counters: &Counters) -> Traffic {

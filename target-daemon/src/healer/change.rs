@@ -10,7 +10,7 @@ use cluster::members::{self, ChangeOutcome};
 use cluster::{ClusterStore, Event, EventKind, StoreError, StoreErrorKind, VolumeEntry};
 use shell::control::{ChangeError, DataPlane, HeadPhase, HeadStatus};
 
-use super::facts;
+use super::facts::Worked;
 use super::view::View;
 use super::watch::event;
 
@@ -51,6 +51,9 @@ struct Head {
     not_before: Option<Instant>,
     /// Why the last step was not taken.
     refused: Option<String>,
+    worked: Worked,
+    /// The last plan had something to do.
+    busy: bool,
     /// Why the planner leaves a volume that is not well as it is.
     blocked: Option<Discriminant<Blocked>>,
 }
@@ -97,6 +100,14 @@ impl Changes {
     }
 }
 
+impl Changes {
+    /// True while something is to be done for a volume whose head runs here in that epoch.
+    pub(super) fn is_busy(&self, volume: VolumeId, epoch: Epoch) -> bool {
+        let head = self.heads.get(&volume).filter(|head| head.epoch == epoch);
+        head.is_some_and(|head| head.busy || head.pending.is_some())
+    }
+}
+
 fn is_over(status: &HeadStatus) -> bool {
     match status.phase {
         HeadPhase::Opening { .. } | HeadPhase::Open | HeadPhase::Stalled { .. } => false,
@@ -130,10 +141,11 @@ impl Head {
         if self.not_before.is_some_and(|at| Instant::now() < at) {
             return Ok(());
         }
-        let facts = facts::of_head(status);
+        let facts = self.worked.facts(status);
         let now_ms = cluster::unix_ms();
         let plan = heal::plan(entry, &facts, parts.view.picture(), parts.policy, now_ms);
         self.note_blocked(parts, entry, &plan);
+        self.busy = plan.step.is_some();
         let Some(step) = plan.step else { return Ok(()) };
         let new = step.apply(&entry.shard);
         if step.alters_in_sync(&entry.shard)

@@ -1,43 +1,68 @@
 //! What a head knows, in the planner's words.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use base::Health;
+use base::{Health, ServerId};
 use cluster::heal::{MemberFacts, Stage, VolumeFacts};
 use shell::control::{HeadPhase, HeadStatus, MemberMode, MemberStatus};
 
-pub(super) fn of_head(status: &HeadStatus) -> VolumeFacts {
-    let stage = match status.phase {
-        HeadPhase::Opening { .. } => Stage::Opening,
-        HeadPhase::Open
-        | HeadPhase::Stalled { .. }
-        | HeadPhase::Draining
-        | HeadPhase::Superseded { .. } => Stage::Open,
-    };
-    let members = status.members.iter().map(of_member).collect();
-    VolumeFacts { stage, changing: status.change_open, members }
+/// When each member of a head was last seen to work: one that refuses, is tried again and refuses
+/// again has worked as little in between.
+#[derive(Default)]
+pub(super) struct Worked(BTreeMap<ServerId, Worker>);
+
+struct Worker {
+    last: Instant,
+    /// It answers, with refusals.
+    refused: bool,
 }
 
-fn of_member(member: &MemberStatus) -> MemberFacts {
-    // What does not work is not there, whatever the reason: a server that refuses every command
-    // is no better than one that is off.
-    let (reachable, needs_fill) = match member.mode {
-        MemberMode::Down | MemberMode::Failed => (false, false),
-        MemberMode::Opening | MemberMode::CatchingUp | MemberMode::Filling | MemberMode::Live => {
-            (true, false)
+impl Worked {
+    pub(super) fn facts(&mut self, status: &HeadStatus) -> VolumeFacts {
+        let stage = match status.phase {
+            HeadPhase::Opening { .. } => Stage::Opening,
+            HeadPhase::Open
+            | HeadPhase::Stalled { .. }
+            | HeadPhase::Draining
+            | HeadPhase::Superseded { .. } => Stage::Open,
+        };
+        self.0.retain(|server, _| status.members.iter().any(|member| member.server == *server));
+        let members = status.members.iter().map(|member| self.of_member(member)).collect();
+        VolumeFacts { stage, changing: status.change_open, members }
+    }
+
+    fn of_member(&mut self, member: &MemberStatus) -> MemberFacts {
+        let now = Instant::now();
+        let worker = self.0.entry(member.server);
+        let worker = worker.or_insert_with(|| Worker { last: now, refused: false });
+        let (reachable, silent_for) = match member.mode {
+            MemberMode::CatchingUp
+            | MemberMode::Filling
+            | MemberMode::Live
+            | MemberMode::NeedsFill => {
+                *worker = Worker { last: now, refused: false };
+                (true, Duration::ZERO)
+            }
+            MemberMode::Opening => (!worker.refused, now.duration_since(worker.last)),
+            MemberMode::Failed => {
+                worker.refused = true;
+                (false, now.duration_since(worker.last))
+            }
+            MemberMode::Down => (false, member.mode_for),
+        };
+        MemberFacts {
+            server: member.server,
+            reachable,
+            silent_for_ms: if reachable { 0 } else { millis(silent_for) },
+            // A refusal needs nobody else's word.
+            corroborated: worker.refused || matches!(member.others_say, Some(Health::Silent)),
+            draining: member.draining,
+            device_failed: member.device_failed,
+            slow_for_ms: member.slow_for.map_or(0, |slow| millis(slow).max(1)),
+            needs_fill: member.mode == MemberMode::NeedsFill,
+            caught_up: member.caught_up,
         }
-        MemberMode::NeedsFill => (true, true),
-    };
-    MemberFacts {
-        server: member.server,
-        reachable,
-        silent_for_ms: if reachable { 0 } else { millis(member.mode_for) },
-        corroborated: matches!(member.others_say, Some(Health::Silent)),
-        draining: member.draining,
-        device_failed: member.device_failed,
-        slow_for_ms: member.slow_for.map_or(0, |slow| millis(slow).max(1)),
-        needs_fill,
-        caught_up: member.caught_up,
     }
 }
 

@@ -13,8 +13,7 @@ use cluster::lease::AcquireError;
 use cluster::{EventKind, StoreError, VolumeEntry};
 use shell::control::{HeadPhase, HeadStatus};
 
-use super::change::Parts;
-use super::facts;
+use super::change::{Changes, Parts};
 use super::watch::event;
 use crate::heads::{HeadError, Heads};
 
@@ -82,8 +81,9 @@ impl Repairs {
         heads: &Heads,
         parts: &mut Parts<'_>,
         statuses: &[HeadStatus],
+        changes: &Changes,
     ) -> Result<(), StoreError> {
-        self.end(heads, parts, statuses);
+        self.end(heads, parts, statuses, changes);
         let now_ms = cluster::unix_ms();
         let (picture, policy) = (parts.view.picture(), parts.policy);
         let mine = |entry: &&VolumeEntry| entry.shard.in_sync().any(|id| id == self.server);
@@ -157,7 +157,13 @@ impl Repairs {
     }
 
     /// Ends the repairs that are done, deposed, or get nowhere.
-    fn end(&mut self, heads: &Heads, parts: &mut Parts<'_>, statuses: &[HeadStatus]) {
+    fn end(
+        &mut self,
+        heads: &Heads,
+        parts: &mut Parts<'_>,
+        statuses: &[HeadStatus],
+        changes: &Changes,
+    ) {
         let now_ms = cluster::unix_ms();
         for (volume, candidate) in &mut self.volumes {
             let Some(running) = &mut candidate.running else { continue };
@@ -177,9 +183,7 @@ impl Repairs {
                 continue;
             }
             let wanted = heal::wants_repair(entry, parts.view.picture(), parts.policy, now_ms);
-            let facts = facts::of_head(status);
-            let plan = heal::plan(entry, &facts, parts.view.picture(), parts.policy, now_ms);
-            let busy = wanted.is_some() || plan.step.is_some() || status.change_open;
+            let busy = wanted.is_some() || status.change_open || changes.is_busy(*volume, epoch);
             if busy && !opening {
                 running.busy = now;
                 continue;

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use base::{BlockSize, Durability, Epoch, Policy, PoolId, ServerId, VolumeId};
+use base::{BlockSize, Durability, Epoch, HolderId, Policy, PoolId, ServerId, VolumeId};
 use cluster::volumes::{self, NewVolume};
 use cluster::{ClusterStore, Create, servers};
 use serde_json::{Value, json};
-use shell::control::PoolDevices;
+use shell::control::{DataPlaneConfig, PoolConfig, PoolDevices};
 use target_daemon::config::Config;
 use target_daemon::{Daemon, DaemonError};
 use tokio::sync::oneshot;
@@ -100,6 +100,22 @@ impl Bench {
             panic!("the daemon did not start: {:?}", thread.join().unwrap());
         };
         Running { stop, thread, plane: fake::of_pool(self.pool), api: self.path("api") }
+    }
+
+    /// What a data plane on the pool is started with.
+    pub(crate) fn plane_config(&self) -> DataPlaneConfig {
+        DataPlaneConfig {
+            holder: HolderId::from_bytes(self.server.bytes()),
+            pool: Some(PoolConfig {
+                cluster: self.store.cluster_id().unwrap(),
+                server: self.server,
+                pool: self.pool,
+                devices: self.devices(),
+            }),
+            listen: None,
+            buffer_bytes: 1 << 24,
+            state_messages: true,
+        }
     }
 
     pub(crate) fn start_error(&self, config: Config) -> String {

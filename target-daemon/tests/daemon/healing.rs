@@ -1,6 +1,8 @@
 //! Members that come and go, volumes that nobody has attached, servers that are emptied.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use base::{
     BlockSize, Durability, Epoch, Holder, HolderId, Policy, PoolId, Role, ServerId, VolumeId,
@@ -9,9 +11,12 @@ use cluster::lease::{self, Acquire};
 use cluster::volumes::{self, NewVolume};
 use cluster::{ClusterStore, Draining, EventKind, Heartbeat, servers};
 use serde_json::json;
+use target_daemon::heads::{Heads, server_holder};
+use target_daemon::healer::{HealSettings, Healer};
 
 use crate::bench::{Bench, Running, until};
-use crate::fake::Trouble;
+use crate::fake::{self, Trouble};
+use crate::flaky::{Flaky, Mode};
 
 /// Healing without delay.
 const AT_ONCE: &str = "[heal]\ndelay_ms = 100\n";
@@ -156,6 +161,92 @@ fn a_lost_member_is_replaced_by_a_spare() {
     let events = bench.store.events(0, 1000).unwrap();
     let added = events.iter().find(|(_, event)| event.kind == EventKind::MemberAdded).unwrap();
     assert!(added.1.cause.contains("server c: silent"), "{added:?}");
+    running.stop();
+}
+
+/// A healer whose head has begun to take a lost member out, with a store that then goes away.
+/// What the plane was told since, and what the store says, while that is so; and what the plane is
+/// told when the store is back.
+fn interrupted(mode: Mode) -> (Vec<String>, Role, Vec<String>) {
+    let bench = Bench::new();
+    let flaky = Arc::new(Flaky::new(Arc::clone(&bench.store)));
+    let store: Arc<dyn ClusterStore> = flaky.clone();
+    let plane = fake::start(&bench.plane_config()).unwrap();
+    let fake = fake::of_pool(bench.pool);
+    let mut others = Others::new(&bench, &["b", "c"]);
+    others.servers.push((bench.server, bench.pool));
+    others.beat();
+    let id = others.volume(&bench, 3);
+    let heads = Heads::new(store.clone(), plane.clone(), server_holder(bench.server, "a"));
+    heads.open(id, false, Duration::ZERO).unwrap();
+    let policy = HealSettings { delay_ms: 100, ..HealSettings::default() }.policy();
+    let (mut healer, _news) = Healer::new(store, plane, heads, policy, None);
+    let (spare, lost) = (Others::new(&bench, &["d"]).servers[0], others.servers[1].0);
+    others.servers.push(spare);
+    fake.trouble(lost, Some(Trouble::Lost));
+    fake.trouble(spare.0, Some(Trouble::Behind));
+    until("a member on the spare", || {
+        healer.turn(Duration::from_millis(10)).unwrap();
+        others.beat();
+        others.work(id);
+        (roles(&bench, id).get(&spare.0) == Some(&Role::CatchingUp)).then_some(())
+    });
+    healer.turn(Duration::ZERO).unwrap();
+    let before = fake.log().len();
+    fake.trouble(spare.0, None);
+    flaky.set(mode);
+    for _ in 0..20 {
+        healer.turn(Duration::ZERO).unwrap();
+    }
+    let during = fake.log().split_off(before);
+    let role = roles(&bench, id)[&lost];
+    flaky.set(Mode::Works);
+    healer.turn(Duration::ZERO).unwrap();
+    let after = fake.log().split_off(before + during.len());
+    assert_eq!(roles(&bench, id)[&lost], Role::Leaving, "it is done now");
+    (during, role, after)
+}
+
+fn words(log: &[String]) -> Vec<&str> {
+    log.iter().map(|line| line.split(' ').next().unwrap()).collect()
+}
+
+#[test]
+fn a_change_stays_open_until_its_outcome_is_known() {
+    let (during, role, after) = interrupted(Mode::AnswersLost);
+    assert_eq!(role, Role::Leaving, "it came true, but nobody knows");
+    assert_eq!(words(&during), ["change_members"], "the head is not told what is not known");
+    assert_eq!(words(&after)[0], "members_changed");
+    let (during, role, after) = interrupted(Mode::RequestsLost);
+    assert_eq!(role, Role::InSync, "it did not come true, but nobody knows");
+    assert_eq!(words(&during), ["change_members"]);
+    assert_eq!(words(&after)[0], "members_changed");
+}
+
+#[test]
+fn volumes_go_on_without_the_cluster_store_and_are_healed_when_it_is_back() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let mut others = Others::new(&bench, &["b", "c"]);
+    let id = others.volume(&bench, 3);
+    assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
+    others.servers.extend(Others::new(&bench, &["d"]).servers);
+    let (lost, _) = others.servers[1];
+    let (here, away) = (bench.path("c.db"), bench.path("away.db"));
+    std::fs::rename(&here, &away).unwrap();
+    running.plane.trouble(lost, Some(Trouble::Lost));
+    let degraded = "the API to say that the store is away";
+    until(degraded, || (running.get("/v1/health")["state"] == "degraded").then_some(()));
+    let turns = Instant::now();
+    until("some turns", || (turns.elapsed() > Duration::from_secs(1)).then_some(()));
+    assert_eq!(running.get("/v1/exports")[0]["state"], "open");
+    std::fs::rename(&away, &here).unwrap();
+    until("the volume to be whole", || {
+        others.beat();
+        others.work(id);
+        let roles = roles(&bench, id);
+        (roles.len() == 3 && !roles.contains_key(&lost)).then_some(())
+    });
     running.stop();
 }
 

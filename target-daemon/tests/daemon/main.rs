@@ -4,5 +4,6 @@
 
 mod bench;
 mod fake;
+mod flaky;
 mod healing;
 mod life;
