@@ -410,6 +410,11 @@ impl Head {
                 read.failed |= bit(index);
             }
             again = read.idle();
+            if let Some(Ask { member, .. }) = read.asks.iter().flatten().next().copied()
+                && read.link.is_none()
+            {
+                self.watch(slot, member);
+            }
         }
         if again {
             self.reads.enter(slot, ReadState::Waiting { buffer: None });
@@ -489,7 +494,14 @@ impl Head {
             let Some(ask) = read.asks.iter_mut().find(of_lost) else { continue };
             *ask = None;
             let again = matches!(read.state, ReadState::Asked) && read.idle();
+            let left = read.asks.iter().flatten().next().map(|ask| ask.member);
+            let asked = matches!(read.state, ReadState::Asked);
             self.reads.ask_ended(slot, lost);
+            if let Some(member) = left.filter(|_| asked)
+                && self.reads.at(slot).is_some_and(|read| read.link.is_none())
+            {
+                self.watch(slot, member);
+            }
             if again {
                 self.reads.enter(slot, ReadState::Waiting { buffer: None });
             }

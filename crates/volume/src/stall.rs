@@ -1,10 +1,17 @@
 //! Stall, don't err: notices that I/O cannot go on, says why and since when, and when it is over.
 
+use core::time::Duration;
+
+use base::limits::GRANT_MS;
 use base::{Instant, Seq};
 
 use crate::head::{Head, Output, Phase};
 use crate::member::{Member, Mode};
+use crate::quorum::Bits;
 use crate::status::{HeadStatus, MemberMode, MemberStatus, Stall, StallReason};
+
+/// A Seal may be held for a deposed head's grant; what takes longer is a stall.
+const SLOW_SEAL: Duration = Duration::from_millis(2 * GRANT_MS);
 
 impl Head {
     /// Notes the start and the end of stalls, and announces those that last.
@@ -43,6 +50,9 @@ impl Head {
         if let Some(seq) = self.damaged_record() {
             return Some(StallReason::Damaged { seq });
         }
+        if self.slow_opening_at().is_some_and(|at| at <= self.now) {
+            return Some(self.slow_opening(usable));
+        }
         let seq = self.log.commit().next().max(self.log.base());
         if let Some(entry) = self.log.entry(seq)
             && entry.arrived + self.tunables.slow_write <= self.now
@@ -53,6 +63,45 @@ impl Head {
             return Some(self.no_grant());
         }
         self.reads_stalled().then_some(StallReason::NoReader)
+    }
+
+    /// When an opening that makes no progress counts as a stall.
+    fn slow_opening_at(&self) -> Option<Instant> {
+        let since = |those: fn(&Mode) -> bool| {
+            self.members.iter().filter(move |member| those(&member.mode)).map(|member| member.since)
+        };
+        match self.phase {
+            Phase::Sealing { quorum_since: None } => {
+                let first = since(|mode| matches!(mode, Mode::Sealing)).min();
+                first.map(|since| since + SLOW_SEAL)
+            }
+            Phase::Reconciling => {
+                let at_work = |mode: &Mode| {
+                    matches!(
+                        mode,
+                        Mode::Matching(_) | Mode::Truncating { .. } | Mode::CatchingUp(_)
+                    )
+                };
+                since(at_work).max().map(|since| since + self.tunables.slow_write)
+            }
+            Phase::Sealing { quorum_since: Some(_) }
+            | Phase::Starting
+            | Phase::Serving
+            | Phase::Releasing { .. }
+            | Phase::Ended(_) => None,
+        }
+    }
+
+    fn slow_opening(&self, usable: Bits) -> StallReason {
+        if self.phase == Phase::Reconciling {
+            let (hold, needed, _) = self.sets.shortest(self.holders(self.log.tail().seq, false));
+            StallReason::Reconciling { hold, needed }
+        } else {
+            let sealed = self.members_where(|member| matches!(member.mode, Mode::Sealed(_)));
+            let (sealed, _, _) = self.sets.shortest(sealed);
+            let (of, _, _) = self.sets.shortest(usable);
+            StallReason::NotSealed { sealed, of }
+        }
     }
 
     /// A record that keeps members from a write quorum because it cannot be read anywhere.
@@ -83,7 +132,8 @@ impl Head {
             return (!announced).then(|| stall.since + self.tunables.stall_notice);
         }
         let seq = self.log.commit().next().max(self.log.base());
-        self.log.entry(seq).map(|entry| entry.arrived + self.tunables.slow_write)
+        let slow_write = self.log.entry(seq).map(|entry| entry.arrived + self.tunables.slow_write);
+        base::time::earliest(slow_write, self.slow_opening_at())
     }
 
     /// How it is doing.

@@ -49,6 +49,21 @@ pub enum StallReason {
         /// How many in-sync members there are.
         of: usize,
     },
+    /// Enough members are connected, but too few have answered the Seal of an opening: they do not
+    /// answer at all, or wait longer than they may for the head before this one.
+    NotSealed {
+        /// In-sync members that have answered.
+        sealed: usize,
+        /// In-sync members that are connected and usable.
+        of: usize,
+    },
+    /// An opening has chosen a log, and it takes long to bring its end to a write quorum.
+    Reconciling {
+        /// In-sync members that hold all of it.
+        hold: usize,
+        /// How many are needed.
+        needed: usize,
+    },
     /// A record that an opening or a catch-up needs cannot be read at any member that is
     /// reachable. It may be acknowledged data, so nothing is dropped.
     Damaged {
@@ -77,6 +92,12 @@ impl fmt::Display for StallReason {
         match self {
             Self::Members { usable, needed, of } => {
                 write!(f, "{usable} of {of} members usable, {needed} needed")
+            }
+            Self::NotSealed { sealed, of } => {
+                write!(f, "{sealed} of {of} usable members have answered the Seal")
+            }
+            Self::Reconciling { hold, needed } => {
+                write!(f, "{hold} members hold the whole log, {needed} needed")
             }
             Self::Damaged { seq } => {
                 write!(f, "the log record at {seq} is damaged at every reachable member")

@@ -262,3 +262,54 @@ fn while_a_change_of_members_is_open_reads_need_grants_in_both_sets() {
     bench.settle();
     assert_eq!(bench.value(read), Some(9));
 }
+
+#[test]
+fn an_opening_that_gets_no_answer_says_so() {
+    let mut bench = Bench::new(3);
+    bench.held = vec![false, true, true];
+    bench.up(0..3);
+    bench.pass(300);
+    assert_eq!(bench.head.status().stall, None, "members may wait for the head before");
+    bench.pass(400);
+    let stall = bench.head.status().stall.unwrap();
+    assert_eq!(stall.reason, StallReason::NotSealed { sealed: 1, of: 3 });
+    assert!(matches!(bench.news.last(), Some(Output::Stalled { .. })));
+    bench.held = vec![false; 3];
+    bench.settle();
+    assert_eq!(bench.head.status().stall, None);
+    bench.write(1, 1);
+    bench.held[2] = true;
+    bench.write(2, 2);
+    bench.next_head();
+    bench.held[2] = false;
+    for index in [0, 2] {
+        bench.input(Input::MemberUp { server: server(index) });
+    }
+    bench.deliver(0);
+    bench.deliver(2);
+    bench.held = vec![true; 3];
+    bench.pass(1200);
+    let stall = bench.head.status().stall.unwrap();
+    assert_eq!(stall.reason, StallReason::Reconciling { hold: 1, needed: 2 });
+    bench.held = vec![false; 3];
+    bench.settle();
+    bench.pass(1200);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+}
+
+#[test]
+fn a_second_opinion_that_hangs_is_not_waited_for_either() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![true, true, false];
+    let read = bench.read(3);
+    bench.pass(3);
+    let asked = |bench: &Bench, index: usize| {
+        let reads = |sent: &&Sent| matches!(sent.1.body, CommandBody::Read { .. });
+        bench.wires[index].iter().filter(reads).count()
+    };
+    assert_eq!((asked(&bench, 0), asked(&bench, 1)), (1, 1), "two hang");
+    assert_eq!(bench.value(read), None);
+    bench.down(0);
+    bench.pass(20);
+    assert_eq!(bench.value(read), Some(0), "and the third answers");
+}
