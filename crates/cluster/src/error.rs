@@ -20,11 +20,11 @@ pub struct StoreError {
 pub enum StoreErrorKind {
     /// There is none.
     #[error(
-        "there is no such store; check the path, or make it with `holdfast pool format --store`"
+        "there is no such store; check the address, or make it with `holdfast pool format --store`"
     )]
     Missing,
     /// It is something else.
-    #[error("not a Holdfast cluster store ({0}); check the path")]
+    #[error("not a Holdfast cluster store ({0}); check the address")]
     Foreign(String),
     /// It was written by a newer version of this program.
     #[error(
@@ -42,7 +42,7 @@ pub enum StoreErrorKind {
     Damaged(String),
     /// Another store is now where this one was.
     #[error(
-        "replaced by another file while in use; put the right one back, or stop every Holdfast \
+        "replaced by another one while in use; put the right one back, or stop every Holdfast \
          process that uses it before starting them on the new one"
     )]
     Replaced,

@@ -2,8 +2,13 @@
 //!
 //! [`ClusterStore`] keeps the records and changes them only by compare-and-swap; it is consulted
 //! when something *changes*, never per I/O, and may be away for hours without stopping a running
-//! volume. What the records mean is in the operations on top of it: [`volumes`] (create, delete,
-//! provision), [`lease`] (acquire, release) and [`servers`] (register). They work on any store.
+//! volume. [`SqliteStore`] is for one machine, [`EtcdStore`] for several. What the records mean is in
+//! the operations on top: [`volumes`] (create, delete, provision), [`lease`] (acquire, release),
+//! [`members`] (change), [`servers`] (register, drain). They work on any store. [`heal`] plans what a
+//! volume needs.
+//!
+//! Beside the records, and of no consequence for data: what holders publish of their volumes
+//! ([`VolumeStatus`]), and the log of [`Event`]s.
 //!
 //! Two rules keep data safe from this crate. A replica is deleted only for an explicit tombstone,
 //! never because a record is missing. And every change to a volume's record or its shard's is
@@ -12,6 +17,7 @@
 mod address;
 pub mod drain;
 mod error;
+mod etcd;
 mod events;
 pub mod heal;
 pub mod lease;
@@ -30,6 +36,7 @@ mod conformance;
 
 pub use address::{InvalidStoreAddress, StoreAddress, open};
 pub use error::{StoreError, StoreErrorKind};
+pub use etcd::EtcdStore;
 pub use events::{EVENTS_MAX, Event, EventKind};
 pub use name::{InvalidName, check_name};
 pub use placement::{FAILOVER_MAX, Picture, PlacementError, Usage, failover, place};
