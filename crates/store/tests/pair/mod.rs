@@ -211,6 +211,22 @@ impl Node {
         ids
     }
 
+    pub fn scan(&mut self, seq: u64) -> Record {
+        let buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
+        match self.ask(Command::Scan { key: key(), seq: Seq(seq), buffer }) {
+            Ok(ReplyBody::Record(record)) => record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Appends another one's record.
+    pub fn adopt_record(&mut self, record: &Record, commit: u64) {
+        let record = resent(self, record);
+        let append = Command::Append { key: key(), record, commit: Seq(commit), media: false };
+        let answer = self.ask(append);
+        assert!(matches!(answer, Ok(ReplyBody::Appended { .. })), "{answer:?}");
+    }
+
     /// Every block is what the log says.
     pub fn check(&mut self, what: &str) {
         let ids = self.contents(self.log.len());
@@ -257,7 +273,7 @@ pub struct Filler {
 
 /// Why a filling stops before its end.
 #[derive(Debug)]
-enum Stop {
+pub enum Stop {
     /// The target's power went.
     Cut,
     /// `between` said so.
@@ -307,6 +323,17 @@ impl Filler {
                 return Ok(());
             }
         }
+    }
+
+    /// Copies the chunks once; the target is left filling.
+    pub fn copy_only(
+        &mut self,
+        source: &mut Node,
+        target: &mut Node,
+        between: Between<'_>,
+    ) -> Option<()> {
+        done(target, Command::FillBegin { key: key() }).ok()?;
+        self.pass(source, target, between).ok()
     }
 
     fn pass(
@@ -377,7 +404,7 @@ fn go_on(source: &mut Node, between: Between<'_>) -> Result<(), Stop> {
     if between(source) { Ok(()) } else { Err(Stop::Aborted) }
 }
 
-fn done(target: &mut Node, command: Command) -> Result<(), Stop> {
+pub fn done(target: &mut Node, command: Command) -> Result<(), Stop> {
     let what = format!("{command:?}");
     let answer = target.try_ask(command).ok_or(Stop::Cut)?;
     assert!(matches!(answer, Ok(ReplyBody::Done)), "{what}: {answer:?}");

@@ -372,6 +372,15 @@ impl World {
         }
     }
 
+    /// Completes so many operations, letting time pass where it must.
+    pub fn run_steps(&mut self, steps: u64) {
+        for _ in 0..steps {
+            if !self.step() && !self.tick() {
+                return;
+            }
+        }
+    }
+
     pub fn is_cut(&self) -> bool {
         self.cut_after.is_some_and(|cut| self.operations >= cut)
     }
