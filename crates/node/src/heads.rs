@@ -11,6 +11,8 @@ use crate::metrics::Counters;
 pub(crate) struct HeadEntry {
     pub(crate) head: Head,
     pub(crate) epoch: Epoch,
+    /// Of its replicas.
+    pub(crate) key: ReplicaKey,
     /// The volume as front ends see it.
     pub(crate) export: VolumeExport,
     /// Servers of its remote members, with whether a peer was retained for each.
@@ -46,12 +48,14 @@ impl Heads {
     pub(crate) fn insert(
         &mut self,
         head: Head,
+        key: ReplicaKey,
         export: VolumeExport,
         local: Option<ServerId>,
         remote: Vec<(ServerId, bool)>,
     ) -> u64 {
         let entry = HeadEntry {
             epoch: head.epoch(),
+            key,
             head,
             export,
             remote,

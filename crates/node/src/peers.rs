@@ -16,6 +16,9 @@ const PROBE_FOR: Duration = Duration::from_secs(30);
 /// A server with a session that has not been heard of for this long is silent. Keep Alives come
 /// more often.
 const SILENT_AFTER: Duration = Duration::from_millis(2500);
+/// How long a session stays that nobody uses any more: what was said last arrives, and who comes back
+/// finds it.
+const LINGER_FOR: Duration = Duration::from_secs(1);
 /// A server that was never reached counts as silent after this long.
 const UNREACHED_AFTER: Duration = Duration::from_secs(1);
 
@@ -41,7 +44,8 @@ pub(crate) struct Peer {
     pub(crate) up: bool,
     created: Instant,
     said: Said,
-    /// Heads with a member there, fills from there, and a probe. At zero the peer is stopped.
+    /// Heads with a member there, fills from there, and a probe. At zero the peer is stopped after
+    /// a while.
     users: u32,
     /// Its outputs have to be taken.
     dirty: bool,
@@ -58,6 +62,8 @@ pub(crate) struct Peers {
     by_server: BTreeMap<ServerId, u64>,
     /// Servers that a head asked about, with when to stop watching them.
     probes: BTreeMap<ServerId, Instant>,
+    /// Servers whose sessions nobody uses, with when to end them.
+    lingering: BTreeMap<ServerId, Instant>,
     dirty: Vec<u64>,
     /// Scratch of `tick`.
     due: Vec<u64>,
@@ -75,6 +81,7 @@ impl Peers {
             peers: Slab::with_capacity(16),
             by_server: BTreeMap::new(),
             probes: BTreeMap::new(),
+            lingering: BTreeMap::new(),
             dirty: Vec::with_capacity(16),
             due: Vec::with_capacity(16),
             outgoing: Slab::with_capacity(4096),
@@ -113,6 +120,7 @@ impl Peers {
         if let Some(tag) = self.by_server.get(&server).copied() {
             let peer = self.peers.get_mut(tag).expect("by_server names live peers");
             peer.users += 1;
+            self.lingering.remove(&server);
             return peer.up;
         }
         let Some(address) = self.addresses.get(&server).copied() else {
@@ -144,7 +152,7 @@ impl Peers {
         let peer = self.peers.get_mut(tag).expect("by_server names live peers");
         peer.users -= 1;
         if peer.users == 0 {
-            self.stop(now, tag);
+            self.lingering.insert(server, now + LINGER_FOR);
         }
     }
 
@@ -187,6 +195,7 @@ impl Peers {
             }
         }
         self.probes.clear();
+        self.lingering.clear();
         self.addresses.clear();
     }
 
@@ -291,6 +300,15 @@ impl Peers {
             self.probes.remove(&server);
             self.release(now, server);
         }
+        let due = |until: &BTreeMap<ServerId, Instant>| {
+            until.iter().find(|(_, at)| **at <= now).map(|(server, _)| *server)
+        };
+        while let Some(server) = due(&self.lingering) {
+            self.lingering.remove(&server);
+            if let Some(tag) = self.by_server.get(&server).copied() {
+                self.stop(now, tag);
+            }
+        }
         self.due.extend(
             self.peers
                 .iter()
@@ -305,6 +323,7 @@ impl Peers {
     /// When some initiator wants to be called.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let peers = self.peers.iter().filter_map(|(_, peer)| peer.initiator.next_deadline()).min();
-        base::time::earliest(peers, self.probes.values().min().copied())
+        let watched = self.probes.values().chain(self.lingering.values()).min().copied();
+        base::time::earliest(peers, watched)
     }
 }

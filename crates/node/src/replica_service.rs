@@ -9,7 +9,7 @@
 //! Grants: whatever this replica admits from its owner entitles that head to serve reads for a
 //! while ([`GRANT_MS`]), even if it hears nothing more. So a Seal of a higher epoch deposes at
 //! once, but its *answer* waits here until the deposed head's grant has run out, unless that head
-//! said Release. A replica that was found in a pool counts as granted when the pool was opened:
+//! said Release, before or after. A replica that was found in a pool counts as granted when the pool was opened:
 //! nobody remembers what was admitted before.
 //!
 //! Readers: another server fills its own replica from this one. Its session may list, fetch and
@@ -66,8 +66,29 @@ struct Owner {
     session: Option<(Origin, HolderId)>,
     /// Until then a head of `epoch` may count on this replica.
     granted_until: Instant,
-    /// Until then a head of a lower epoch may.
+    /// Until then the head that was deposed last may.
     deposed_until: Instant,
+    /// Its epoch and its session, if that was there to be deposed.
+    deposed: Option<(Epoch, Origin)>,
+    /// Until then heads that were deposed before it may.
+    earlier_until: Instant,
+}
+
+impl Owner {
+    /// Until then a Seal is not answered.
+    fn waits_until(&self) -> Instant {
+        self.deposed_until.max(self.earlier_until)
+    }
+
+    /// A higher Seal has come.
+    fn depose(&mut self, epoch: Epoch) {
+        self.earlier_until = self.waits_until();
+        self.deposed_until = self.granted_until;
+        self.deposed = self.session.map(|(origin, _)| (self.epoch, origin));
+        // Until it is answered it entitles to nothing.
+        self.granted_until = Instant::ZERO;
+        self.epoch = epoch;
+    }
 }
 
 /// The answer to a Seal that waits for the grant of a deposed head.
@@ -101,6 +122,8 @@ impl ReplicaService {
             session: None,
             granted_until: if granted { now + GRANT } else { Instant::ZERO },
             deposed_until: Instant::ZERO,
+            deposed: None,
+            earlier_until: Instant::ZERO,
         });
     }
 
@@ -139,7 +162,9 @@ impl ReplicaService {
     ) -> Result<Admitted, ReplicaError> {
         let owner = self.owners.get_mut(&command.key).ok_or(ReplicaError::NoReplica)?;
         if command.epoch < owner.epoch && !planted::is(Bug::NoFencingOnArrival) {
-            return Err(ReplicaError::Superseded { sealed: owner.epoch });
+            let sealed = owner.epoch;
+            self.deposed_releases(command, origin);
+            return Err(ReplicaError::Superseded { sealed });
         }
         if matches!(command.body, CommandBody::Seal) {
             return self.admit_seal(command.key, command.epoch, origin, client);
@@ -154,7 +179,7 @@ impl ReplicaService {
             || owner.epoch == command.epoch
             && owner.session.is_some_and(|(holder, _)| holder == origin)
             // What follows a Seal must not take effect before that is answered.
-            && owner.deposed_until <= now;
+            && owner.waits_until() <= now;
         if owns {
             // After Release it reads no more: a later Seal need not wait.
             let released = matches!(command.body, CommandBody::Release);
@@ -184,12 +209,9 @@ impl ReplicaService {
             }
             None
         } else {
-            owner.deposed_until = owner.deposed_until.max(owner.granted_until);
-            // Until it is answered it entitles to nothing.
-            owner.granted_until = Instant::ZERO;
-            owner.epoch = epoch;
+            owner.depose(epoch);
             self.readers.remove(&key);
-            owner.session.map(|(holder, _)| holder)
+            owner.deposed.map(|(_, origin)| origin)
         };
         owner.session = Some((origin, client));
         if let Some(held) = self.held.remove(&key) {
@@ -200,6 +222,19 @@ impl ReplicaService {
             self.answers.push_back((held.origin, held.tag, Err(error)));
         }
         Ok(Admitted::Seal { deposed })
+    }
+
+    /// A head that has heard that it was deposed says that it reads no more: whoever deposed it need
+    /// not wait for its grant.
+    fn deposed_releases(&mut self, command: &ReplicaCommand, origin: Origin) {
+        let Some(owner) = self.owners.get_mut(&command.key) else { return };
+        let released = matches!(command.body, CommandBody::Release);
+        if released && owner.deposed == Some((command.epoch, origin)) {
+            owner.deposed_until = Instant::ZERO;
+            if let Some(held) = self.held.get_mut(&command.key) {
+                held.until = owner.waits_until();
+            }
+        }
     }
 
     /// Whether a command is admitted that does not come from the replica's owner.
@@ -266,12 +301,12 @@ impl ReplicaService {
             return Some(if reads { result } else { Err(ReplicaError::Superseded { sealed }) });
         }
         if let Ok(reply @ ReplyBody::Sealed(_)) = result {
-            if owner.deposed_until <= now || planted::is(Bug::GrantNotWaited) {
+            if owner.waits_until() <= now || planted::is(Bug::GrantNotWaited) {
                 owner.granted_until = owner.granted_until.max(now + GRANT);
                 return Some(Ok(reply));
             }
             self.waited += 1;
-            let held = Held { origin, tag, until: owner.deposed_until, reply };
+            let held = Held { origin, tag, until: owner.waits_until(), reply };
             if let Some(older) = self.held.insert(key, held) {
                 self.answers.push_back((older.origin, older.tag, Err(ReplicaError::NotSealed)));
             }
@@ -480,6 +515,36 @@ mod tests {
         service.seal(at(40), B, 3);
         assert!(!service.sealed(at(40), B, 3));
         assert_eq!(service.answers(at(230)), [(3, true)]);
+    }
+
+    #[test]
+    fn a_deposed_head_may_release_afterwards() {
+        let mut service = Service::new(at(0), 0);
+        service.seal(at(0), A, 1);
+        assert!(service.sealed(at(0), A, 1));
+        service.seal(at(50), B, 2);
+        assert!(!service.sealed(at(60), B, 2));
+        let release = |service: &mut Service, who, epoch| {
+            let admitted = service.admit(at(70), who, epoch, CommandBody::Release);
+            assert_eq!(admitted, superseded(2));
+        };
+        release(&mut service, C, 1);
+        release(&mut service, A_AGAIN, 1);
+        release(&mut service, A, 0);
+        assert_eq!(service.answers(at(70)), [], "nobody else can");
+        release(&mut service, A, 1);
+        assert_eq!(service.answers(at(70)), [(2, true)]);
+        // One that was deposed earlier is still waited for.
+        let mut service = Service::new(at(0), 0);
+        service.seal(at(0), A, 1);
+        assert!(service.sealed(at(0), A, 1));
+        service.seal(at(50), B, 2);
+        service.seal(at(60), C, 3);
+        assert!(!service.sealed(at(60), C, 3));
+        let admitted = service.admit(at(70), B, 2, CommandBody::Release);
+        assert_eq!(admitted, superseded(3));
+        assert_eq!(service.answers(at(199)), []);
+        assert_eq!(service.answers(at(200)), [(3, true)]);
     }
 
     #[test]

@@ -301,6 +301,7 @@ impl Node {
             return Err(OpenHeadError::TooMany);
         }
         let (local, remote) = self.places(&shard);
+        let key = ReplicaKey { volume: volume.id, shard: shard.shard };
         let config = HeadConfig {
             epoch: volume.epoch,
             shard,
@@ -318,7 +319,7 @@ impl Node {
         };
         let head = Head::new(config, now)?;
         let members = remote.iter().map(|server| (*server, false)).collect();
-        let tag = self.heads.insert(head, export, local, members);
+        let tag = self.heads.insert(head, key, export, local, members);
         if let Some(server) = local {
             self.heads.handle(now, tag, volume::Input::MemberUp { server });
             self.tell_standing(Origin::Local { head: tag });

@@ -1,7 +1,8 @@
 //! Heads: their requests, their commands, their ends.
 
 use base::{
-    BlockReply, BlockRequest, ReplicaCommand, ReplicaError, RequestId, ServerId, Status, VolumeId,
+    BlockReply, BlockRequest, CommandBody, ReplicaCommand, ReplicaError, RequestId, Seq, ServerId,
+    Status, VolumeId,
 };
 use nvme::SessionId;
 use nvme::target::Input as TargetInput;
@@ -95,6 +96,7 @@ impl Node {
                 volume::Output::Superseded { sealed } => {
                     self.head_event(tag, HeadEvent::Superseded { sealed });
                     self.mark_ended(tag);
+                    self.release_grants(tag);
                 }
                 volume::Output::Released => {
                     self.head_event(tag, HeadEvent::Released);
@@ -136,7 +138,26 @@ impl Node {
         }
     }
 
-    pub(super) fn head_event(&mut self, tag: u64, event: HeadEvent) {
+    /// A head was deposed and has answered the last that it will: tells its members, so that the head
+    /// that deposed it need not wait for its grants. Their answers are of no interest.
+    fn release_grants(&mut self, head: u64) {
+        let entry = self.heads.get(head).expect("the head spoke");
+        let (key, epoch, local) = (entry.key, entry.epoch, entry.local);
+        let remote: Vec<ServerId> = entry.remote.iter().map(|(server, _)| *server).collect();
+        let release =
+            || ReplicaCommand { key, epoch, commit: Seq::ZERO, body: CommandBody::Release };
+        for server in remote {
+            if self.peers.is_up(server) {
+                let from = Outgoing::Head { head, tag: u64::MAX };
+                self.peers.command(self.now, server, from, release());
+            }
+        }
+        if local.is_some() {
+            self.replica_command(Origin::Local { head }, u64::MAX, release());
+        }
+    }
+
+    fn head_event(&mut self, tag: u64, event: HeadEvent) {
         let entry = self.heads.get(tag).expect("the head spoke");
         let (volume, epoch) = (entry.export.volume, entry.epoch);
         self.outputs.push_back(Output::Head { head: HeadHandle(tag), volume, epoch, event });

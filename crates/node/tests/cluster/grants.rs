@@ -56,6 +56,28 @@ fn a_head_that_released_is_not_waited_for() {
 }
 
 #[test]
+fn a_head_that_hears_that_it_was_deposed_is_not_waited_for() {
+    for (state_messages, at_most) in [(true, GRANT / 4), (false, 2 * GRANT)] {
+        let mut cluster = Cluster::new(Setup { state_messages, ..Setup::default() });
+        let at = cluster.diskless();
+        let old = cluster.open_head(at, three());
+        cluster.write(at, old, 0, 8);
+        let begun_at = cluster.now;
+        let new = cluster.open_head(0, three());
+        let took = cluster.now.since(begun_at);
+        println!("taken over after {took:?}; state messages: {state_messages}");
+        assert!(took < at_most && (state_messages || took > GRANT / 2), "{took:?}");
+        cluster.check_content(0, new);
+        // The same if the old one runs on a member.
+        cluster.write(0, new, 8, 8);
+        let begun_at = cluster.now;
+        cluster.open_head(1, three());
+        let took = cluster.now.since(begun_at);
+        assert!(took < at_most, "{took:?}");
+    }
+}
+
+#[test]
 fn a_member_that_restarted_counts_as_granted() {
     let mut cluster = Cluster::new(Setup::default());
     let at = cluster.diskless();
