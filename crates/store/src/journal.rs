@@ -13,7 +13,7 @@ use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
 use crate::api::Parts;
 use crate::layout::{DeviceIndex, PAGE};
 use crate::metadata::{Entry, PAGE_ENTRY_BYTES, PAGE_HEADER_BYTES, Page, PageKind};
-use crate::store::{Store, Task};
+use crate::store::{Phase, Store, Task};
 
 /// What to do when an entry is durable, beyond applying it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +132,13 @@ impl Journal {
 }
 
 impl Store {
+    /// Writes a checkpoint soon even if the journal has room: the next opening has less to read.
+    pub fn checkpoint(&mut self) {
+        if self.phase == Phase::Open {
+            self.journal.checkpoint_wanted = true;
+        }
+    }
+
     fn region_offset(&self, copy: usize, region: u64) -> u64 {
         self.journal.copies[copy].1 + region * self.geometry.region_bytes()
     }
