@@ -447,6 +447,7 @@ impl Head {
         if !matches!(read.state, ReadState::Asked) {
             return;
         }
+        let arrived = read.arrived;
         let until = self.newest.touching(read.lba, read.blocks);
         let until = if planted::is(Bug::UndecidedRead) { Seq::ZERO } else { until };
         self.reads.settled(slot);
@@ -454,6 +455,7 @@ impl Head {
             self.reads.enter(slot, ReadState::Held { until, data });
             self.reads.held.push(Reverse((until, slot)));
         } else if let Some((id, _)) = self.reads.answer(slot) {
+            self.pace.learn(self.now - arrived);
             self.answer(id, Grounds::Read { data, seen: until });
         }
     }

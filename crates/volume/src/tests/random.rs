@@ -228,5 +228,5 @@ fn random_memberships() {
         "refused: not open",
         "refused: not settled",
     ];
-    worlds("random_memberships", changing_settings, 300, &wanted);
+    worlds("random_memberships", changing_settings, 200, &wanted);
 }
