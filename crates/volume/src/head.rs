@@ -411,7 +411,15 @@ impl Head {
         assert!(self.queue.len() <= HEAD_REQUESTS_MAX);
         assert!(self.log.undecided() <= HEAD_REQUESTS_MAX + 1);
         assert!(self.log.durable <= self.log.commit());
+        let in_sync = self.members_where(Member::in_sync);
+        assert_eq!(self.sets.old(), in_sync, "who counts is what the record said last");
         for member in &self.members {
+            if let crate::member::Mode::Filling(filling) = &member.mode {
+                assert!(
+                    !filling.copies_chunks() || !member.in_sync(),
+                    "what counts is not dropped"
+                );
+            }
             let follows = member.follows();
             assert!(!follows || member.connected);
             assert!(!follows || member.next_send.0 <= self.log.last().seq.0 + 1);

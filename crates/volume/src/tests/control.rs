@@ -236,6 +236,15 @@ impl World {
         (leaving.is_some() || entering.is_some()).then_some(new)
     }
 
+    /// A head is gone: was a change open, and did the cluster store make it?
+    pub(super) fn note_interrupted(&mut self, head: usize) {
+        let Some(running) = &self.heads[head] else { return };
+        if running.head.status().change_open {
+            let made = self.record.1 != running.known.1;
+            self.count(if made { "change outlived its head" } else { "change died with its head" });
+        }
+    }
+
     /// Every member is in sync, and the current head knows.
     pub(super) fn mended(&self) -> bool {
         let all = self.record.0.members.iter().all(|member| member.role == Role::InSync);

@@ -174,6 +174,7 @@ impl World {
             return;
         }
         self.count("head crash");
+        self.note_interrupted(head);
         self.heads[head] = None;
         self.oracle.head_gone(head);
         self.schedule(downtime, Event::NewHead);

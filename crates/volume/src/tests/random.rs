@@ -218,6 +218,8 @@ fn random_memberships() {
         "Install",
         "agreed",
         "answer lost",
+        "change died with its head",
+        "change outlived its head",
         "changed",
         "conflict",
         "deleted",

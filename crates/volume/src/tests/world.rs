@@ -401,6 +401,7 @@ impl World {
             Output::Superseded { sealed } => {
                 assert!(sealed.0 > index as u64 + 1);
                 self.count("superseded");
+                self.note_interrupted(index);
                 self.ended(index);
             }
             Output::Released | Output::Abandoned => {
