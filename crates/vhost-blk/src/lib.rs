@@ -39,15 +39,21 @@ pub use device::{Device, Event};
 pub use eventfd::read_eventfd;
 pub use listener::{Listener, ListenerError};
 
-#[cfg(test)]
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(
+    feature = "fuzzing",
+    allow(dead_code, clippy::unwrap_used, reason = "as in tests; fuzzers use a part of it")
+)]
 mod testing;
 #[cfg(test)]
 mod tests;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 use testing::crash_point;
 
 /// Where tests let the process "die": before and after each store whose order matters.
-#[cfg(not(test))]
+#[cfg(not(any(test, feature = "fuzzing")))]
 #[inline(always)]
 fn crash_point() {}

@@ -241,7 +241,7 @@ impl GuestMemory {
     }
 
     /// The guest writes a byte of its memory.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn poke(&self, gpa: u64, byte: u8) {
         self.part(gpa, 1).expect("guest memory").copy_from(&[byte]);
     }

@@ -43,7 +43,8 @@ pub(crate) const F_NEXT: u16 = 1;
 pub(crate) const F_WRITE: u16 = 2;
 pub(crate) const F_INDIRECT: u16 = 4;
 
-/// Counts each thread's allocations, so that tests can see that there are none.
+/// Counts each thread's allocations, so that tests can see that there are none. Fuzzers keep their
+/// own allocator.
 struct Counting;
 
 thread_local! {
@@ -64,6 +65,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+#[cfg(test)]
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
