@@ -18,6 +18,8 @@ use super::{FillEvent, FillFailure, FillOutput, Shared, Step};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a fill that failed rests before it is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Failures that are told an operator before the fill has ended well, at most.
+const FAILURES_SAID_MAX: usize = 16;
 /// Heads hear of progress no more often than this.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -72,8 +74,8 @@ pub(super) struct Fill {
     /// The own log ends here and is the source's, as far as is known: no chunks are needed.
     end: Option<(Position, bool)>,
     announced: Option<(u8, Instant)>,
-    /// What was logged last, so that it is said once.
-    failure: Option<FillFailure>,
+    /// What was said of sources since it last ended well, so that it is said once.
+    failures: Vec<(ServerId, FillFailure)>,
 }
 
 impl Fill {
@@ -85,7 +87,7 @@ impl Fill {
             retained: None,
             end: None,
             announced: None,
-            failure: None,
+            failures: Vec::new(),
         };
         fill.set_start();
         fill
@@ -144,7 +146,6 @@ impl Fill {
         if !same {
             self.release(shared);
             self.line.copied_bytes = 0;
-            self.failure = None;
         }
         self.announced = None;
         self.line.order = line.order;
@@ -156,7 +157,7 @@ impl Fill {
     /// Its turn has come.
     pub(super) fn start(&mut self, shared: &mut Shared) {
         shared.counters.started += 1;
-        if self.failure.is_none() {
+        if self.failures.is_empty() {
             let event = FillEvent::Started { chunks: self.line.order.chunks };
             self.say(shared, event);
         }
@@ -262,8 +263,9 @@ impl Fill {
 
     fn fail(&mut self, shared: &mut Shared, failure: FillFailure) {
         shared.counters.failed += 1;
-        if self.failure != Some(failure) {
-            self.failure = Some(failure);
+        let found = (self.line.order.source, failure);
+        if self.failures.len() < FAILURES_SAID_MAX && !self.failures.contains(&found) {
+            self.failures.push(found);
             self.say(shared, FillEvent::Failed { failure });
         }
     }
@@ -420,7 +422,7 @@ impl Fill {
     fn done(&mut self, shared: &mut Shared) {
         self.note_end();
         self.phase = Phase::Done;
-        self.failure = None;
+        self.failures.clear();
         self.release(shared);
         shared.counters.done += 1;
         self.say(shared, FillEvent::Done { bytes: self.line.copied_bytes });

@@ -91,8 +91,7 @@ impl Tail {
             self.append(record, line, shared)?;
         }
         if self.ends() {
-            let asked = self.window.iter().any(|place| matches!(place, Place::Asked));
-            if asked || !self.appending.is_empty() || self.asking_news {
+            if line.outstanding > 0 {
                 return Ok(false);
             }
             // What was copied is of a time that the source has since been at, or it lies.

@@ -202,3 +202,87 @@ fn a_source_that_dies_is_replaced_by_another() {
     cluster.release(at, head);
     cluster.check_replica(2);
 }
+
+/// Numbers that a seed decides.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// A fill under everything that can happen to it: writes, discards, logs that roll, sessions and
+/// processes that go, heads that come.
+fn random_fill(seed: u64) -> u64 {
+    const BLOCKS: u64 = 1024;
+    let setup = Setup { blocks: BLOCKS, fill_bytes_per_second: 2 << 20, ..Setup::default() };
+    let (mut cluster, mut at, mut head) = with_data(setup);
+    add_third(&mut cluster, at, head);
+    let mut random = Random(seed);
+    let mut starts = 0;
+    for _ in 0..60 {
+        match random.below(12) {
+            0..5 => {
+                for _ in 0..random.below(20) {
+                    let blocks = 1 + random.below(u64::from(WRITE_BLOCKS));
+                    let lba = random.below(BLOCKS - blocks);
+                    let blocks = u32::try_from(blocks).expect("a few");
+                    if random.below(6) == 0 {
+                        cluster.discard(at, head, lba, blocks);
+                    } else {
+                        cluster.write(at, head, lba, blocks);
+                    }
+                }
+            }
+            5 | 6 => cluster.reset_connections(2, usize::from(random.below(2) == 0)),
+            7 | 8 => {
+                let victim = usize::try_from(random.below(3)).expect("a machine");
+                starts += cluster.counters(2).fills.started;
+                cluster.kill(victim);
+                cluster.run_for(Duration::from_millis(random.below(100)));
+                cluster.start(victim);
+                if victim == at {
+                    head = cluster.open_head(at, third(Role::CatchingUp));
+                }
+            }
+            9 => {
+                at = usize::try_from(random.below(4)).expect("a machine");
+                if let Some(old) = cluster.node(at).head_of(KEY.volume) {
+                    cluster.release(at, old);
+                }
+                head = cluster.open_head(at, third(Role::CatchingUp));
+            }
+            10 => {
+                cluster.cut(2, usize::from(random.below(2) == 0));
+                cluster.run_for(Duration::from_millis(random.below(8000)));
+                cluster.mend();
+            }
+            _ => cluster.run_for(Duration::from_millis(random.below(2000))),
+        }
+        cluster.run_for(Duration::from_millis(random.below(40)));
+    }
+    cluster.run("to catch up", |c| c.member(at, head, 2).caught_up);
+    cluster.check_content(at, head);
+    cluster.release(at, head);
+    for index in 0..3 {
+        cluster.check_replica(index);
+    }
+    starts + cluster.counters(2).fills.started
+}
+
+#[test]
+fn a_fill_ends_well_whatever_happens() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let base = number("NODE_SEED_BASE").unwrap_or(1);
+    let mut started = 0;
+    for seed in base..base + number("NODE_SEEDS").unwrap_or(4) {
+        println!(
+            "seed {seed}; replay: NODE_SEED_BASE={seed} NODE_SEEDS=1 cargo test -p node --test \
+             cluster whatever_happens"
+        );
+        started += random_fill(seed);
+    }
+    assert!(started > 4, "fills were interrupted");
+}
