@@ -5,11 +5,11 @@
 //! ([`Step::alters_in_sync`]), writes [`Step::apply`]'s record with [`crate::members::change`],
 //! tells the head, and asks again.
 //!
-//! A lost member is replaced in this order: a spare is added (`Provisioning`), its server makes the
-//! replica (`CatchingUp`), the head has it filled, the lost one leaves, the spare counts. A member
-//! that still works (its server is drained, or it is slow) leaves after the spare counts. Where a dead
-//! member only keeps the others from a quorum it is demoted first. The in-sync set never gets
-//! smaller than [`base::membership::in_sync_floor`].
+//! A member that is lost, or that is to go though it works (its server is drained, or it is slow), is
+//! replaced in this order: a spare is added (`Provisioning`), its server makes the replica
+//! (`CatchingUp`), the head has it filled, and the spare counts from the moment on from which the
+//! other one does not. Where a dead member only keeps the others from a quorum it is demoted first.
+//! The in-sync set never gets smaller than [`base::membership::in_sync_floor`].
 //!
 //! The limits are soft where holders do not know of each other: two that look at once may begin one
 //! filling more than [`HealPolicy::filling_max`].
@@ -140,6 +140,13 @@ pub enum Step {
         /// Its server.
         server: ServerId,
     },
+    /// Let a member that has caught up count in the place of one that leaves.
+    Replace {
+        /// The server of the one that leaves.
+        leaves: ServerId,
+        /// The server of the one that counts then.
+        counts: ServerId,
+    },
     /// Take out a member that is leaving and whose server will not do that.
     Forget {
         /// Its server.
@@ -176,6 +183,10 @@ impl Step {
             Self::Demote { server } => set_role(&mut next, *server, Role::CatchingUp),
             Self::Remove { server } => set_role(&mut next, *server, Role::Leaving),
             Self::Promote { server } => set_role(&mut next, *server, Role::InSync),
+            Self::Replace { leaves, counts } => {
+                set_role(&mut next, *leaves, Role::Leaving);
+                set_role(&mut next, *counts, Role::InSync);
+            }
             Self::Forget { server, pool } => next.members.retain(|member| {
                 member.role != Role::Leaving || member.server != *server || member.pool != *pool
             }),

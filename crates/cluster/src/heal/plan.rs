@@ -86,17 +86,27 @@ impl Planner<'_> {
         self.in_sync().filter(|view| view.trouble.is_none()).count()
     }
 
-    /// Whether enough members of the in-sync set without `without` hold all that is acknowledged.
-    fn may_lose(&self, without: &View) -> bool {
-        let left = self.in_sync().filter(|view| view.member.server != without.member.server);
-        let (size, hold) = (left.clone().count(), left.filter(|view| view.holds()).count());
-        size >= self.floor() && hold >= write_quorum(size)
+    /// Members of the in-sync set, but for `without`, that hold all that is acknowledged.
+    fn holders(&self, without: Option<&View>) -> usize {
+        let without = without.map(|view| view.member.server);
+        let left = self.in_sync().filter(|view| Some(view.member.server) != without);
+        left.filter(|view| view.holds()).count()
     }
 
-    /// The same of the in-sync set with one more that does.
+    /// Whether the in-sync set without `without` is enough.
+    fn may_lose(&self, without: &View) -> bool {
+        let left = self.in_sync().count() - 1;
+        left >= self.floor() && self.holders(Some(without)) >= write_quorum(left)
+    }
+
+    /// Whether the in-sync set with one more that holds all is.
     fn may_gain(&self) -> bool {
-        let hold = self.in_sync().filter(|view| view.holds()).count();
-        hold + 1 >= write_quorum(self.in_sync().count() + 1)
+        self.holders(None) + 1 >= write_quorum(self.in_sync().count() + 1)
+    }
+
+    /// Whether the in-sync set with one that holds all in the place of `leaves` is.
+    fn may_replace(&self, leaves: &View) -> bool {
+        self.holders(Some(leaves)) + 1 >= write_quorum(self.in_sync().count())
     }
 
     /// Leaving members whose pool is gone: nobody else takes them out.
@@ -116,8 +126,7 @@ impl Planner<'_> {
 
     /// Without quorum, a lost member is taken out of the set if the others are a quorum then.
     fn unblock(&self) -> Option<Decision> {
-        let hold = self.in_sync().filter(|view| view.holds()).count();
-        if hold >= write_quorum(self.in_sync().count()) {
+        if self.holders(None) >= write_quorum(self.in_sync().count()) {
             return None;
         }
         let lost = self.in_sync().find(|view| view.is_lost())?;
@@ -127,8 +136,8 @@ impl Planner<'_> {
             let blocked =
                 if below { Blocked::Floor { floor: self.floor() } } else { Blocked::NoQuorum };
             // One more member that holds all may still make a quorum.
-            let cause = || lost.cause(self.picture);
-            return (!self.may_gain()).then(|| Decision::Leave(blocked, cause()));
+            let hopeless = !self.may_gain() && !self.may_replace(lost);
+            return hopeless.then(|| Decision::Leave(blocked, lost.cause(self.picture)));
         };
         let server = view.member.server;
         let step = match view.trouble {
@@ -185,7 +194,8 @@ impl Planner<'_> {
         })
     }
 
-    /// A member that has caught up begins to count, after what is lost has left.
+    /// A member that has caught up begins to count, in the place of one that is to go if there are
+    /// enough otherwise.
     fn swap_in(&self) -> Option<Decision> {
         if self.well() >= self.replicas() {
             return None;
@@ -198,15 +208,19 @@ impl Planner<'_> {
             .iter()
             .filter(ready)
             .min_by_key(|view| self.shared(view.member.server, staying()))?;
+        let counts = spare.member.server;
         let full = self.in_sync().count() >= self.replicas();
-        let leaves = |view: &&View| full && view.is_lost() && self.may_lose(view);
-        if let Some(lost) = self.in_sync().find(leaves) {
-            return Some(self.act(Step::Remove { server: lost.member.server }, lost));
+        if !full && self.may_gain() {
+            return Some(self.act(Step::Promote { server: counts }, spare));
         }
-        if self.may_gain() {
-            return Some(self.act(Step::Promote { server: spare.member.server }, spare));
+        // Those that are lost before those that still work.
+        let replaceable = |view: &&View| view.trouble.is_some() && self.may_replace(view);
+        match self.in_sync().filter(replaceable).min_by_key(|view| !view.is_lost()) {
+            Some(view) => {
+                Some(self.act(Step::Replace { leaves: view.member.server, counts }, view))
+            }
+            None => Some(Decision::Leave(Blocked::NoQuorum, spare.cause(self.picture))),
         }
-        Some(Decision::Leave(Blocked::NoQuorum, spare.cause(self.picture)))
     }
 
     /// One more member, if there are too few that are well and none is on its way.
@@ -229,7 +243,12 @@ impl Planner<'_> {
         let ordered = matches!(trouble, Some(Trouble::Draining));
         let served = self.views.iter().filter(|view| !view.is(Role::Leaving)).count();
         if served >= MEMBERS_MAX {
-            return Some(Decision::Leave(Blocked::Full, cause));
+            // One that does not count and has troubles of its own gives its place up.
+            let troubled = |view: &&View| view.is(Role::CatchingUp) && view.trouble.is_some();
+            return Some(match self.views.iter().find(troubled) {
+                Some(view) => self.act(Step::Remove { server: view.member.server }, view),
+                None => Decision::Leave(Blocked::Full, cause),
+            });
         }
         if let Some(blocked) = self.too_soon(trouble, ordered) {
             return Some(Decision::Leave(blocked, cause));

@@ -48,7 +48,8 @@ pub fn wants_repair(
             Step::AddSpare { .. }
             | Step::Demote { .. }
             | Step::Remove { .. }
-            | Step::Promote { .. },
+            | Step::Promote { .. }
+            | Step::Replace { .. },
         ) => planned.cause,
         Some(Step::Forget { .. } | Step::UpdateFailover { .. }) | None => {
             if stage == Stage::Opening || !is_filling(entry, picture, now_ms) {

@@ -225,9 +225,9 @@ impl World {
         assert_ne!(old, new, "{step:?} changes nothing");
         let set = |shard: &ShardRecord| shard.in_sync().collect::<std::collections::BTreeSet<_>>();
         let (before, after) = (set(&old), set(&new));
-        let differ: Vec<_> = before.symmetric_difference(&after).collect();
-        assert!(differ.len() <= 1, "{step:?} changes several at once");
-        assert_eq!(step.alters_in_sync(&old), !differ.is_empty());
+        let (enter, leave) = (after.difference(&before), before.difference(&after));
+        assert!(enter.count() <= 1 && leave.count() <= 1, "{step:?} changes several at once");
+        assert_eq!(step.alters_in_sync(&old), before != after);
         if after != before {
             assert!(!after.is_empty(), "{step:?} takes the last one");
             let floor = in_sync_floor(self.entry.volume.policy.replicas);
@@ -235,7 +235,7 @@ impl World {
             let hold = self.holders(&new);
             assert!(hold >= write_quorum(after.len()), "{step:?}: {hold} hold, of {after:?}");
         }
-        if let Step::Promote { server } = step {
+        if let Step::Promote { server } | Step::Replace { counts: server, .. } = step {
             let member = new.members.iter().find(|member| member.server == *server).unwrap();
             assert!(self.holds(member), "{step:?} of one that has not caught up");
         }
@@ -438,13 +438,9 @@ fn run(seed: u64) {
 
 #[test]
 fn damaged_volumes_become_well() {
-    let seeds = match std::env::var("HOLDFAST_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().expect("HOLDFAST_SEED is a number");
-            seed..seed + 1
-        }
-        Err(_) => 0..SEEDS,
-    };
+    let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
+    let seeds = number("HOLDFAST_SEED")
+        .map_or_else(|| 0..number("HOLDFAST_SEEDS").unwrap_or(SEEDS), |seed| seed..seed + 1);
     for seed in seeds {
         if let Err(panic) = std::panic::catch_unwind(|| run(seed)) {
             eprintln!("seed {seed}; again: HOLDFAST_SEED={seed} cargo test -p cluster damaged");
@@ -471,14 +467,13 @@ fn a_lost_member_of_three_is_replaced_in_order() {
     let [
         Step::UpdateFailover { failover },
         Step::AddSpare { server, counts: true, .. },
-        Step::Remove { server: removed },
-        Step::Promote { server: promoted },
+        Step::Replace { leaves, counts },
     ] = &kinds[..]
     else {
         panic!("{kinds:?}");
     };
     assert_eq!(*failover, [spare]);
-    assert_eq!((*server, *removed, *promoted), (spare, gone, spare));
+    assert_eq!((*server, *leaves, *counts), (spare, gone, spare));
     let (when, _, cause) = &steps[1];
     assert!((10_000..=15_000).contains(when), "after the policy's time: {when}");
     assert!(cause.starts_with("server s3: silent for 1"), "{cause}");
@@ -516,7 +511,7 @@ fn silence_that_nobody_else_confirms_is_no_loss() {
 }
 
 #[test]
-fn drained_members_leave_after_their_replacement_counts() {
+fn drained_members_leave_when_their_replacement_counts() {
     for replicas in [1, 2, 3] {
         let mut world = World::new(replicas + 1, replicas);
         world.servers[0].server.draining = Some(Draining { since_ms: 1 });
@@ -553,7 +548,11 @@ fn without_spare_a_dead_member_is_demoted_only_where_that_helps() {
     assert_eq!(three.entry.shard.in_sync().count(), 3, "two of three are a quorum anyway");
     three.kill(2);
     let last = three.settle();
-    assert_eq!(last.blocked, Some(Blocked::NoQuorum), "one of three cannot tell");
+    assert!(
+        matches!(last.blocked, Some(Blocked::NoSpare { .. })),
+        "a newcomer would help: {last:?}"
+    );
+    assert_eq!(three.entry.shard.in_sync().count(), 3, "one of three is below the floor");
 }
 
 #[test]
@@ -584,6 +583,23 @@ fn a_poisonous_volume_is_left_alone_for_a_while() {
     assert_eq!(until_ms, start + spares[0] + world.policy.moves_window_ms);
     world.settle();
     assert_eq!(world.holders(&world.entry.shard), 3, "then it is healed");
+}
+
+#[test]
+fn a_newcomer_takes_a_place_where_nothing_else_has_a_quorum() {
+    let mut world = World::new(4, 3);
+    let (spare, pool) = (server_id(4), PoolId::from_bytes([4; 16]));
+    world.take(&Step::AddSpare { server: spare, pool, at_ms: 0, counts: false });
+    world.tick();
+    world.tick();
+    world.kill(2);
+    world.now_ms += 20_000;
+    world.truth.get_mut(&server_id(3)).unwrap().needs_fill = true;
+    let step = world.plan().step.unwrap();
+    assert_eq!(step, Step::Replace { leaves: server_id(2), counts: spare });
+    world.take(&step);
+    world.settle();
+    assert_eq!(world.holders(&world.entry.shard), 3);
 }
 
 #[test]
