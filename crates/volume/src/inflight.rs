@@ -107,6 +107,7 @@ impl Head {
         let record = Record::encode(header, buffer);
         let media = fua || self.policy.durability == Durability::Durable;
         self.newest.note(lba, blocks, header.position.seq);
+        self.pace.wrote(header.header_bytes() + header.payload_bytes());
         self.log.push(Entry { record, request: Some(id), arrived, media });
         self.writes += 1;
         Ok(())

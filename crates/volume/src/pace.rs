@@ -7,8 +7,10 @@ use base::Instant;
 
 /// The rate that a filling starts with, in bytes per second.
 const RATE_START: u64 = 64 << 20;
-/// No filling is slowed down below this, or it would never end under a steady load.
+/// No filling is slowed down below this.
 const RATE_MIN: u64 = 2 << 20;
+/// Nor below so many times what guests write, or it would never end under a steady load.
+const RATE_MIN_TIMES_WRITTEN: u64 = 2;
 /// What is added to the rate at the end of each good window.
 const RATE_STEP: u64 = 8 << 20;
 /// Latency above twice the floor is borne if it is within so much of it.
@@ -25,6 +27,11 @@ pub(crate) struct Pace {
     window_end: Instant,
     sum_nanos: u64,
     answered: u64,
+    /// What guests wrote since the last window ended, and when that was.
+    written_bytes: u64,
+    window_start: Instant,
+    /// What guests wrote in the last window, in bytes per second.
+    written_rate: u64,
     /// The lowest mean latency of a window, nearly; zero while unknown.
     floor_nanos: u64,
 }
@@ -32,8 +39,17 @@ pub(crate) struct Pace {
 impl Pace {
     pub(crate) fn new(rate_max: u64) -> Self {
         let rate = RATE_START.min(rate_max);
-        let window_end = Instant::ZERO;
-        Self { rate, rate_max, window_end, sum_nanos: 0, answered: 0, floor_nanos: 0 }
+        Self {
+            rate,
+            rate_max,
+            window_end: Instant::ZERO,
+            sum_nanos: 0,
+            answered: 0,
+            written_bytes: 0,
+            window_start: Instant::ZERO,
+            written_rate: 0,
+            floor_nanos: 0,
+        }
     }
 
     /// A guest's request was answered after so long.
@@ -41,6 +57,12 @@ impl Pace {
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.sum_nanos = self.sum_nanos.saturating_add(nanos);
         self.answered += 1;
+    }
+
+    /// A record of so many bytes was written for a guest: a member that is being filled will need it,
+    /// too.
+    pub(crate) fn wrote(&mut self, bytes: usize) {
+        self.written_bytes = self.written_bytes.saturating_add(bytes as u64);
     }
 
     /// The bytes per second for each of `fillings` by now. Guests are `waiting`, or are not.
@@ -53,9 +75,15 @@ impl Pace {
     ) -> u64 {
         if self.window_end <= now {
             self.end_window(waiting);
+            let nanos = now.since(self.window_start).as_nanos().max(1);
+            let written = u128::from(self.written_bytes) * 1_000_000_000 / nanos;
+            self.written_rate = u64::try_from(written).unwrap_or(u64::MAX);
+            self.written_bytes = 0;
+            self.window_start = now;
             self.window_end = now + window;
         }
-        (self.rate / fillings.max(1)).max(1)
+        let needed = self.written_rate.saturating_mul(RATE_MIN_TIMES_WRITTEN);
+        (self.rate / fillings.max(1)).max(needed).min(self.rate_max).max(1)
     }
 
     fn end_window(&mut self, waiting: bool) {
@@ -128,6 +156,21 @@ mod tests {
         assert_eq!(windows.pass(100, true), 1 << 30);
         let now = windows.now;
         assert_eq!(windows.pace.rate(now, WINDOW, 4, true), 1 << 28, "members share it");
+    }
+
+    #[test]
+    fn a_filling_is_always_faster_than_the_guests_write() {
+        let mut windows = Windows { pace: Pace::new(1 << 30), now: Instant::ZERO };
+        windows.pass(100, true);
+        for _ in 0..30 {
+            windows.pace.wrote(1 << 20);
+            windows.pass(50_000, true);
+        }
+        assert_eq!(windows.pass(50_000, true), RATE_MIN, "nothing was written any more");
+        windows.pace.wrote(1 << 20);
+        assert_eq!(windows.pass(50_000, true), 20 << 20);
+        let now = windows.now;
+        assert_eq!(windows.pace.rate(now, WINDOW, 4, true), 20 << 20, "each of them");
     }
 
     #[test]
