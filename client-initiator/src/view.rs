@@ -317,12 +317,18 @@ fn complaint(member: &MemberView) -> Option<String> {
     Some(format!("{server} {text}"))
 }
 
+/// Records that a member may be behind and count as up to date.
+const BEHIND_MAX: u64 = 1000;
+
 /// What is wrong with a member that the head has told of, if something is.
 fn noticed(seen: &SeenView, member: &MemberView) -> Option<String> {
     if !seen.connected {
         return Some(format!("has been {} for {}", seen.mode, duration_text(seen.for_ms)));
     }
-    if !seen.mode.is_empty() && seen.mode != "live" {
+    // Under load everybody is a few records behind.
+    let follows =
+        seen.mode.is_empty() || seen.mode.starts_with(|first: char| first.is_ascii_digit());
+    if !follows || seen.behind.is_some_and(|behind| behind > BEHIND_MAX) {
         return Some(format!("is not up to date: {}", seen.mode));
     }
     if seen.slow {
@@ -341,6 +347,11 @@ fn unseen(member: &MemberView) -> Option<String> {
 
 /// A filling in a few words.
 pub(crate) fn fill_text(fill: &FillView) -> String {
+    if fill.copied_bytes >= fill.total_bytes {
+        // How much there is to copy is not known (any more): the log's end grows.
+        let (copied, rate) = (format_size(fill.copied_bytes), format_size(fill.bytes_per_second));
+        return format!("{copied} at {rate}/s");
+    }
     let left = match fill.seconds_left {
         Some(seconds) => format!("{} left", duration_text(seconds.saturating_mul(1000))),
         None => "standing still".to_owned(),
@@ -424,7 +435,7 @@ fn member_line(member: &MemberView) -> String {
         line.push_str(", ");
         line.push_str(&text);
     };
-    if !seen.mode.is_empty() {
+    if !seen.mode.is_empty() && !seen.mode.starts_with(|first: char| first.is_ascii_digit()) {
         add(format!("{} for {}", seen.mode, duration_text(seen.for_ms)));
     }
     add(format!("record {}", seen.last_seq));

@@ -31,7 +31,7 @@ const HEAL_LIMIT: Duration = Duration::from_mins(1);
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
 /// How long one command of the CLI may take.
-const COMMAND_SECONDS: u64 = 60;
+const COMMAND_SECONDS: u64 = 180;
 
 /// The port of the first server. Below the ephemeral range, so that no connection takes it.
 const FIRST_PORT: u16 = 4420;

@@ -6,6 +6,7 @@
 
 mod head;
 mod member;
+mod moves;
 
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,9 @@ const VOLUME_MIB: u64 = 64;
 /// Requests that a client has answered before the first fault.
 const WARM_UP: u64 = 2000;
 
+/// Requests a second while a member that was away comes back: that is not what is measured here.
+const RECOVERY_RATE: u32 = 500;
+
 /// How long to wait for anything that is to happen at once, when the machine is busy.
 const PATIENCE_SECONDS: u64 = 60;
 
@@ -38,6 +42,12 @@ pub enum Scenario {
     MemberPartitioned,
     /// One member of three answers late.
     MemberSlow,
+    /// A member is killed while a copy is made elsewhere.
+    PeerKilledInRebuild,
+    /// A member's server is emptied and stopped.
+    Drain,
+    /// The same, with servers that tell heads nothing.
+    DrainUntold,
     /// The head is killed, and another host takes the volume.
     TakeOver,
     /// Packets to and from the head's host vanish, and another host takes the volume.
@@ -80,6 +90,8 @@ pub struct Run {
     pub quiet: f64,
     /// The slowest request that was answered after the fault, in milliseconds.
     pub slowest_ms: f64,
+    /// How long it took until all was over, in milliseconds.
+    pub took_ms: f64,
     /// Requests that were answered while the client was watched.
     pub completed: u64,
 }
@@ -106,10 +118,13 @@ impl Unit {
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::MemberKilled,
         Self::MemberPartitioned,
         Self::MemberSlow,
+        Self::PeerKilledInRebuild,
+        Self::Drain,
+        Self::DrainUntold,
         Self::TakeOver,
         Self::HeadPartitioned,
     ];
@@ -120,6 +135,9 @@ impl Scenario {
             Self::MemberKilled => "member-killed",
             Self::MemberPartitioned => "member-partitioned",
             Self::MemberSlow => "member-slow",
+            Self::PeerKilledInRebuild => "killed-in-rebuild",
+            Self::Drain => "drain",
+            Self::DrainUntold => "drain-untold",
             Self::TakeOver => "take-over",
             Self::HeadPartitioned => "head-partitioned",
         }
@@ -140,6 +158,17 @@ impl Scenario {
                 "everything to and from one of three members takes 5 ms longer each way; the p99 \
                  of the latency, 2 s later, against the p99 before"
             }
+            Self::PeerKilledInRebuild => {
+                "kill -9 of a peer of the head's server while another member's replica is copied to \
+                 a new one; the longest time without an answer until all is well again"
+            }
+            Self::Drain => {
+                "`holdfast server drain --wait` of a member's server, and its stop when that says \
+                 that it is safe; the longest time without an answer in all that time"
+            }
+            Self::DrainUntold => {
+                "the same with state messages switched off: servers tell heads nothing"
+            }
             Self::TakeOver => {
                 "kill -9 of `holdfast attach`, and at that moment `holdfast attach --force` \
                  elsewhere; from the kill to the first answer at the new place"
@@ -157,19 +186,25 @@ impl Scenario {
         match self {
             Self::MemberKilled
             | Self::MemberPartitioned
+            | Self::PeerKilledInRebuild
+            | Self::Drain
+            | Self::DrainUntold
             | Self::TakeOver
             | Self::HeadPartitioned => Unit::Milliseconds,
             Self::MemberSlow => Unit::Times,
         }
     }
 
-    /// What the figure is to be at most, at its 99th percentile.
-    pub const fn goal(self) -> f64 {
+    /// What the figure is to be at most, at its 99th percentile; `None`: it is for comparison.
+    pub const fn goal(self) -> Option<f64> {
         match self {
-            Self::MemberKilled => 5.0,
-            Self::MemberPartitioned | Self::HeadPartitioned => 2000.0,
-            Self::MemberSlow => 1.5,
-            Self::TakeOver => 300.0,
+            Self::MemberKilled | Self::PeerKilledInRebuild => Some(5.0),
+            Self::Drain => Some(50.0),
+            // For comparison only.
+            Self::DrainUntold => None,
+            Self::MemberPartitioned | Self::HeadPartitioned => Some(2000.0),
+            Self::MemberSlow => Some(1.5),
+            Self::TakeOver => Some(300.0),
         }
     }
 
@@ -177,7 +212,12 @@ impl Scenario {
     pub const fn needs_network(self) -> bool {
         match self {
             Self::MemberPartitioned | Self::HeadPartitioned => true,
-            Self::MemberKilled | Self::MemberSlow | Self::TakeOver => false,
+            Self::MemberKilled
+            | Self::MemberSlow
+            | Self::PeerKilledInRebuild
+            | Self::Drain
+            | Self::DrainUntold
+            | Self::TakeOver => false,
         }
     }
 
@@ -187,6 +227,9 @@ impl Scenario {
             Self::MemberKilled => member::killed(lab, amount, told),
             Self::MemberPartitioned => member::partitioned(lab, amount, told),
             Self::MemberSlow => member::slow(lab, amount, told),
+            Self::PeerKilledInRebuild => moves::killed_in_rebuild(lab, amount, told),
+            Self::Drain => moves::drained(lab, moves::Messages::On, amount, told),
+            Self::DrainUntold => moves::drained(lab, moves::Messages::Off, amount, told),
             Self::TakeOver => head::taken_over(lab, amount, told),
             Self::HeadPartitioned => head::partitioned(lab, amount, told),
         }

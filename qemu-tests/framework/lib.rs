@@ -40,7 +40,7 @@ pub use cluster::{Attached, Cluster, ClusterOptions, PoolSizes, Server};
 pub use console::Shell;
 pub use guest::{Disk, Guest, GuestOptions};
 pub use lab::{Lab, skip_without_network, test};
-pub use load::{BLOCK_BYTES, Load, LoadOptions, Oracle, Window, verify};
+pub use load::{BLOCK_BYTES, Load, LoadOptions, Oracle, Window, fill_all, verify};
 pub use network::{Network, Place};
 pub use process::Process;
 pub use proxy::Proxy;

@@ -243,6 +243,31 @@ impl Drop for Load {
     }
 }
 
+/// Writes every block of a new disk once.
+pub fn fill_all(socket: &Path, blocks: u32) -> Result<Oracle> {
+    const SLOTS: usize = 32;
+    let mut oracle = Oracle::new(blocks);
+    let mut client = Client::connect(socket, SLOTS, BLOCK_BYTES)?;
+    let mut free: Vec<usize> = (0..SLOTS).collect();
+    let mut failed = 0;
+    for block in 0..blocks {
+        let slot = free.pop().context("a free slot")?;
+        fill(client.bytes(slot), block, 1);
+        client.submit(slot, Operation::Write, offset(block), BLOCK_BYTES);
+        let expected = &mut oracle.blocks[block as usize];
+        (expected.settled, expected.newest) = (1, 1);
+        if free.is_empty() || block + 1 == blocks {
+            let least = if block + 1 == blocks { client.busy() } else { 1 };
+            client.wait(least, REQUEST_LIMIT, |done| {
+                failed = failed.min(done.result);
+                free.push(done.slot);
+            })?;
+        }
+    }
+    ensure!(failed == 0, "filling the disk failed with errno {}", -failed);
+    Ok(oracle)
+}
+
 /// Reads every block once and compares it with what it may hold.
 pub fn verify(socket: &Path, mut oracle: Oracle) -> Result<Oracle> {
     let mut client = Client::connect(socket, 1, BLOCK_BYTES)?;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{
-    Amount, PATIENCE_SECONDS, QUIET, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds, watch,
+    Amount, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds,
+    watch,
 };
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::lab::Lab;
@@ -18,9 +19,6 @@ const SLOW_EACH_WAY: Duration = Duration::from_millis(5);
 
 /// How long a slow member may be slow before it is held against the head.
 const SLOW_SETTLE: Duration = Duration::from_secs(2);
-
-/// Requests a second while a member that was away comes back: that is not what is measured here.
-const RECOVERY_RATE: u32 = 500;
 
 /// How long latencies are gathered.
 const SLOW_MEASURE: Duration = Duration::from_secs(2);
@@ -86,6 +84,7 @@ fn repeat(
             figure: milliseconds(window.pause),
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
+            took_ms: milliseconds(WATCH),
             completed: window.completed,
         });
     }
@@ -120,6 +119,7 @@ pub(super) fn slow(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Res
             figure: p99(&slow) / p99(&healthy),
             quiet: p99(&settling) / p99(&healthy),
             slowest_ms: milliseconds(slow.slowest.max(settling.slowest)),
+            took_ms: milliseconds(SLOW_SETTLE + SLOW_MEASURE),
             completed: slow.completed,
         });
     }

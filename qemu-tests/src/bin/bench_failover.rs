@@ -185,7 +185,8 @@ impl Measured {
     }
 
     fn missed(&self) -> Option<String> {
-        let (name, unit, goal) = (self.scenario.name(), self.scenario.unit(), self.scenario.goal());
+        let (name, unit) = (self.scenario.name(), self.scenario.unit());
+        let goal = self.scenario.goal()?;
         let Some(summary) = self.summary() else {
             return Some(format!("MISSED {name}: nothing was measured"));
         };
@@ -219,17 +220,20 @@ fn table(all: &[Measured]) -> String {
         let quiet = summary(measured.runs.iter().map(|run| run.quiet)).map_or(0.0, |all| all.p99);
         let slowest = summary(measured.runs.iter().map(|run| run.slowest_ms));
         let slowest = slowest.map_or(0.0, |all| all.max);
+        let took = summary(measured.runs.iter().map(|run| run.took_ms));
+        let took = took.map_or(0.0, |all| all.median);
         line(format!(
-            "{:<20} {:>5} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>14}",
+            "{:<20} {:>5} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>15} {:>10}",
             scenario.name(),
             measured.runs.len(),
             unit.show(figure.min),
             unit.show(figure.median),
             unit.show(figure.p99),
             unit.show(figure.max),
-            unit.show(scenario.goal()),
+            scenario.goal().map_or("-".to_owned(), |goal| unit.show(goal)),
             unit.show(quiet),
             Unit::Milliseconds.show(slowest),
+            Unit::Milliseconds.show(took),
         ));
     }
     line(String::new());
@@ -252,6 +256,7 @@ fn report(all: &[Measured]) -> Value {
                 "figure": run.figure,
                 "quiet": run.quiet,
                 "slowest_ms": run.slowest_ms,
+                "took_ms": run.took_ms,
                 "completed": run.completed,
             })
         };
