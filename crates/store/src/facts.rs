@@ -202,6 +202,7 @@ impl Store {
                 || !replica.batches.is_empty()
                 || self.flush.is_busy_with(slot)
                 || self.fill.is_busy_with(slot)
+                || self.repair.is_busy_with(slot)
                 || !replica.seals.is_empty()
             {
                 continue;

@@ -195,7 +195,9 @@ impl Store {
         close: bool,
         most: usize,
     ) -> (Option<(Instant, u32)>, Option<Seq>) {
-        if replica.damaged || replica.exclusive != Exclusive::None {
+        let blocked =
+            replica.exclusive != Exclusive::None || self.repair.is_busy_with(replica.slot);
+        if replica.damaged || blocked {
             return (None, None);
         }
         let mut found: Option<(Instant, u32)> = None;

@@ -27,6 +27,8 @@ pub(crate) enum After {
     Truncated(u64),
     /// A staged chunk counts: answer `Done`.
     Staged(u64),
+    /// A repaired chunk counts: answer `Done`.
+    Repaired(u64),
     /// The flush wave's last entry.
     Wave,
     /// The flush job may begin.
@@ -124,7 +126,8 @@ impl Journal {
                 After::Done(tag)
                 | After::Sealed(tag)
                 | After::Truncated(tag)
-                | After::Staged(tag) => Some(tag),
+                | After::Staged(tag)
+                | After::Repaired(tag) => Some(tag),
                 After::Nothing | After::Wave | After::JobStart => None,
             })
             .collect()

@@ -27,6 +27,7 @@ mod layout;
 mod metadata;
 mod read;
 mod recovery;
+mod repair;
 mod replay;
 mod replica;
 mod scan;
