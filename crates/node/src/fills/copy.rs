@@ -131,8 +131,13 @@ impl Copy {
     }
 
     /// A page of the source's list.
-    pub(super) fn listed(&mut self, answer: Answer, shared: &mut Shared) -> Result<(), Trouble> {
-        let (header, page) = list(answer.map_err(source_trouble)?)?;
+    pub(super) fn listed(
+        &mut self,
+        answer: Answer,
+        line: &Line,
+        shared: &mut Shared,
+    ) -> Result<(), Trouble> {
+        let (header, page) = list(&line.order, answer.map_err(source_trouble)?)?;
         self.listing = false;
         shared.counters.list_bytes += page.len() as u64;
         self.position.get_or_insert(header.trimmed);

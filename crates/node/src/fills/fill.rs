@@ -348,7 +348,7 @@ impl Fill {
                 self.phase = Phase::Copying(Box::new(Copy::new(line)));
                 Ok(())
             }
-            (Phase::Copying(copy), Step::List) => copy.listed(answer, shared),
+            (Phase::Copying(copy), Step::List) => copy.listed(answer, line, shared),
             (Phase::Copying(copy), Step::Fetch { slot }) => {
                 copy.fetched(slot, answer, line, shared)
             }

@@ -120,10 +120,15 @@ impl Line {
 }
 
 /// The source's answer to a List.
-pub(super) fn list(body: ReplyBody) -> Result<(ListHeader, base::Buffer), Trouble> {
+pub(super) fn list(order: &Order, body: ReplyBody) -> Result<(ListHeader, base::Buffer), Trouble> {
     let ReplyBody::Chunks(buffer) = body else { return Err(mismatch()) };
     let header = chunks::decode(buffer.bytes()).map(|(header, _)| header);
-    header.map(|header| (header, buffer)).ok_or_else(mismatch)
+    // No log has a seq near the end of all numbers.
+    let possible = |header: &ListHeader| {
+        let ListHeader { trimmed, commit, .. } = *header;
+        trimmed.epoch <= order.epoch && trimmed.seq.max(commit).0 < u64::MAX / 2
+    };
+    header.filter(possible).map(|header| (header, buffer)).ok_or_else(mismatch)
 }
 
 /// The entries of a list that was decoded before.

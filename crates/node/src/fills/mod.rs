@@ -24,6 +24,8 @@ mod fill;
 mod line;
 mod pace;
 mod tail;
+#[cfg(test)]
+mod tests;
 
 use core::time::Duration;
 use std::collections::VecDeque;

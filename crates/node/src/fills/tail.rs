@@ -183,7 +183,7 @@ impl Tail {
         line: &mut Line,
         shared: &mut Shared,
     ) -> Result<(), Trouble> {
-        let (header, page) = list(answer.map_err(source_trouble)?)?;
+        let (header, page) = list(&line.order, answer.map_err(source_trouble)?)?;
         shared.counters.list_bytes += page.len() as u64;
         self.asking_news = false;
         self.news_at = shared.now + NEWS_INTERVAL;

@@ -1,0 +1,192 @@
+//! Sources that lie, stores that fail: a fill ends with the reason, and with nothing under way.
+
+use base::chunks::{self, ListEntry, ListHeader, NO_MORE};
+use base::{
+    BlockCount, BlockSize, Buffer, CommandBody, Epoch, FillPhase, Lba, Position, Record,
+    RecordHeader, RecordKind, ShardIndex, VolumeId,
+};
+
+use super::*;
+
+const KEY: ReplicaKey = ReplicaKey { volume: VolumeId::from_bytes([1; 16]), shard: ShardIndex(0) };
+const SOURCE: ServerId = ServerId::from_bytes([2; 16]);
+const RATE: u64 = 1 << 30;
+
+type Answer = Result<ReplyBody, ReplicaError>;
+
+fn order() -> Order {
+    Order { epoch: Epoch(5), source: SOURCE, chunks: true }
+}
+
+fn shape() -> Shape {
+    let (unit, block_size) = (BlockCount(16), BlockSize::B4096);
+    Shape { unit, blocks: 64, block_size, last: Position::ZERO }
+}
+
+fn list(trimmed: u64, next: u32, entries: &[u32]) -> Answer {
+    let header =
+        ListHeader { trimmed: Position::new(Epoch(1), Seq(trimmed)), commit: Seq(trimmed), next };
+    let entry = |chunk: &u32| ListEntry { chunk: *chunk, newest: Seq(3) };
+    let entries: Vec<_> = entries.iter().map(entry).collect();
+    let mut bytes = [0; 256];
+    let used = chunks::encode(&header, &entries, &mut bytes);
+    Ok(ReplyBody::Chunks(Buffer::copied_from(&bytes[..used])))
+}
+
+fn record(position: (u64, u64), previous: u64, lba: u64, blocks: u32) -> Answer {
+    let buffer = BufferPool::heap(0, 1).take(4096).expect("a fresh pool");
+    let header = RecordHeader {
+        key: KEY,
+        position: Position::new(Epoch(position.0), Seq(position.1)),
+        previous_epoch: Epoch(previous),
+        kind: RecordKind::Write,
+        block_size: BlockSize::B4096,
+        lba: Lba(lba),
+        blocks: BlockCount(blocks),
+        fua: false,
+    };
+    Ok(ReplyBody::Record(Record::encode(header, buffer)))
+}
+
+/// An honest source of one chunk with one block, as of seq 10, and a log of one more record.
+fn honest(body: &CommandBody) -> Answer {
+    match body {
+        CommandBody::List { first: 0, .. } => list(10, NO_MORE, &[1]),
+        CommandBody::List { .. } => list(10, NO_MORE, &[]),
+        CommandBody::Fetch { lba: Lba(16), .. } => record((5, 10), 5, 20, 1),
+        CommandBody::Scan { seq: Seq(11), .. } => record((5, 11), 1, 0, 1),
+        CommandBody::Scan { .. } => Err(ReplicaError::Behind { last: Position::ZERO }),
+        _ => Ok(ReplyBody::Done),
+    }
+}
+
+/// Runs a fill to its end; `source` and `store` answer.
+fn run(
+    mut source: impl FnMut(&CommandBody) -> Answer,
+    mut store: impl FnMut(Step) -> Answer,
+) -> (FillProgress, Vec<FillEvent>) {
+    let now = Instant::ZERO + Duration::from_secs(1);
+    let mut fills = Fills::new();
+    fills.install(now, KEY, order(), shape(), RATE);
+    let mut events = Vec::new();
+    while let Some(output) = fills.poll_output() {
+        match output {
+            FillOutput::Retain { fill, source } => fills.retained(now, fill, source, true),
+            FillOutput::Peer { fill, step, command, .. } => {
+                let answer = source(&command.body);
+                fills.answer(now, fill, step, answer);
+            }
+            FillOutput::Store { fill, step, .. } => {
+                let answer = store(step);
+                fills.answer(now, fill, step, answer);
+            }
+            FillOutput::Own { fill, .. } => {
+                fills.own_chunks(now, fill, NO_MORE, core::iter::empty());
+            }
+            FillOutput::Event { event, .. } => events.push(event),
+            FillOutput::Release { .. } | FillOutput::Progress { .. } => {}
+        }
+        fills.check();
+    }
+    let progress = fills.install(now, KEY, order(), shape(), RATE);
+    (progress, events)
+}
+
+fn done(_: Step) -> Answer {
+    Ok(ReplyBody::Done)
+}
+
+#[test]
+fn an_honest_source_is_believed() {
+    let (progress, events) = run(honest, done);
+    assert_eq!(progress.phase, FillPhase::Done);
+    assert_eq!(progress.copied_bytes, 2 * 4096);
+    assert_eq!(events.last(), Some(&FillEvent::Done { bytes: 2 * 4096 }));
+}
+
+#[test]
+fn a_source_that_lies_is_not_believed() {
+    type Lie = fn(&CommandBody) -> Option<Answer>;
+    let lies: [(&str, Lie); 9] = [
+        ("a list that is none", |body| {
+            matches!(body, CommandBody::List { .. })
+                .then(|| Ok(ReplyBody::Chunks(Buffer::copied_from(b"nothing"))))
+        }),
+        ("a chunk past the end", |body| {
+            matches!(body, CommandBody::List { .. }).then(|| list(10, NO_MORE, &[4]))
+        }),
+        ("a list that does not end", |body| {
+            matches!(body, CommandBody::List { .. }).then(|| list(10, 0, &[]))
+        }),
+        ("a position at the end of all numbers", |body| {
+            matches!(body, CommandBody::List { .. }).then(|| list(u64::MAX, NO_MORE, &[]))
+        }),
+        ("blocks of another chunk", |body| {
+            matches!(body, CommandBody::Fetch { .. }).then(|| record((5, 10), 5, 31, 2))
+        }),
+        ("blocks of a later epoch", |body| {
+            matches!(body, CommandBody::Fetch { .. }).then(|| record((6, 10), 5, 20, 1))
+        }),
+        ("a record of another seq", |body| {
+            matches!(body, CommandBody::Scan { .. }).then(|| record((5, 12), 5, 0, 1))
+        }),
+        ("blocks newer than its log", |body| {
+            matches!(body, CommandBody::Fetch { lba: Lba(16), .. })
+                .then(|| record((5, 100), 5, 20, 1))
+        }),
+        ("something else", |body| {
+            let other = matches!(body, CommandBody::Scan { .. } | CommandBody::Fetch { .. });
+            other.then(|| Ok(ReplyBody::Flushed { durable: Seq(1) }))
+        }),
+    ];
+    for (name, lie) in lies {
+        let (progress, events) = run(|body| lie(body).unwrap_or_else(|| honest(body)), done);
+        assert_eq!(progress.phase, FillPhase::Failed, "{name}");
+        let expected = FillEvent::Failed { failure: FillFailure::Mismatch };
+        assert_eq!(events.last(), Some(&expected), "{name}");
+    }
+}
+
+#[test]
+fn a_failure_names_its_place() {
+    let scan_damaged = |body: &CommandBody| match body {
+        CommandBody::Scan { .. } => Err(ReplicaError::Damaged),
+        other => honest(other),
+    };
+    let (progress, events) = run(scan_damaged, done);
+    assert_eq!(progress.phase, FillPhase::Failed);
+    let failure = FillFailure::Source(ReplicaError::Damaged);
+    assert_eq!(events.last(), Some(&FillEvent::Failed { failure }));
+    for failing in [Step::Begin, Step::Chunk { slot: 0 }, Step::Commit { slot: 0 }, Step::End] {
+        let store = |step| if step == failing { Err(ReplicaError::NoSpace) } else { done(step) };
+        let (progress, events) = run(honest, store);
+        assert_eq!(progress.phase, FillPhase::Failed, "{failing:?}");
+        let failure = FillFailure::Here(ReplicaError::NoSpace);
+        assert_eq!(events.last(), Some(&FillEvent::Failed { failure }), "{failing:?}");
+    }
+}
+
+#[test]
+fn four_work_and_the_others_wait() {
+    let now = Instant::ZERO + Duration::from_secs(1);
+    let mut fills = Fills::new();
+    let key = |shard| ReplicaKey { shard: ShardIndex(shard), ..KEY };
+    for shard in 0..6 {
+        fills.install(now, key(shard), order(), shape(), RATE);
+        fills.check();
+    }
+    let retained = |fills: &mut Fills| {
+        let outputs: Vec<_> = std::iter::from_fn(|| fills.poll_output()).collect();
+        outputs.iter().filter(|output| matches!(output, FillOutput::Retain { .. })).count()
+    };
+    assert_eq!(retained(&mut fills), ACTIVE_MAX);
+    fills.abort(now, key(1));
+    assert_eq!(retained(&mut fills), 1, "its place is taken");
+    // A Seal of the same epoch lets chunks be copied on, one of a higher epoch does not.
+    fills.sealed(now, key(0), Epoch(5));
+    assert_eq!(fills.progress().count(), 5);
+    fills.sealed(now, key(0), Epoch(6));
+    assert_eq!(fills.progress().count(), 4);
+    fills.stop(now);
+    assert_eq!(fills.progress().count(), 0);
+}
