@@ -132,6 +132,10 @@ impl Healer {
         if self.repairs.is_some() {
             repair::close_all(&self.heads);
         }
+        // What became of the last heads is still to be told.
+        if let Err(error) = self.turn(Duration::ZERO) {
+            tracing::debug!(%error, "the data plane ended before the healer");
+        }
     }
 
     /// Waits for up to `wait` for something to do, and does it. An error: the data plane has ended.

@@ -157,9 +157,25 @@ impl Registration {
         let servers = self.store.servers()?;
         let own = servers.iter().find(|entry| entry.server.id == self.identity.server);
         let draining = own.is_some_and(|entry| entry.server.draining.is_some());
-        self.draining.store(draining, Ordering::Release);
+        self.tell_drain(own, draining)?;
         self.announcer.tell(&self.volumes, &servers, cluster::unix_ms());
         self.drained = draining && (self.drained || self.tell_if_drained(own)?);
+        Ok(())
+    }
+
+    /// Notes whether this server is to be emptied, and tells what is new about that.
+    fn tell_drain(&mut self, own: Option<&ServerEntry>, draining: bool) -> Result<(), StoreError> {
+        let was = self.draining.load(Ordering::Acquire);
+        if let Some(own) = own.filter(|_| draining != was) {
+            let name = &own.server.name;
+            let (kind, text) = if draining {
+                (EventKind::DrainStarted, format!("server {name} is being emptied"))
+            } else {
+                (EventKind::Undrained, format!("server {name} is in use again"))
+            };
+            self.tell(kind, text, "an operator said so")?;
+        }
+        self.draining.store(draining, Ordering::Release);
         Ok(())
     }
 
@@ -172,17 +188,22 @@ impl Registration {
         if !status.heads.is_empty() {
             return Ok(false);
         }
-        let name = &own.server.name;
         tracing::info!("nothing is left on this server: it may be stopped");
+        let text = format!("server {} is empty and may be stopped", own.server.name);
+        self.tell(EventKind::Drained, text, "")?;
+        Ok(true)
+    }
+
+    fn tell(&self, kind: EventKind, text: String, cause: &str) -> Result<(), StoreError> {
         self.store.append_event(&Event {
             at_ms: cluster::unix_ms(),
-            kind: EventKind::Drained,
+            kind,
             volume: None,
             server: Some(self.identity.server),
-            text: format!("server {name} is empty and may be stopped"),
-            cause: String::new(),
+            text,
+            cause: cause.to_owned(),
         })?;
-        Ok(true)
+        Ok(())
     }
 
     fn work(&mut self, task: &Task) -> Result<(), StoreError> {

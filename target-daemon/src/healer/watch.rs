@@ -64,7 +64,13 @@ impl Watch {
     /// What is new of the heads.
     pub(super) fn news(&mut self, heads: &[HeadStatus], view: &View, holder: &str) -> Vec<Event> {
         let mut events = Vec::new();
-        self.heads.retain(|volume, _| heads.iter().any(|head| head.volume == *volume));
+        self.heads.retain(|volume, seen| {
+            let stays = heads.iter().any(|head| head.volume == *volume);
+            if !stays && seen.open {
+                events.push(ended(*volume, seen.epoch, view, holder));
+            }
+            stays
+        });
         for head in heads {
             let known = self.heads.entry(head.volume).or_default();
             if known.epoch != head.epoch {
@@ -162,6 +168,22 @@ impl SeenMember {
         }
         self.filling = member.filling.is_some();
     }
+}
+
+/// What became of a volume whose head here is gone.
+fn ended(volume: VolumeId, epoch: Epoch, view: &View, holder: &str) -> Event {
+    let name = view.volume_name(volume);
+    let entry = view.volume(volume).filter(|entry| entry.volume.epoch > epoch);
+    let (kind, text) = match entry.map(|entry| &entry.volume.holder) {
+        Some(Some(by)) => {
+            let text = format!("{} has taken volume {name} from {holder}", by.name);
+            (EventKind::TakenOver, text)
+        }
+        Some(None) | None => {
+            (EventKind::Released, format!("{holder} no longer serves volume {name}"))
+        }
+    };
+    event(kind, Some(volume), None, text, "")
 }
 
 fn lost_cause(member: &MemberStatus, down: &BTreeMap<ServerId, String>) -> String {

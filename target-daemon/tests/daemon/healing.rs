@@ -382,5 +382,9 @@ fn a_server_is_emptied_and_says_what_it_waits_for() {
         (running.get("/v1/exports")[0]["state"] == "open").then_some(())
     });
     until("word of it", || published(&running, "Back").then_some(()));
+    let told = kinds(&bench);
+    for kind in [EventKind::DrainStarted, EventKind::Undrained, EventKind::Released] {
+        assert!(told.contains(&kind), "{kind} in {told:?}");
+    }
     running.stop();
 }
