@@ -16,7 +16,7 @@ use crate::heal::Step;
 use crate::lease::{self, Acquire, AcquireError};
 use crate::members::{self, ChangeOutcome};
 use crate::records::{Draining, Heartbeat, Problem, ServerRecord, VolumeEntry};
-use crate::servers::{self, DrainError, RegisterError, Remaining};
+use crate::servers::{self, DrainError, RegisterError, Remaining, RemoveError};
 use crate::status::{FillReport, MemberReport, Rates, StallReport, VolumeStatus};
 use crate::store::ClusterStore;
 use crate::volumes::{self, CreateError, DeleteError, NewVolume, Task};
@@ -33,7 +33,7 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
 
 /// Runs those tests in which no one else gets between an attempt and the next.
 pub(crate) fn run_apart(open: impl Fn() -> Opened) {
-    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 15] = [
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 16] = [
         inserts_are_unique_and_seen_by_others,
         updates_are_conditional_on_both_versions,
         epochs_and_tombstones_do_not_go_back,
@@ -49,6 +49,7 @@ pub(crate) fn run_apart(open: impl Fn() -> Opened) {
         late_members_do_not_count_and_do_not_hold_up,
         repairers_give_way,
         servers_are_drained_if_there_is_room,
+        servers_are_forgotten_if_nobody_needs_them,
     ];
     for test in tests {
         let (one, two, _keep) = open();
@@ -608,4 +609,29 @@ fn servers_are_drained_if_there_is_room(one: &dyn ClusterStore, two: &dyn Cluste
     servers::drain(one, "s2", true).unwrap();
     servers::drain(one, "s3", false).unwrap();
     servers::drain(one, "s1", true).unwrap();
+}
+
+fn servers_are_forgotten_if_nobody_needs_them(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let ids: Vec<_> = (1..=3).map(|number| running_server(one, number, 64 << 20)).collect();
+    for (name, replicas) in [("single", 1), ("triple", 3)] {
+        let made = volumes::create(one, &new_volume(name, replicas)).unwrap();
+        for member in &made.shard.members {
+            volumes::provisioned(two, made.volume.id, member.server, member.pool).unwrap();
+        }
+    }
+    let single = one.volume_named("single").unwrap().unwrap();
+    let holds = ids.iter().position(|id| *id == single.shard.members[0].server).unwrap();
+    let names = ["s1", "s2", "s3"];
+    let spare = names[(holds + 1) % 3];
+    assert!(matches!(servers::remove(two, "s7", true), Err(RemoveError::NotFound(_))));
+    assert!(matches!(servers::remove(two, spare, true), Err(RemoveError::Running(_))));
+    for (number, id) in (1..).zip(&ids) {
+        one.heartbeat(&Heartbeat { stopping: true, ..beat(*id, number, 64 << 20) }).unwrap();
+    }
+    let text = servers::remove(two, names[holds], true).unwrap_err().to_string();
+    assert!(text.contains("copies that single cannot do without"), "{text}");
+    let text = servers::remove(two, spare, false).unwrap_err().to_string();
+    assert!(text.contains("keeps replicas of triple") && text.contains("--force"), "{text}");
+    servers::remove(two, spare, true).unwrap();
+    assert!(servers::named(one, spare).unwrap().is_none());
 }

@@ -1,7 +1,9 @@
-//! Emptying a server: its replicas and heads go elsewhere, and then it can be stopped.
+//! Emptying a server: its replicas and heads go elsewhere, and then it can be stopped, and
+//! forgotten.
 
 use std::fmt;
 
+use base::membership::in_sync_floor;
 use base::{Epoch, Member, Role, ServerId};
 
 use crate::error::{StoreError, StoreErrorKind};
@@ -165,6 +167,73 @@ fn place_one(
         found.map_err(|why| format!("{copy}no other server can take a replica ({why})"))?;
     picture.usage.promise(server, entry);
     Ok(())
+}
+
+/// Why a server is not to be forgotten.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// None has this name.
+    #[error("there is no server '{0}'; `holdfast server list` shows what there is")]
+    NotFound(String),
+    /// It runs.
+    #[error("server '{0}' is running; drain it and stop it first")]
+    Running(String),
+    /// It keeps replicas that count, or are to.
+    #[error(
+        "server '{server}' keeps replicas of {}; start it and drain it first (if its pool is gone for \
+         good, give --force: the volumes are healed from their other copies)",
+        volumes.join(", ")
+    )]
+    InUse {
+        /// The server's name.
+        server: String,
+        /// Names of the volumes.
+        volumes: Vec<String>,
+    },
+    /// Too few copies of some volumes would be left.
+    #[error(
+        "server '{server}' keeps copies that {} cannot do without: fewer than half of their copies are \
+         elsewhere; start it again, or delete those volumes",
+        volumes.join(", ")
+    )]
+    BelowFloor {
+        /// The server's name.
+        server: String,
+        /// Names of the volumes.
+        volumes: Vec<String>,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Forgets a server that does not run: nobody waits for it any more. With `force`, though it keeps
+/// replicas; never, if they leave some volume with fewer members in sync elsewhere than its floor.
+pub fn remove(store: &dyn ClusterStore, name: &str, force: bool) -> Result<(), RemoveError> {
+    let not_found = || RemoveError::NotFound(name.to_owned());
+    let entry = named(store, name)?.ok_or_else(not_found)?;
+    if entry.is_alive(unix_ms()) {
+        return Err(RemoveError::Running(name.to_owned()));
+    }
+    let (mut kept, mut needed) = (Vec::new(), Vec::new());
+    for volume in store.volumes()?.iter().filter(|volume| !volume.deleted) {
+        let members = &volume.shard.members;
+        let Some(own) = members.iter().find(|member| is_on(member, &entry)) else { continue };
+        let elsewhere = volume.shard.in_sync().filter(|server| *server != entry.server.id).count();
+        let floor = in_sync_floor(volume.volume.policy.replicas);
+        if own.role == Role::InSync && elsewhere < floor {
+            needed.push(volume.volume.name.clone());
+        }
+        kept.push(volume.volume.name.clone());
+    }
+    let server = name.to_owned();
+    if !needed.is_empty() {
+        return Err(RemoveError::BelowFloor { server, volumes: needed });
+    }
+    if !kept.is_empty() && !force {
+        return Err(RemoveError::InUse { server, volumes: kept });
+    }
+    Ok(store.remove_server(entry.server.id)?)
 }
 
 /// What keeps a server from being empty.

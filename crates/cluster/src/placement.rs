@@ -93,22 +93,28 @@ pub struct Picture {
     pub servers: Vec<ServerEntry>,
     /// What is promised of their room.
     pub usage: Usage,
-    /// Members of all volumes that are being made or filled.
-    pub filling: usize,
+    /// The server of each member that is made or filled, of volumes that somebody holds.
+    pub filling: Vec<ServerId>,
 }
 
 impl Picture {
     /// The picture that `volumes` and `servers` make.
     pub fn of(volumes: &[VolumeEntry], servers: Vec<ServerEntry>) -> Self {
-        let alive = volumes.iter().filter(|entry| !entry.deleted && entry.volume.epoch.0 > 0);
-        let members = alive.flat_map(|entry| &entry.shard.members);
-        let filling = members
-            .filter(|member| match member.role {
-                Role::Provisioning | Role::CatchingUp => true,
-                Role::InSync | Role::Leaving => false,
-            })
-            .count();
+        let held = volumes.iter().filter(|entry| !entry.deleted && entry.volume.holder.is_some());
+        let members = held.flat_map(|entry| &entry.shard.members);
+        let filling = members.filter(|member| match member.role {
+            Role::Provisioning | Role::CatchingUp => true,
+            Role::InSync | Role::Leaving => false,
+        });
+        let filling = filling.map(|member| member.server).collect();
         Self { usage: Usage::of(volumes, &servers), servers, filling }
+    }
+
+    /// How many members are made or filled at present. Those whose servers do not run only wait for
+    /// them, and keep nobody else waiting.
+    pub fn filling_now(&self, now_ms: u64) -> usize {
+        let runs = |id: &&ServerId| self.server(**id).is_some_and(|entry| entry.is_alive(now_ms));
+        self.filling.iter().filter(runs).count()
     }
 
     /// The server with this id.

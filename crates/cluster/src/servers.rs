@@ -9,7 +9,9 @@ use crate::name::{InvalidName, check_name};
 use crate::records::{ServerEntry, ServerRecord, unix_ms};
 use crate::store::ClusterStore;
 
-pub use crate::drain::{DrainError, Remaining, Stuck, drain, undrain, would_stick};
+pub use crate::drain::{
+    DrainError, Remaining, RemoveError, Stuck, drain, remove, undrain, would_stick,
+};
 
 /// Why a server was not registered.
 #[derive(Debug, thiserror::Error)]

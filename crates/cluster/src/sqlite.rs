@@ -524,6 +524,26 @@ mod tests {
     }
 
     #[test]
+    fn old_events_are_dropped() {
+        let (_directory, path) = temporary();
+        let store = SqliteStore::open(&path, Create::IfMissing).unwrap();
+        let event = Event {
+            at_ms: 1,
+            kind: crate::EventKind::Opened,
+            volume: None,
+            server: None,
+            text: "e".to_owned(),
+            cause: String::new(),
+        };
+        for number in 1..=crate::EVENTS_MAX + 3 {
+            assert_eq!(store.append_event(&event).unwrap(), number);
+        }
+        let kept = store.events(0, usize::MAX).unwrap();
+        assert_eq!(kept.len() as u64, crate::EVENTS_MAX);
+        assert_eq!((kept[0].0, store.last_event().unwrap()), (4, crate::EVENTS_MAX + 3));
+    }
+
+    #[test]
     fn a_newer_store_is_refused_and_left_alone() {
         let (_directory, path) = temporary();
         drop(SqliteStore::open(&path, Create::IfMissing).unwrap());

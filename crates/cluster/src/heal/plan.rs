@@ -287,8 +287,9 @@ impl Planner<'_> {
 
     fn too_soon(&self, trouble: Option<&Trouble>, ordered: bool) -> Option<Blocked> {
         let policy = self.policy;
-        if self.picture.filling >= policy.filling_max {
-            return Some(Blocked::Busy { filling: self.picture.filling });
+        let filling = self.picture.filling_now(self.now_ms);
+        if filling >= policy.filling_max {
+            return Some(Blocked::Busy { filling });
         }
         if ordered {
             return None;

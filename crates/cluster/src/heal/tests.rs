@@ -612,9 +612,13 @@ fn limits_and_reasons() {
     }
     world.servers[3].last_seen_ms = world.now_ms;
     let mut busy = world.picture();
-    busy.filling = world.policy.filling_max;
+    busy.filling = vec![server_id(1); world.policy.filling_max];
+    busy.filling.extend([server_id(3); 9]);
     let planned = plan(&world.entry, &world.facts(), &busy, &world.policy, world.now_ms);
     assert_eq!(planned.blocked, Some(Blocked::Busy { filling: 4 }));
+    busy.filling.remove(0);
+    let planned = plan(&world.entry, &world.facts(), &busy, &world.policy, world.now_ms);
+    assert!(matches!(planned.step, Some(Step::AddSpare { .. })), "dead ones do not count");
     world.servers[3].server.capacity_bytes = 1 << 20;
     let planned = world.plan();
     let reason = planned.blocked.unwrap().to_string();
