@@ -64,13 +64,13 @@ fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (Counts, Answ
     let length = 100 + world.random.below(900);
     world.run_until(length * delay);
     world.calm_down();
+    if world.settings.power_losses {
+        mend(&mut world);
+    }
     let changing = world.settings.spares.is_some();
     if greedy && !changing && !settles(&mut world) {
         world.count("stranded by greedy trims");
         return (world.finish(), Answers::default());
-    }
-    if world.settings.power_losses {
-        mend(&mut world);
     }
     world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
     check_content(&mut world);
