@@ -28,6 +28,8 @@ pub(crate) struct Filling {
     /// What was found, for people.
     why: MemberMode,
     chunks: bool,
+    /// The source must hold more than this.
+    beyond: Seq,
     source: Option<usize>,
     /// Members that could not fill it, in this round.
     tried: Bits,
@@ -75,10 +77,11 @@ impl Head {
     pub(crate) fn fill_log(&mut self, index: usize, acked: Seq) -> bool {
         let lacks = self.log.base().0.saturating_sub(acked.next().0);
         let far = lacks > self.tunables.log_copy_records;
-        if !far || self.members[index].fills_refused || self.fill_source(index, 0).is_none() {
+        if !far || self.members[index].fills_refused || self.fill_source(index, acked, 0).is_none()
+        {
             return false;
         }
-        self.begin_filling(index, false, MemberMode::CatchingUp);
+        self.begin_filling(index, false, acked, MemberMode::CatchingUp);
         true
     }
 
@@ -86,17 +89,17 @@ impl Head {
     /// that to end; it is looked at again after a while if `again`.
     pub(crate) fn needs_copy(&mut self, index: usize, why: MemberMode, again: bool) {
         match self.members[index].role {
-            Role::CatchingUp => self.begin_filling(index, true, why),
+            Role::CatchingUp => self.begin_filling(index, true, Seq::ZERO, why),
             Role::InSync => self.park(index, why, again),
             Role::Provisioning | Role::Leaving => unreachable!("only served members are sealed"),
         }
     }
 
-    fn begin_filling(&mut self, index: usize, chunks: bool, why: MemberMode) {
+    fn begin_filling(&mut self, index: usize, chunks: bool, beyond: Seq, why: MemberMode) {
         let now = self.now;
         let member = &mut self.members[index];
         let at = now.max(member.fill_after);
-        let filling = Filling { why, chunks, source: None, tried: 0, at, progress: None };
+        let filling = Filling { why, chunks, beyond, source: None, tried: 0, at, progress: None };
         member.enter(Mode::Filling(filling), now);
     }
 
@@ -115,11 +118,12 @@ impl Head {
         }
     }
 
-    /// Who is to fill the member: in sync and following; remote rather than local, so that the
+    /// Who is to fill the member: in sync, following, and holding more than `beyond`; remote rather than local, so that the
     /// head's link is spared, but rather local than slow or about to go.
-    fn fill_source(&self, index: usize, except: Bits) -> Option<usize> {
+    fn fill_source(&self, index: usize, beyond: Seq, except: Bits) -> Option<usize> {
         let able = |(slot, member): &(usize, &Member)| {
-            *slot != index && except & bit(*slot) == 0 && member.in_sync() && member.follows()
+            let holds = member.in_sync() && member.follows() && member.acked > beyond;
+            *slot != index && except & bit(*slot) == 0 && holds
         };
         let able = self.members.iter().enumerate().filter(able);
         let rank = |(_, member): &(usize, &Member)| {
@@ -138,9 +142,10 @@ impl Head {
         if busy || filling.at > now {
             return;
         }
-        let (chunks, kept, tried) = (filling.chunks, filling.source, filling.tried);
+        let (chunks, beyond) = (filling.chunks, filling.beyond);
+        let (kept, tried) = (filling.source, filling.tried);
         let able = |slot: &usize| self.members[*slot].in_sync() && self.members[*slot].follows();
-        let source = kept.filter(able).or_else(|| self.fill_source(index, tried));
+        let source = kept.filter(able).or_else(|| self.fill_source(index, beyond, tried));
         let Some(source) = source else { return self.no_fill_source(index) };
         let fillings = self.members.iter().filter(|m| matches!(m.mode, Mode::Filling(_))).count();
         let (fillings, waiting) = (fillings as u64, self.in_flight() > 0);

@@ -4,7 +4,8 @@
 
 use base::membership::in_sync_floor;
 use base::{
-    BlockReply, Epoch, Member, PoolId, Role, ServerId, ShardIndex, ShardRecord, Status, VolumeId,
+    BlockReply, Epoch, Member, PoolId, Role, Seq, ServerId, ShardIndex, ShardRecord, Status,
+    VolumeId,
 };
 
 use super::oracle::Asked;
@@ -102,6 +103,8 @@ impl World {
             for member in before.0.members {
                 self.schedule(1, Event::Sweep { server: index_of(member.server) });
             }
+            self.check_settled();
+            self.check_shown();
         } else {
             self.count("conflict");
         }
@@ -272,6 +275,36 @@ impl World {
         let holders = members.clone().filter(|server| holds(*server)).count();
         let needed = base::membership::write_quorum(members.count());
         assert!(holders >= needed, "{holders} of {needed} hold {commit}: {:?}", self.record);
+    }
+
+    /// Everything settled is on media at a write quorum of the set that the cluster store names now.
+    fn check_settled(&self) {
+        let Some((settled, _)) = self.truth.settled.last_key_value() else { return };
+        let holds = |server: &ServerId| {
+            let model = &self.servers[index_of(*server)].model;
+            model.lost || model.durable >= *settled
+        };
+        let members = self.record.0.in_sync();
+        let holders = members.clone().filter(holds).count();
+        let needed = base::membership::write_quorum(members.count());
+        assert!(holders >= needed, "{holders} of {needed} keep {settled}: {:?}", self.record);
+    }
+
+    /// So is, in its log, everything that was acknowledged or seen.
+    fn check_shown(&self) {
+        if self.settings.power_losses {
+            return;
+        }
+        let shown = self.oracle.newest_shown();
+        let holds = |server: &ServerId| {
+            let model = &self.servers[index_of(*server)].model;
+            let held = model.entry(shown.seq).map(|entry| entry.header.position);
+            shown.seq == Seq::ZERO || model.lost || held == Some(shown)
+        };
+        let members = self.record.0.in_sync();
+        let holders = members.clone().filter(holds).count();
+        let needed = base::membership::write_quorum(members.count());
+        assert!(holders >= needed, "{holders} of {needed} hold {shown}: {:?}", self.record);
     }
 
     fn drain(&mut self, head: usize) {

@@ -471,3 +471,33 @@ fn one_member_may_take_anothers_place() {
     let read = bench.read(1);
     assert_eq!(bench.value(read), Some(2));
 }
+
+#[test]
+fn an_opening_shrinks_only_to_members_that_hold_the_tail_it_chose() {
+    let mut bench = Bench::opened(3);
+    bench.held[2] = true;
+    bench.write_ok(1, 5);
+    bench.next_head();
+    // Member 1 is gone; member 2 answers the Seal and lacks the write.
+    bench.up([0]);
+    bench.input(crate::Input::MemberUp { server: server(2) });
+    while bench.models[2].sealed != Epoch(2) {
+        bench.deliver(2);
+    }
+    bench.pass(100);
+    assert_eq!(bench.head.status().phase, HeadPhase::Reconciling);
+    let without_b = [(0, InSync), (1, CatchingUp), (2, InSync)];
+    let error = MembershipError::NoQuorum { have: 1, needed: 2, of: 2 };
+    assert_eq!(bench.change(&without_b), Err(error), "the next opening may hear member 2 alone");
+    bench.held[2] = false;
+    bench.settle();
+    bench.agree(&without_b);
+    bench.changed(&without_b);
+    bench.next_head();
+    bench.up([2]);
+    bench.pass(100);
+    bench.up([0]);
+    bench.pass(100);
+    let read = bench.read(1);
+    assert_eq!(bench.value(read), Some(5));
+}

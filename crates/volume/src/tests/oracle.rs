@@ -65,6 +65,11 @@ impl Oracle {
         }
     }
 
+    /// The newest record that any block must show.
+    pub(super) fn newest_shown(&self) -> Position {
+        self.shown.iter().max().copied().unwrap_or_default()
+    }
+
     pub(super) fn asked(&mut self, id: u64, asked: Asked, lba: usize, blocks: usize, head: usize) {
         let floor = match asked {
             Asked::Flush => self.shown.clone(),
