@@ -23,17 +23,17 @@ fn shape() -> Shape {
     Shape { unit, blocks: 64, block_size, last: Position::ZERO }
 }
 
-fn list(trimmed: u64, next: u32, entries: &[u32]) -> Answer {
+fn list(trimmed: u64, next: u32, entries: &[u32]) -> ReplyBody {
     let header =
         ListHeader { trimmed: Position::new(Epoch(1), Seq(trimmed)), commit: Seq(trimmed), next };
     let entry = |chunk: &u32| ListEntry { chunk: *chunk, newest: Seq(3) };
     let entries: Vec<_> = entries.iter().map(entry).collect();
     let mut bytes = [0; 256];
     let used = chunks::encode(&header, &entries, &mut bytes);
-    Ok(ReplyBody::Chunks(Buffer::copied_from(&bytes[..used])))
+    ReplyBody::Chunks(Buffer::copied_from(&bytes[..used]))
 }
 
-fn record(position: (u64, u64), previous: u64, lba: u64, blocks: u32) -> Answer {
+fn record(position: (u64, u64), previous: u64, lba: u64, blocks: u32) -> ReplyBody {
     let buffer = BufferPool::heap(0, 1).take(4096).expect("a fresh pool");
     let header = RecordHeader {
         key: KEY,
@@ -45,16 +45,16 @@ fn record(position: (u64, u64), previous: u64, lba: u64, blocks: u32) -> Answer 
         blocks: BlockCount(blocks),
         fua: false,
     };
-    Ok(ReplyBody::Record(Record::encode(header, buffer)))
+    ReplyBody::Record(Record::encode(header, buffer))
 }
 
 /// An honest source of one chunk with one block, as of seq 10, and a log of one more record.
 fn honest(body: &CommandBody) -> Answer {
     match body {
-        CommandBody::List { first: 0, .. } => list(10, NO_MORE, &[1]),
-        CommandBody::List { .. } => list(10, NO_MORE, &[]),
-        CommandBody::Fetch { lba: Lba(16), .. } => record((5, 10), 5, 20, 1),
-        CommandBody::Scan { seq: Seq(11), .. } => record((5, 11), 1, 0, 1),
+        CommandBody::List { first: 0, .. } => Ok(list(10, NO_MORE, &[1])),
+        CommandBody::List { .. } => Ok(list(10, NO_MORE, &[])),
+        CommandBody::Fetch { lba: Lba(16), .. } => Ok(record((5, 10), 5, 20, 1)),
+        CommandBody::Scan { seq: Seq(11), .. } => Ok(record((5, 11), 1, 0, 1)),
         CommandBody::Scan { .. } => Err(ReplicaError::Behind { last: Position::ZERO }),
         _ => Ok(ReplyBody::Done),
     }
@@ -113,26 +113,26 @@ fn a_source_that_lies_is_not_believed() {
                 .then(|| Ok(ReplyBody::Chunks(Buffer::copied_from(b"nothing"))))
         }),
         ("a chunk past the end", |body| {
-            matches!(body, CommandBody::List { .. }).then(|| list(10, NO_MORE, &[4]))
+            matches!(body, CommandBody::List { .. }).then(|| Ok(list(10, NO_MORE, &[4])))
         }),
         ("a list that does not end", |body| {
-            matches!(body, CommandBody::List { .. }).then(|| list(10, 0, &[]))
+            matches!(body, CommandBody::List { .. }).then(|| Ok(list(10, 0, &[])))
         }),
         ("a position at the end of all numbers", |body| {
-            matches!(body, CommandBody::List { .. }).then(|| list(u64::MAX, NO_MORE, &[]))
+            matches!(body, CommandBody::List { .. }).then(|| Ok(list(u64::MAX, NO_MORE, &[])))
         }),
         ("blocks of another chunk", |body| {
-            matches!(body, CommandBody::Fetch { .. }).then(|| record((5, 10), 5, 31, 2))
+            matches!(body, CommandBody::Fetch { .. }).then(|| Ok(record((5, 10), 5, 31, 2)))
         }),
         ("blocks of a later epoch", |body| {
-            matches!(body, CommandBody::Fetch { .. }).then(|| record((6, 10), 5, 20, 1))
+            matches!(body, CommandBody::Fetch { .. }).then(|| Ok(record((6, 10), 5, 20, 1)))
         }),
         ("a record of another seq", |body| {
-            matches!(body, CommandBody::Scan { .. }).then(|| record((5, 12), 5, 0, 1))
+            matches!(body, CommandBody::Scan { .. }).then(|| Ok(record((5, 12), 5, 0, 1)))
         }),
         ("blocks newer than its log", |body| {
             matches!(body, CommandBody::Fetch { lba: Lba(16), .. })
-                .then(|| record((5, 100), 5, 20, 1))
+                .then(|| Ok(record((5, 100), 5, 20, 1)))
         }),
         ("something else", |body| {
             let other = matches!(body, CommandBody::Scan { .. } | CommandBody::Fetch { .. });
