@@ -92,13 +92,12 @@ fn run(
     (progress, events)
 }
 
-fn done(_: Step) -> Answer {
-    Ok(ReplyBody::Done)
-}
+/// A store that does everything.
+const DONE: fn(Step) -> Answer = |_| Ok(ReplyBody::Done);
 
 #[test]
 fn an_honest_source_is_believed() {
-    let (progress, events) = run(honest, done);
+    let (progress, events) = run(honest, DONE);
     assert_eq!(progress.phase, FillPhase::Done);
     assert_eq!(progress.copied_bytes, 2 * 4096);
     assert_eq!(events.last(), Some(&FillEvent::Done { bytes: 2 * 4096 }));
@@ -140,7 +139,7 @@ fn a_source_that_lies_is_not_believed() {
         }),
     ];
     for (name, lie) in lies {
-        let (progress, events) = run(|body| lie(body).unwrap_or_else(|| honest(body)), done);
+        let (progress, events) = run(|body| lie(body).unwrap_or_else(|| honest(body)), DONE);
         assert_eq!(progress.phase, FillPhase::Failed, "{name}");
         let expected = FillEvent::Failed { failure: FillFailure::Mismatch };
         assert_eq!(events.last(), Some(&expected), "{name}");
@@ -153,12 +152,12 @@ fn a_failure_names_its_place() {
         CommandBody::Scan { .. } => Err(ReplicaError::Damaged),
         other => honest(other),
     };
-    let (progress, events) = run(scan_damaged, done);
+    let (progress, events) = run(scan_damaged, DONE);
     assert_eq!(progress.phase, FillPhase::Failed);
     let failure = FillFailure::Source(ReplicaError::Damaged);
     assert_eq!(events.last(), Some(&FillEvent::Failed { failure }));
     for failing in [Step::Begin, Step::Chunk { slot: 0 }, Step::Commit { slot: 0 }, Step::End] {
-        let store = |step| if step == failing { Err(ReplicaError::NoSpace) } else { done(step) };
+        let store = |step| if step == failing { Err(ReplicaError::NoSpace) } else { DONE(step) };
         let (progress, events) = run(honest, store);
         assert_eq!(progress.phase, FillPhase::Failed, "{failing:?}");
         let failure = FillFailure::Here(ReplicaError::NoSpace);
