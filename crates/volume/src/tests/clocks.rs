@@ -72,6 +72,22 @@ impl Grant {
 }
 
 impl World {
+    /// Holds the answer to a Seal until what was granted before has run out.
+    pub(super) fn hold_seal(
+        &mut self,
+        head: usize,
+        server: usize,
+        session: u64,
+        tag: u64,
+        epoch: Epoch,
+    ) {
+        let after = self.servers[server].grant.deposed_until.saturating_sub(self.now);
+        if after > 0 {
+            self.count("held seal");
+        }
+        self.schedule(after, Event::HeldSeal { head, server, session, tag, epoch });
+    }
+
     /// The wait of a Seal's answer is over.
     pub(super) fn held_seal(
         &mut self,

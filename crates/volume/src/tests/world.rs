@@ -584,17 +584,11 @@ impl World {
         let effect = model.command(&mut self.truth, head, epoch, commit, body);
         let life = model.life;
         let admitted = !matches!(effect, Effect::Answer(Err(ReplicaError::Superseded { .. })));
+        let deposes = epoch > sealed_before;
         if admitted && self.settings.grants {
-            let now = self.now;
-            let grant = &mut self.servers[server].grant;
-            grant.admitted(now, seals && epoch > sealed_before, seals, releases);
+            self.servers[server].grant.admitted(self.now, seals && deposes, seals, releases);
             if seals && !self.settings.untrue_members {
-                let after = grant.deposed_until.saturating_sub(now);
-                if after > 0 {
-                    self.count("held seal");
-                }
-                let event = Event::HeldSeal { head, server, session, tag, epoch };
-                return self.schedule(after, event);
+                return self.hold_seal(head, server, session, tag, epoch);
             }
         }
         let done = match effect {
