@@ -33,6 +33,15 @@ pub(crate) enum Answer {
     Lost,
 }
 
+/// Which part of a process asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// Whoever wants to be head.
+    Lease,
+    /// Whoever looks after members.
+    Healer,
+}
+
 /// How a call will go.
 pub(crate) struct Course {
     /// When it takes effect, if it does.
@@ -66,13 +75,14 @@ impl ClusterStore {
     }
 
     /// Decides how a call made at `now` goes.
-    pub(crate) fn course(&mut self, now: Instant) -> Course {
+    pub(crate) fn course(&mut self, now: Instant, call: &Call) -> Course {
         let there = now + Duration::from_nanos(self.random.between(100_000, 3_000_000));
         let back = there + Duration::from_nanos(self.random.between(100_000, 3_000_000));
         if there < self.away_until {
             return Course { effect: None, answer: now + TIMEOUT, lost: true };
         }
-        if self.mute > 0 {
+        // An answer that matters is the answer to a change.
+        if self.mute > 0 && (matches!(call, Call::Swap(_)) || self.random.one_in(4)) {
             self.mute -= 1;
             // It may take effect even after its caller has asked again.
             let late = there + Duration::from_nanos(self.random.below(2_000_000_000));
@@ -91,6 +101,7 @@ impl ClusterStore {
                     records.volume.epoch >= self.records.volume.epoch,
                     "epochs never go back in the store"
                 );
+                check_change(&self.records.shard, &records.shard);
                 self.records = *records;
                 self.records.revision += 1;
                 Answer::Swapped
@@ -115,6 +126,14 @@ pub(crate) enum Lease {
     Reading { tried: Option<Epoch> },
     /// For the answer to its compare-and-swap.
     Swapping { won: Box<Records> },
+}
+
+/// No disjoint quorums: one change moves at most one member into or out of the in-sync set.
+fn check_change(old: &ShardRecord, new: &ShardRecord) {
+    let entered = new.in_sync().filter(|server| old.in_sync().all(|other| other != *server));
+    let left = old.in_sync().filter(|server| new.in_sync().all(|other| other != *server));
+    assert!(entered.count() + left.count() <= 1, "disjoint quorums: {old:?} became {new:?}");
+    assert!(new.in_sync().count() > 0, "nobody is in sync in {new:?}");
 }
 
 impl Records {

@@ -53,7 +53,13 @@ places! {
     StoreConflict = "two processes wanted the lease at once",
     StoreAwayWhileServing = "a head served while the cluster store was away",
     MemberCaughtUp = "a member caught up from a log",
-    MemberTooFarBehind = "what a member lacks was in no log any more",
+    FillStarted = "a replica began to be filled with chunks",
+    FillDone = "a filling was done",
+    FillFailed = "a filling had to rest",
+    ReplicaMade = "a spare server made a replica",
+    ReplicaDeleted = "a member that had left deleted its replica",
+    JointChange = "a head agreed to other members",
+    ChangeLost = "a change of members that a head had begun did not come true",
 }
 
 /// How often each place was reached.

@@ -16,6 +16,7 @@ use crate::clock::Clock;
 use crate::cluster_store::Lease;
 use crate::disk::Disk;
 use crate::random::Random;
+use crate::world::Healer;
 
 const CLUSTER: ClusterId = ClusterId::from_bytes([0xc1; 16]);
 const MASS_BYTES: u64 = 64 << 20;
@@ -30,6 +31,7 @@ pub(crate) struct Process {
     pub(crate) open: bool,
     pub(crate) head: Option<RunningHead>,
     pub(crate) lease: Lease,
+    pub(crate) healer: Healer,
     /// Restarted by every start of the process.
     pub(crate) clock: Clock,
     /// Stopped until then: what happens to it waits.
@@ -152,6 +154,7 @@ impl Process {
             open: false,
             head: None,
             lease: Lease::Idle,
+            healer: Healer::default(),
             clock: Clock::new(Instant::ZERO, 0, 0),
             paused_until: Instant::ZERO,
             machine_up: true,
@@ -225,6 +228,7 @@ impl Process {
         self.open = false;
         self.head = None;
         self.lease = Lease::Idle;
+        self.healer = Healer::default();
         self.paused_until = Instant::ZERO;
         self.machine_up = !power_cut;
         self.device_failed = false;

@@ -1,6 +1,7 @@
 //! The world: simulated time, processes, faults, a guest's workload and its checks.
 
 mod control;
+mod healing;
 mod strike;
 mod transport;
 mod workload;
@@ -17,7 +18,7 @@ use base::{
 use node::{ConnectionId, HeadEvent, Input, Node, Output};
 
 use crate::checkers::{Checkers, Seen};
-use crate::cluster_store::{Answer, Call, ClusterStore};
+use crate::cluster_store::{Answer, Call, Caller, ClusterStore};
 use crate::disk::Disk;
 use crate::faults::{Fault, Profile, schedule};
 use crate::guest::Guest;
@@ -28,6 +29,8 @@ use crate::process::{PoolLayout, Process, RunningHead, address, pool_id, server_
 use crate::queue::Queue;
 use crate::random::Random;
 use crate::trace::Trace;
+
+pub(crate) use healing::Healer;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
 const KEY: ReplicaKey = ReplicaKey { volume: VOLUME, shard: ShardIndex(0) };
@@ -45,6 +48,8 @@ pub struct WorldConfig {
     pub seed: u64,
     /// Servers with a replica each: 1, 2, 3 or 5.
     pub servers: usize,
+    /// Further servers, without a replica at first.
+    pub spares: usize,
     /// The head runs in a process without a pool.
     pub diskless: bool,
     /// Blocks of 4 KiB of the volume.
@@ -73,11 +78,17 @@ pub struct WorldConfig {
 }
 
 impl WorldConfig {
+    /// Processes with a pool.
+    pub(crate) fn pools(&self) -> usize {
+        self.servers + self.spares
+    }
+
     /// A cluster in which nothing fails.
     pub fn quiet(seed: u64, servers: usize, diskless: bool, requests: u64) -> Self {
         Self {
             seed,
             servers,
+            spares: 0,
             diskless,
             blocks: 512,
             requests,
@@ -98,16 +109,18 @@ impl WorldConfig {
         let mut random = Random::of(seed, "configuration");
         let servers = random.choose(&[3, 3, 3, 5, 2, 1]);
         let diskless = random.one_in(3);
+        let spares = random.choose(&[0, 1, 2]);
         let length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
         let profile = Profile {
             seed,
-            servers,
-            processes: servers + usize::from(diskless),
+            servers: servers + spares,
+            processes: servers + spares + usize::from(diskless),
             from: Instant::ZERO + FAULTS_FROM,
             length,
         };
         let durability = random.choose(&[Durability::Durable, Durability::Flush]);
         Self {
+            spares,
             requests: 4000,
             pause_nanos: random.choose(&[80_000, 1_000_000, 8_000_000]),
             faults: schedule(&profile),
@@ -196,15 +209,22 @@ enum Event {
         process: usize,
         life: u64,
     },
+    /// A healer's turn.
+    Heal {
+        process: usize,
+        life: u64,
+    },
     StoreEffect {
         process: usize,
         life: u64,
+        caller: Caller,
         call: Box<Call>,
         answer: Option<Instant>,
     },
     StoreAnswer {
         process: usize,
         life: u64,
+        caller: Caller,
         answer: Box<Answer>,
     },
     Submit,
@@ -240,6 +260,7 @@ impl Event {
             Self::StoreAnswer { process, .. } => (15, *process as u64, 0),
             Self::Submit => (16, 0, 0),
             Self::Wake => (20, 0, 0),
+            Self::Heal { process, .. } => (21, *process as u64, 0),
             Self::Sprung { power, who } => (19, u64::from(*power), who.unwrap_or(99) as u64),
             Self::Exit { process, .. } => (18, *process as u64, 0),
             Self::Fault { number } => (17, *number as u64, 0),
@@ -266,6 +287,10 @@ pub struct World {
     opened: Epoch,
     /// Whose disks lie, and no other's.
     faulty: Option<usize>,
+    /// When the cluster store last heard of each process.
+    last_seen_ms: Vec<u64>,
+    /// Servers that an operator wants empty.
+    draining: Vec<bool>,
     provisioned: usize,
     oracle: Oracle,
     requests: BTreeMap<u64, Guest>,
@@ -281,7 +306,7 @@ pub struct World {
 impl World {
     /// A cluster whose servers are about to start.
     pub fn new(config: WorldConfig) -> Self {
-        let servers = config.servers;
+        let servers = config.pools();
         let count = servers + usize::from(config.diskless);
         let (volume, shard) = records(&config);
         let mut random = Random::of(config.seed, "world");
@@ -298,7 +323,9 @@ impl World {
             store: ClusterStore::new(volume, shard, config.seed),
             desired: if config.diskless { servers } else { 0 },
             opened: Epoch::NONE,
-            faulty: (servers >= 3).then(|| random.index(servers)),
+            faulty: (config.servers >= 3).then(|| random.index(config.servers)),
+            last_seen_ms: vec![0; servers + 1],
+            draining: vec![false; servers],
             provisioned: 0,
             oracle: Oracle::new(usize::try_from(config.blocks).expect("a small volume")),
             requests: BTreeMap::new(),
@@ -343,26 +370,11 @@ impl World {
         let healed = self.now;
         let bound = self.now + Duration::from_mins(1);
         self.run_until(bound, "to serve again after faults stopped (I6)", |world| {
-            world.serving() && world.requests.is_empty() || world.needs_copy()
+            world.serving() && world.requests.is_empty()
         });
         self.report.recovery = self.now.since(healed);
-        if self.needs_copy() {
-            self.report.places.reach(Place::MemberTooFarBehind);
-            return self.finish();
-        }
         self.read_everything(bound);
         self.finish()
-    }
-
-    /// Too few members are left that a log can bring up to date. Nothing copies chunks yet.
-    fn needs_copy(&self) -> bool {
-        self.processes[self.desired].node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
-            let lost = status.members.iter().filter(|member| {
-                matches!(member.mode, volume::MemberMode::TooFarBehind | volume::MemberMode::Down)
-            });
-            status.members.iter().any(|member| member.mode == volume::MemberMode::TooFarBehind)
-                && 2 * lost.count() > status.members.len()
-        })
     }
 
     fn finish(&mut self) -> Report {
@@ -443,6 +455,7 @@ impl World {
             | Event::Tick { process, life }
             | Event::Exit { process, life }
             | Event::Control { process, life }
+            | Event::Heal { process, life }
             | Event::StoreAnswer { process, life, .. } => Some((*process, *life)),
             Event::Network(Later::Deliver(socket) | Later::Sent(socket, _)) => {
                 self.network.end(*socket).map(|end| (end.process, end.life))
@@ -497,11 +510,12 @@ impl World {
             Event::Resume { process } => self.resume(process),
             Event::Exit { process, life: _ } => self.stop(process, false),
             Event::Control { process, life: _ } => self.control(process),
-            Event::StoreEffect { process, life, call, answer } => {
-                self.store_effect(process, life, *call, answer);
+            Event::Heal { process, life: _ } => self.heal_turn(process),
+            Event::StoreEffect { process, life, caller, call, answer } => {
+                self.store_effect(process, life, caller, *call, answer);
             }
-            Event::StoreAnswer { process, life: _, answer } => {
-                self.store_answer(process, *answer);
+            Event::StoreAnswer { process, life: _, caller, answer } => {
+                self.store_answer(process, caller, *answer);
             }
             Event::Submit => self.submit(),
             Event::Wake => {}
@@ -520,6 +534,7 @@ impl World {
         let drift = if self.config.faults.is_empty() { 0 } else { drift };
         self.processes[process].start(self.now, drift, &mut self.random);
         self.trace.say(self.now, || format!("process {process} starts"));
+        self.heal_later(process);
         self.pump(process);
         if !self.processes[process].is_server() {
             self.process_opened(process);
@@ -531,12 +546,12 @@ impl World {
         self.processes[process].open = true;
         self.check_invariants(process);
         let servers: Vec<_> =
-            (0..self.config.servers).map(|index| (server_id(index), address(index))).collect();
+            (0..self.config.pools()).map(|index| (server_id(index), address(index))).collect();
         let local = self.processes[process].clock.local(self.now);
         let life = self.processes[process].life;
         let node = self.processes[process].node.as_mut().expect("it runs");
         node.set_servers(local, servers);
-        if self.processes[process].is_server() && self.provisioned < self.config.servers {
+        if process < self.config.servers && self.provisioned < self.config.servers {
             let blocks = self.config.blocks;
             let create =
                 Input::CreateReplica { tag: 1, key: KEY, block_size: BlockSize::B4096, blocks };
@@ -644,21 +659,32 @@ impl World {
             Output::Send { connection, part } => self.send(process, connection, part),
             Output::Close { connection } => self.close(process, connection),
             Output::Reply { reply, .. } => self.reply(&reply),
-            Output::ControlDone { result, .. } => {
+            Output::ControlDone { tag: 1, result } => {
                 if let Err(error) = result {
                     self.fail(&format!("the replica could not be made: {error}"));
                 }
                 self.provisioned += 1;
             }
+            Output::ControlDone { tag, result } => self.own_done(process, tag, result.is_ok()),
             Output::PoolOpened(Ok(())) => self.process_opened(process),
             Output::PoolOpened(Err(error)) => self.pool_lost(process, &error),
             Output::PoolFailed(failure) => self.device_failed(process, failure),
             Output::PoolNotice(store::Notice::Damaged(_)) => self.damage_noticed(process),
             Output::PoolNotice(store::Notice::Stalled(_) | store::Notice::Resumed)
-            | Output::Fill { .. }
             | Output::Peer { .. } => {}
+            Output::Fill { event, .. } => self.fill_event(process, event),
             Output::Head { event, epoch, .. } => self.head_event(process, epoch, event),
         }
+    }
+
+    fn fill_event(&mut self, process: usize, event: node::FillEvent) {
+        self.trace.say(self.now, || format!("process {process} is filled: {event:?}"));
+        self.report.places.reach(match event {
+            node::FillEvent::Started { chunks: true } => Place::FillStarted,
+            node::FillEvent::Started { chunks: false } => Place::MemberCaughtUp,
+            node::FillEvent::Done { .. } => Place::FillDone,
+            node::FillEvent::Failed { .. } => Place::FillFailed,
+        });
     }
 
     fn head_event(&mut self, process: usize, epoch: Epoch, event: HeadEvent) {
@@ -743,7 +769,7 @@ impl World {
         self.ambush = None;
         // Whoever wants the volume takes it to a server that starts.
         if self.faulty == Some(self.desired) {
-            self.desired = (self.desired + 1) % self.config.servers;
+            self.desired = (self.desired + 1) % self.config.pools();
         }
         self.control_later(self.desired, 0);
     }

@@ -4,7 +4,7 @@
 use base::{Epoch, Holder, HolderId};
 
 use super::{Event, World};
-use crate::cluster_store::{Answer, Call, Lease, Records};
+use crate::cluster_store::{Answer, Call, Caller, Lease, Records};
 use crate::places::Place;
 use crate::process::{RunningHead, host_id};
 
@@ -34,22 +34,22 @@ impl World {
         }
         if let Lease::Idle = state.lease {
             state.lease = Lease::Reading { tried: None };
-            self.call_store(process, Call::Read);
+            self.call_store(process, Caller::Lease, Call::Read);
         }
     }
 
-    fn call_store(&mut self, process: usize, call: Call) {
+    pub(super) fn call_store(&mut self, process: usize, caller: Caller, call: Call) {
         let life = self.processes[process].life;
-        let course = self.store.course(self.now);
+        let course = self.store.course(self.now, &call);
         let heard = (!course.lost).then_some(course.answer);
         if let Some(at) = course.effect {
             let call = Box::new(call);
-            self.queue.push(at, Event::StoreEffect { process, life, call, answer: heard });
+            self.queue.push(at, Event::StoreEffect { process, life, caller, call, answer: heard });
         }
         if course.lost {
             self.report.places.reach(Place::StoreAnswerLost);
             let answer = Box::new(Answer::Lost);
-            self.queue.push(course.answer, Event::StoreAnswer { process, life, answer });
+            self.queue.push(course.answer, Event::StoreAnswer { process, life, caller, answer });
         }
     }
 
@@ -58,16 +58,24 @@ impl World {
         &mut self,
         process: usize,
         life: u64,
+        caller: Caller,
         call: Call,
         heard: Option<base::Instant>,
     ) {
         let answer = Box::new(self.store.perform(call));
         if let Some(at) = heard {
-            self.queue.push(at, Event::StoreAnswer { process, life, answer });
+            self.queue.push(at, Event::StoreAnswer { process, life, caller, answer });
         }
     }
 
-    pub(super) fn store_answer(&mut self, process: usize, answer: Answer) {
+    pub(super) fn store_answer(&mut self, process: usize, caller: Caller, answer: Answer) {
+        match caller {
+            Caller::Lease => self.lease_answer(process, answer),
+            Caller::Healer => self.healer_answer(process, answer),
+        }
+    }
+
+    fn lease_answer(&mut self, process: usize, answer: Answer) {
         let lease = std::mem::take(&mut self.processes[process].lease);
         match (lease, answer) {
             (Lease::Reading { tried }, Answer::Records(records)) => {
@@ -75,13 +83,13 @@ impl World {
             }
             (Lease::Reading { tried }, Answer::Lost) => {
                 self.processes[process].lease = Lease::Reading { tried };
-                self.call_store(process, Call::Read);
+                self.call_store(process, Caller::Lease, Call::Read);
             }
             (Lease::Swapping { won }, Answer::Swapped) => self.won(process, &won),
             (Lease::Swapping { won }, Answer::Conflict | Answer::Lost) => {
                 self.report.places.reach(Place::StoreConflict);
                 self.processes[process].lease = Lease::Reading { tried: Some(won.volume.epoch) };
-                self.call_store(process, Call::Read);
+                self.call_store(process, Caller::Lease, Call::Read);
             }
             (lease, answer) => self.fail(&format!("{answer:?} to a process in {lease:?}")),
         }
@@ -101,7 +109,7 @@ impl World {
         let holder = Holder { id, name: format!("process {process}"), repair: false };
         let acquired = Box::new(records.acquired(holder));
         self.processes[process].lease = Lease::Swapping { won: acquired.clone() };
-        self.call_store(process, Call::Swap(acquired));
+        self.call_store(process, Caller::Lease, Call::Swap(acquired));
     }
 
     /// The lease is ours, or was a moment ago.

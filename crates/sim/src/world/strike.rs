@@ -56,6 +56,7 @@ impl World {
             FaultKind::StoreAway { .. }
             | FaultKind::StoreMute { .. }
             | FaultKind::Attach { .. }
+            | FaultKind::Drain { .. }
             | FaultKind::HandOver { .. } => self.strike_control(fault.kind),
         };
         let note = if struck { "" } else { " (nothing to strike)" };
@@ -140,7 +141,7 @@ impl World {
         if power && self.cut_power(who) {
             return;
         }
-        let victims = who.map_or(0..self.config.servers, |who| who..who + 1);
+        let victims = who.map_or(0..self.config.pools(), |who| who..who + 1);
         victims.for_each(|victim| self.stop(victim, false));
     }
 
@@ -319,6 +320,10 @@ impl World {
             }
             FaultKind::Attach { who } => {
                 self.attach(who);
+                true
+            }
+            FaultKind::Drain { who } => {
+                self.draining[who] ^= true;
                 true
             }
             FaultKind::HandOver { to } => {

@@ -84,7 +84,7 @@ impl World {
         {
             return;
         }
-        let target = (0..self.config.servers).find(|index| address(*index) == to);
+        let target = (0..self.config.pools()).find(|index| address(*index) == to);
         let target = target.expect("nodes know the addresses that they were given");
         let reachable = self.processes[target].machine_up
             && self.network.is_open(self.now, process, target)

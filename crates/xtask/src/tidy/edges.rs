@@ -62,7 +62,7 @@ const LAYERS: &[Layer] = &[
     Layer { path: "crates/blkio-client", uses: &[], tests_use: &[], sans_io: false },
     Layer {
         path: "crates/sim",
-        uses: &["base", "nvme", "store", "volume", "node"],
+        uses: &["base", "nvme", "store", "volume", "node", "cluster"],
         tests_use: &[],
         sans_io: false,
     },
