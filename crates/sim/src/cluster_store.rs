@@ -128,11 +128,11 @@ pub(crate) enum Lease {
     Swapping { won: Box<Records> },
 }
 
-/// No disjoint quorums: one change moves at most one member into or out of the in-sync set.
+/// No disjoint quorums: one change lets at most one member enter the in-sync set and one leave it.
 fn check_change(old: &ShardRecord, new: &ShardRecord) {
     let entered = new.in_sync().filter(|server| old.in_sync().all(|other| other != *server));
     let left = old.in_sync().filter(|server| new.in_sync().all(|other| other != *server));
-    assert!(entered.count() + left.count() <= 1, "disjoint quorums: {old:?} became {new:?}");
+    assert!(entered.count() <= 1 && left.count() <= 1, "disjoint quorums: {old:?} became {new:?}");
     assert!(new.in_sync().count() > 0, "nobody is in sync in {new:?}");
 }
 

@@ -33,6 +33,21 @@ fn clusters_under_faults_lose_nothing() {
     assert!(faults > count && heads > count && checked > 0, "the faults happen");
 }
 
+/// Seeds that found something once, and what.
+const REGRESSIONS: &[(u64, &str)] = &[
+    (5, "a member forgot its log where the first page of a segment could not be read"),
+    (60, "a cluster of one server with nothing left to do"),
+    (121, "a member too far behind and another one's pool lost"),
+];
+
+#[test]
+fn seeds_that_found_something_stay_clean() {
+    for (seed, what) in REGRESSIONS {
+        println!("seed {seed}: {what}; replay: scripts/dev sim --replay {seed}");
+        World::new(WorldConfig::with_faults(*seed)).run();
+    }
+}
+
 #[test]
 fn a_seed_decides_everything() {
     for seed in [3, 4] {
