@@ -25,6 +25,8 @@ const HEADER_READS_MAX: u32 = 8;
 const HEADER_BYTES: usize = (1 + BATCH_HEADER_PAGES_MAX) * PAGE_BYTES;
 /// Marks the read of a segment's header page alone.
 const ALONE: u32 = 1 << 31;
+/// Marks the read of what follows a segment's header page, alone.
+const REST: u32 = 1 << 30;
 /// Chunk versions that a reopening skips: those that an unfinished flush may have used.
 const VERSIONS_SKIPPED: u32 = 1 << 16;
 /// Pages of metadata read at a time.
@@ -59,8 +61,8 @@ pub(crate) struct Opening {
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
     segment_headers: Vec<Option<SegmentHeader>>,
-    /// Segments whose header page is to be read again, alone.
-    alone: Vec<u32>,
+    /// Segments of which a part is to be read again, with the mark that says which.
+    again: Vec<u32>,
     /// Next replica to replay.
     replica: usize,
     stamps: Vec<u64>,
@@ -158,14 +160,20 @@ impl Store {
                 }
             },
             Stage::Segments => match result {
-                Ok(buffer) => {
+                Ok(mut buffer) => {
                     let length = if piece & ALONE == 0 { HEADER_BYTES } else { PAGE_BYTES };
-                    let segment = piece & !ALONE;
+                    let segment = piece & !(ALONE | REST);
+                    if piece & REST != 0 {
+                        let pages = buffer.payload_mut();
+                        pages.copy_within(..HEADER_BYTES - PAGE_BYTES, PAGE_BYTES);
+                        pages[..PAGE_BYTES].fill(0);
+                    }
                     let header = segment_header(&buffer.payload()[..length], segment);
                     self.opening.segment_headers[segment as usize] = header;
                 }
-                // The header page may be readable without those that follow it.
-                Err(_) if piece & ALONE == 0 => self.opening.alone.push(piece),
+                // The header page may be readable without those that follow it, or they without it.
+                Err(_) if piece & (ALONE | REST) == 0 => self.opening.again.push(piece | ALONE),
+                Err(_) if piece & ALONE != 0 => self.opening.again.push(piece & !ALONE | REST),
                 Err(_) => {}
             },
             Stage::Replay | Stage::Sync | Stage::Checkpoint | Stage::Done => {}
@@ -416,29 +424,31 @@ impl Store {
     fn read_segment_headers(&mut self) {
         let all = u32::try_from(self.segments.all.len()).expect("segments are counted in 32 bits");
         while self.opening.in_flight < HEADER_READS_MAX {
-            let alone = self.opening.alone.last().copied();
-            if alone.is_none() && self.opening.next == all {
+            let again = self.opening.again.last().copied();
+            if again.is_none() && self.opening.next == all {
                 break;
             }
-            let segment = alone.unwrap_or(self.opening.next);
-            let (length, piece) = match alone {
-                Some(segment) => (PAGE_BYTES, segment | ALONE),
-                None => (HEADER_BYTES, segment),
+            let piece = again.unwrap_or(self.opening.next);
+            let segment = piece & !(ALONE | REST);
+            let (start, length) = match piece & (ALONE | REST) {
+                0 => (0, HEADER_BYTES),
+                ALONE => (0, PAGE_BYTES),
+                _ => (PAGE_BYTES, HEADER_BYTES - PAGE_BYTES),
             };
-            let Some(buffer) = self.config.buffers.take(length) else {
+            let Some(buffer) = self.config.buffers.take(HEADER_BYTES) else {
                 return self.starved();
             };
-            if alone.is_some() {
-                self.opening.alone.pop();
+            if again.is_some() {
+                self.opening.again.pop();
             } else {
                 self.opening.next += 1;
             }
             self.opening.in_flight += 1;
             let device = self.segments.all[segment as usize].device;
-            let offset = self.segment_offset(segment);
+            let offset = self.segment_offset(segment) + start as u64;
             self.read(device, offset, buffer, length, Task::Opening { piece });
         }
-        if self.opening.next == all && self.opening.in_flight == 0 && self.opening.alone.is_empty()
+        if self.opening.next == all && self.opening.in_flight == 0 && self.opening.again.is_empty()
         {
             self.assign_segments();
             self.opening.stage = Stage::Replay;
