@@ -131,6 +131,13 @@ impl Model {
 }
 
 impl World {
+    pub(super) fn begin_fill(&mut self, server: usize, life: u64, begun: bool) {
+        if begun {
+            let after = self.delay();
+            self.schedule(after, Event::FillStep { server, life });
+        }
+    }
+
     pub(super) fn fill_step(&mut self, server: usize, life: u64) {
         let model = &self.servers[server].model;
         let Some(fill) = model.fill.filter(|_| model.life == life && self.servers[server].up)

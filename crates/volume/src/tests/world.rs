@@ -608,21 +608,21 @@ impl World {
             Effect::Flush { seq } => Done::Flush { seq },
             Effect::Fill { progress, begun } => {
                 self.answer(head, server, session, tag, Ok(ReplyBody::Filling(progress)));
-                if begun {
-                    let after = self.delay();
-                    self.schedule(after, Event::FillStep { server, life });
-                }
-                return;
+                return self.begin_fill(server, life, begun);
             }
         };
+        let after = self.writing_takes(server);
+        self.schedule(after, Event::Done { head, server, life, session, tag, done });
+    }
+
+    fn writing_takes(&mut self, server: usize) -> u64 {
         let mut takes = self.delay() * self.slowness[server];
         if self.settings.slow == Some(server) {
             takes *= 50;
         }
-        let server_state = &mut self.servers[server];
-        server_state.busy_until = server_state.busy_until.max(self.now + takes) + 1;
-        let after = server_state.busy_until - self.now;
-        self.schedule(after, Event::Done { head, server, life, session, tag, done });
+        let server = &mut self.servers[server];
+        server.busy_until = server.busy_until.max(self.now + takes) + 1;
+        server.busy_until - self.now
     }
 
     /// The link of a session that is alive.
