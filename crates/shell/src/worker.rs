@@ -581,6 +581,12 @@ fn pool_notice(notice: store::Notice) {
             replica = %key,
             "a replica has lost durable records; blocks that may be affected are refused"
         ),
+        store::Notice::DamagedBlocks { key, lba, blocks } => tracing::error!(
+            replica = %key,
+            lba = lba.0,
+            blocks = blocks.0,
+            "blocks of a replica cannot be read; they answer so until they are written again"
+        ),
     }
 }
 

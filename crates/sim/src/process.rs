@@ -191,6 +191,7 @@ impl Process {
                     StoreConfig::LARGE_BUFFERS_MIN,
                 ),
                 flush: self.layout.flush,
+                scrub_bytes_per_second: 0,
             },
             devices: devices(self.layout),
             target: TargetConfig::new(server_id(self.index)),

@@ -669,7 +669,9 @@ impl World {
             Output::PoolOpened(Ok(())) => self.process_opened(process),
             Output::PoolOpened(Err(error)) => self.pool_lost(process, &error),
             Output::PoolFailed(failure) => self.device_failed(process, failure),
-            Output::PoolNotice(store::Notice::Damaged(_)) => self.damage_noticed(process),
+            Output::PoolNotice(store::Notice::Damaged(_) | store::Notice::DamagedBlocks { .. }) => {
+                self.damage_noticed(process)
+            }
             Output::PoolNotice(store::Notice::Stalled(_) | store::Notice::Resumed)
             | Output::Peer { .. } => {}
             Output::Fill { event, .. } => self.fill_event(process, event),

@@ -27,6 +27,9 @@ pub struct StoreConfig {
     pub buffers: BufferPool,
     /// When data goes home.
     pub flush: FlushPolicy,
+    /// Bytes per second, at most, that are read from home in the background to find damage; an
+    /// eighth of that while anybody reads or writes. 0: none.
+    pub scrub_bytes_per_second: u64,
 }
 
 impl StoreConfig {
@@ -464,6 +467,15 @@ pub enum Notice {
     /// A replica's log has lost records that were durable, or its metadata is unreadable. Blocks
     /// that may be affected answer `Damaged`.
     Damaged(ReplicaKey),
+    /// A scrub has found blocks that cannot be read here; a peer's can be put in their place.
+    DamagedBlocks {
+        /// Of which replica.
+        key: ReplicaKey,
+        /// First block.
+        lba: Lba,
+        /// Number of blocks.
+        blocks: BlockCount,
+    },
 }
 
 /// Why appends wait.

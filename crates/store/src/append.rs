@@ -66,6 +66,7 @@ impl Store {
             Err(error) => return self.done(tag, Err(error)),
         };
         self.last_append = self.now;
+        self.last_used = self.now;
         let replica = self.replica_mut(slot);
         let header = record.header();
         let last = replica.queued;

@@ -31,6 +31,7 @@ mod repair;
 mod replay;
 mod replica;
 mod scan;
+mod scrub;
 mod segments;
 mod stage;
 mod store;
@@ -46,4 +47,5 @@ pub use layout::{
     DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,
     format,
 };
+pub use scrub::Scrubbed;
 pub use store::Store;

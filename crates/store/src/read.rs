@@ -81,6 +81,8 @@ pub(crate) struct Read {
     pub(crate) lba: u64,
     pub(crate) blocks: usize,
     covers: Seq,
+    /// Nobody asked for it.
+    is_scrub: bool,
     /// Which blocks it is, is still to be found out.
     pub(crate) fetch: Option<Fetch>,
     pub(crate) buffer: Option<BufferMut>,
@@ -124,6 +126,7 @@ impl Store {
             Ok(slot) => slot,
             Err(error) => return self.done(tag, Err(error)),
         };
+        self.last_used = self.now;
         let replica = self.replica_ref(slot);
         if replica.filling {
             return self.done(tag, Err(ReplicaError::Filling));
@@ -167,10 +170,28 @@ impl Store {
         read.replica = slot;
         read.incarnation = incarnation;
         read.block_bytes = block_size.bytes() as usize;
+        read.is_scrub = false;
         read.fetch = None;
         read.buffer = Some(buffer);
         read.attempts = 0;
         id
+    }
+
+    /// Reads what is there only to see whether it can be read.
+    pub(crate) fn read_for_scrub(
+        &mut self,
+        slot: u16,
+        lba: Lba,
+        blocks: BlockCount,
+        buffer: BufferMut,
+    ) {
+        let id = self.add_read(0, slot, buffer);
+        let read = &mut self.reads.all[id as usize];
+        read.is_scrub = true;
+        read.lba = lba.0;
+        read.blocks = blocks.0 as usize;
+        read.covers = Seq::ZERO;
+        self.plan_read(id);
     }
 
     pub(crate) fn read_mut(&mut self, id: u32) -> &mut Read {
@@ -202,9 +223,13 @@ impl Store {
         assert!(read.active, "a read ends once");
         read.active = false;
         read.buffer = None;
-        let tag = read.tag;
+        let (tag, is_scrub) = (read.tag, read.is_scrub);
         self.reads.free.push(id);
-        self.done(tag, result);
+        if is_scrub {
+            self.scrub_read(&result);
+        } else {
+            self.done(tag, result);
+        }
     }
 
     /// Starts reads again that were short of memory.

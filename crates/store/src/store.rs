@@ -26,6 +26,7 @@ use crate::recovery::Opening;
 use crate::repair::Repair;
 use crate::replay::Replay;
 use crate::replica::{Exclusive, Replica};
+use crate::scrub::Scrub;
 use crate::segments::{SegmentState, Segments};
 
 /// How soon to try again when memory was short.
@@ -122,6 +123,7 @@ pub struct Store {
     pub(crate) flush: Flush,
     pub(crate) fill: Fill,
     pub(crate) repair: Repair,
+    pub(crate) scrub: Scrub,
     pub(crate) opening: Opening,
     pub(crate) replay: Option<Replay>,
     /// Replicas with something to append.
@@ -130,6 +132,8 @@ pub struct Store {
     pub(crate) zero_page: Buffer,
     pub(crate) spare_records: Vec<Vec<base::Record>>,
     pub(crate) last_append: Instant,
+    /// The last read or append.
+    pub(crate) last_used: Instant,
     /// Segments that a truncation voids, until that is durable.
     pub(crate) voided: Vec<(u16, u32)>,
     /// The entries of the last list, to be used again.
@@ -184,6 +188,7 @@ impl Store {
             flush: Flush::default(),
             fill: Fill::default(),
             repair: Repair::default(),
+            scrub: Scrub::default(),
             opening: Opening::default(),
             replay: None,
             ready: Vec::new(),
@@ -191,6 +196,7 @@ impl Store {
             zero_page: zero_page.freeze().payload(PAGE_BYTES),
             spare_records: Vec::new(),
             last_append: Instant::ZERO,
+            last_used: Instant::ZERO,
             voided: Vec::new(),
             listed: Vec::new(),
             releasing: 0,
@@ -225,7 +231,8 @@ impl Store {
 
     /// When to come back with [`Input::Tick`] if nothing happens before.
     pub fn next_deadline(&self) -> Option<Instant> {
-        base::time::earliest(self.retry_at, self.flush_deadline())
+        let scrub = if self.phase == Phase::Open { self.scrub_deadline() } else { None };
+        base::time::earliest(base::time::earliest(self.retry_at, self.flush_deadline()), scrub)
     }
 
     fn pump(&mut self) {
@@ -247,6 +254,7 @@ impl Store {
                     self.pump_appends();
                     self.pump_trim();
                     self.pump_flush();
+                    self.pump_scrub();
                 }
                 self.pump_reads();
             }

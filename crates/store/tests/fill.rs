@@ -191,9 +191,9 @@ fn a_replica_that_was_left_behind_is_filled_whatever_happens() {
     let mut seen = Seen::default();
     let seeds = match number("FILL_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("FILL_SEEDS").unwrap_or(40),
+        None => 0..number("FILL_SEEDS").unwrap_or(25),
     };
-    let many = seeds.end - seeds.start >= 40;
+    let many = seeds.end - seeds.start >= 25;
     for seed in seeds {
         let result = std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| {
             random_fill(seed, &mut seen);

@@ -182,3 +182,45 @@ fn what_is_newer_or_whole_is_left() {
     assert!(target.ask(Command::Repair { key: key(), record }).is_ok());
     target.check("left alone");
 }
+
+/// Scrubbing finds exactly what is damaged, keeps to its budget, and does not stand in the way.
+#[test]
+fn a_scrub_finds_what_is_damaged() {
+    for block_size in [BlockSize::B512, BlockSize::B4096] {
+        let (mut source, mut target) = pair_of(block_size, 3);
+        let places = [7, 8, 9, 200].map(|lba| home_of(&target, lba));
+        for (number, at) in places.into_iter().enumerate() {
+            let disk = &mut target.world.disks[1];
+            // A sector that cannot be read takes its page with it.
+            if number == 3 && block_size == BlockSize::B4096 {
+                disk.latent.insert(at / 512);
+            } else {
+                disk.media[at] ^= 1;
+            }
+        }
+        let bytes = BLOCKS << block_size.log2();
+        target.world.shape.scrub_bytes_per_second = bytes;
+        target.world.reopen(true).expect("it opens");
+        let begun = target.world.now;
+        while target.world.store.scrubbed().rounds == 0 {
+            assert!(target.world.step() || target.world.tick(), "the scrub goes on");
+        }
+        let took = target.world.now - begun;
+        assert!(took >= Duration::from_millis(900), "{took:?} for a second's budget");
+        assert_eq!(target.world.scrubbed, [(7, 3), (200, 1)]);
+        assert_eq!(target.world.store.scrubbed().damaged_blocks, 4);
+        assert!(target.world.store.scrubbed().bytes >= bytes);
+        repair_all(&mut source, &mut target).expect("power stays");
+        target.world.scrubbed.clear();
+        while target.world.store.scrubbed().rounds < 3 {
+            assert!(target.world.step() || target.world.tick(), "the scrub goes on");
+        }
+        assert_eq!(target.world.scrubbed, []);
+        // Nothing is read of what is gone.
+        assert!(target.ask(Command::Delete { key: key() }).is_ok());
+        target.world.run(Duration::from_secs(1));
+        let before = target.world.store.scrubbed();
+        target.world.run(Duration::from_secs(1));
+        assert_eq!(target.world.store.scrubbed(), before);
+    }
+}

@@ -142,6 +142,8 @@ impl Node {
         let (key, reason) = match notice {
             store::Notice::Stalled(_) => (None, DegradedReason::LogFull),
             store::Notice::Damaged(key) => (Some(key), DegradedReason::Damage),
+            // A few blocks, which answer so when they are read: the member is no worse otherwise.
+            store::Notice::DamagedBlocks { .. } => return,
             store::Notice::Resumed => {
                 if let Some(server) = &mut self.server {
                     server.standing.stalled = false;

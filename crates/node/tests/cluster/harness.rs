@@ -190,6 +190,7 @@ impl Cluster {
                     StoreConfig::LARGE_BUFFERS_MIN,
                 ),
                 flush: FlushPolicy { idle: Duration::from_millis(500), ..FlushPolicy::default() },
+                scrub_bytes_per_second: 0,
             },
             devices: devices(),
             target: TargetConfig::new(server(index)),

@@ -131,6 +131,7 @@ pub struct Shape {
     pub chunk_bytes: u64,
     pub flush: FlushPolicy,
     pub buffers: (usize, usize),
+    pub scrub_bytes_per_second: u64,
 }
 
 impl Shape {
@@ -156,6 +157,7 @@ impl Shape {
                 operations_pressed: 16,
             },
             buffers: (64 + usize::try_from(random.below(100)).unwrap(), 16),
+            scrub_bytes_per_second: 0,
         }
     }
 }
@@ -176,6 +178,7 @@ pub fn shape() -> Shape {
             ..FlushPolicy::default()
         },
         buffers: (128, 24),
+        scrub_bytes_per_second: 0,
     }
 }
 
@@ -190,6 +193,7 @@ pub fn config(shape: &Shape) -> StoreConfig {
         server: ServerId::from_bytes([3; 16]),
         buffers: BufferPool::heap(shape.buffers.0, shape.buffers.1),
         flush: shape.flush,
+        scrub_bytes_per_second: shape.scrub_bytes_per_second,
     }
 }
 
@@ -223,6 +227,8 @@ pub struct World {
     pub opened: Option<Result<(), OpenError>>,
     pub failed: bool,
     pub damaged: usize,
+    /// Ranges that a scrub has found damaged.
+    pub scrubbed: Vec<(u64, u32)>,
     pub operations: u64,
     /// Power goes when so many operations have completed.
     pub cut_after: Option<u64>,
@@ -249,6 +255,7 @@ impl World {
             opened: None,
             failed: false,
             damaged: 0,
+            scrubbed: Vec::new(),
             operations: 0,
             cut_after: None,
             shape,
@@ -281,6 +288,9 @@ impl World {
                 Output::Notice(notice) => {
                     if matches!(notice, store::Notice::Damaged(_)) {
                         self.damaged += 1;
+                    }
+                    if let store::Notice::DamagedBlocks { lba, blocks, .. } = notice {
+                        self.scrubbed.push((lba.0, blocks.0));
                     }
                 }
             }
