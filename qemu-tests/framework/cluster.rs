@@ -442,7 +442,7 @@ fn http_get(socket: &Path, path: &str) -> Result<String> {
 }
 
 /// An address no other test has: its own part of the loopback network for each process.
-fn loopback_address() -> SocketAddr {
+pub fn loopback_address() -> SocketAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [_, high, middle, low] = std::process::id().to_be_bytes();
     let port = FIRST_PORT + NEXT.fetch_add(1, Ordering::Relaxed);

@@ -123,8 +123,8 @@ fn repeat(
     while !amount.is_reached(runs) {
         load.set_rate(RECOVERY_RATE);
         cluster.holdfast(&["volume", "wait", "disk", "--timeout", HEAL_SECONDS])?;
-        load.set_rate(options.rate / 4);
-        load.wait_for(WARM_UP, Deadline::seconds(PATIENCE_SECONDS))?;
+        load.set_rate(options.rate / 16);
+        load.wait_for(WARM_UP / 4, Deadline::seconds(PATIENCE_SECONDS))?;
         let quiet = watch(&load, QUIET)?;
         let others = others(cluster, head)?;
         let (victim, other) = (others[runs % 2], others[(runs + 1) % 2]);
