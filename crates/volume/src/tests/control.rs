@@ -4,8 +4,7 @@
 
 use base::membership::in_sync_floor;
 use base::{
-    BlockReply, Epoch, Member, PoolId, Role, Seq, ServerId, ShardIndex, ShardRecord, Status,
-    VolumeId,
+    BlockReply, Epoch, Member, PoolId, Role, ServerId, ShardIndex, ShardRecord, Status, VolumeId,
 };
 
 use super::oracle::Asked;
@@ -290,7 +289,8 @@ impl World {
         assert!(holders >= needed, "{holders} of {needed} keep {settled}: {:?}", self.record);
     }
 
-    /// So is, in its log, everything that was acknowledged or seen.
+    /// So are the logs through the newest record that was acknowledged or seen; of zeroes it is only
+    /// known which may have been the first.
     fn check_shown(&self) {
         if self.settings.power_losses {
             return;
@@ -298,8 +298,7 @@ impl World {
         let shown = self.oracle.newest_shown();
         let holds = |server: &ServerId| {
             let model = &self.servers[index_of(*server)].model;
-            let held = model.entry(shown.seq).map(|entry| entry.header.position);
-            shown.seq == Seq::ZERO || model.lost || held == Some(shown)
+            model.lost || model.last() >= shown
         };
         let members = self.record.0.in_sync();
         let holders = members.clone().filter(holds).count();
