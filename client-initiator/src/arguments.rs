@@ -27,7 +27,8 @@ pub(crate) struct Arguments {
 /// Which cluster store.
 #[derive(Args)]
 pub(crate) struct StoreArgument {
-    /// The cluster store, as in sqlite:/var/lib/holdfast/cluster.db.
+    /// The cluster store, as in sqlite:/var/lib/holdfast/cluster.db, or
+    /// etcd://a:2379,b:2379,c:2379/holdfast.
     #[arg(long = "store", global = true, env = "HOLDFAST_STORE", value_name = "ADDRESS")]
     address: Option<StoreAddress>,
 }
