@@ -89,15 +89,15 @@ fn some_node(random: &mut Random, block_size: BlockSize, blocks: u64) -> Node {
     Node::new(shape, block_size, blocks, random.next())
 }
 
-/// The target follows the source, is left behind, and is filled in spite of everything.
-fn random_fill(seed: u64, seen: &mut Seen) {
-    let mut random = Random::new(seed);
-    let (block_size, blocks) = match random.below(3) {
-        0 => (BlockSize::B512, 2048),
-        _ => (BlockSize::B4096, 600),
-    };
-    let mut source = some_node(&mut random, block_size, blocks);
-    let mut target = some_node(&mut random, block_size, blocks);
+/// A source, and a target that has followed it for a while, and may hold what the source does not.
+fn some_history(
+    random: &mut Random,
+    block_size: BlockSize,
+    blocks: u64,
+    seen: &mut Seen,
+) -> (Node, Node) {
+    let mut source = some_node(random, block_size, blocks);
+    let mut target = some_node(random, block_size, blocks);
     let mut epoch = 1;
     for _ in 0..random.below(5) {
         for _ in 0..random.below(60) {
@@ -120,6 +120,18 @@ fn random_fill(seed: u64, seen: &mut Seen) {
     for _ in 0..random.below(250) {
         source.some_append(epoch);
     }
+    (source, target)
+}
+
+/// The target follows the source, is left behind, and is filled in spite of everything.
+fn random_fill(seed: u64, seen: &mut Seen) {
+    let mut random = Random::new(seed);
+    let (block_size, blocks) = match random.below(3) {
+        0 => (BlockSize::B512, 2048),
+        _ => (BlockSize::B4096, 600),
+    };
+    let (mut source, mut target) = some_history(&mut random, block_size, blocks, seen);
+    let mut epoch = source.last().epoch.0.max(source.state().sealed.0);
     for round in 0.. {
         assert!(round < 60, "seed {seed}: it is filled in the end");
         target.seal(epoch);
@@ -164,8 +176,13 @@ fn random_fill(seed: u64, seen: &mut Seen) {
     target.world.store.check_invariants();
     target.reopen();
     target.check(&format!("seed {seed}: filled and reopened"));
-    // What it holds is as good as any: another one is filled from it.
-    let mut third = some_node(&mut random, block_size, blocks);
+    fill_another(&mut random, target, &format!("seed {seed}"));
+}
+
+/// What was filled is as good as any: another one is filled from it.
+fn fill_another(random: &mut Random, mut target: Node, what: &str) {
+    let epoch = target.state().sealed.0;
+    let mut third = some_node(random, target.block_size, target.blocks);
     third.seal(epoch);
     let mut filler = Filler::new();
     let filled = filler.fill(&mut target, &mut third, &mut |target| {
@@ -174,11 +191,11 @@ fn random_fill(seed: u64, seen: &mut Seen) {
     });
     assert_eq!(filled, Some(true));
     adopt(&target, &mut third);
-    third.check(&format!("seed {seed}: filled from what was filled"));
+    third.check(&format!("{what}: filled from what was filled"));
     third.commit(target.commit);
     third.flush();
     third.world.run(Duration::from_secs(1));
-    third.check(&format!("seed {seed}: and gone home"));
+    third.check(&format!("{what}: and gone home"));
     third.world.store.check_invariants();
 }
 
@@ -392,6 +409,14 @@ fn peers_that_lie_are_refused() {
     ] {
         invalid(&mut node, Command::FillEnd { key: key(), position });
     }
+}
+
+#[test]
+fn a_replica_being_filled_has_no_log_until_the_end() {
+    let mut node = Node::new(small_shape(16 << 20, 64 << 10), BlockSize::B4096, 1020, 1);
+    node.seal(5);
+    assert!(node.ask(Command::FillBegin { key: key() }).is_ok());
+    let chunk = |chunk| Command::FillChunk { key: key(), chunk, newest: Seq(5) };
     // An empty chunk is none.
     assert!(node.ask(chunk(3)).is_ok());
     assert!(node.ask(Command::FillCommit { key: key(), chunk: 3 }).is_ok());
