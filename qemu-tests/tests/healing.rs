@@ -160,6 +160,9 @@ fn a_server_is_drained_under_load_without_a_pause() {
         eprintln!("drained; the longest pause was {} ms", window.pause.as_millis());
         ensure!(window.pause < Duration::from_secs(2), "the client waited {:?}", window.pause);
         wait_whole(&cluster, 3, server.name())?;
+        server.start()?;
+        cluster.holdfast(&["server", "undrain", server.name()])?;
+        ensure!(server.status()?["drain"].is_null(), "it is in use again");
         verify(&attached.socket, load.finish()?)?;
         attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
         Ok(())
