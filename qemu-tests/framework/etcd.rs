@@ -13,6 +13,9 @@ use crate::wait::{Deadline, wait_until};
 /// How long it may take to answer.
 const START_SECONDS: u64 = 30;
 
+/// How far above its clients' port its peers' port is.
+const PEER_PORT_OFFSET: u16 = 10_000;
+
 /// A running etcd. Dropping it kills it; what it keeps stays.
 #[derive(Debug)]
 pub struct Etcd {
@@ -26,8 +29,9 @@ impl Etcd {
         let data = lab.directory().join(format!("{name}.etcd"));
         let (host, port) = address.rsplit_once(':').context("an address with a port")?;
         let port: u16 = port.parse()?;
-        // Peers' port: nobody else comes there, but it must be one.
-        let (client, peer) = (format!("http://{address}"), format!("http://{host}:{}", port + 1));
+        // Nobody comes to the peers' port, but there must be one, where no server listens.
+        let peer_port = port.checked_add(PEER_PORT_OFFSET).context("a port below the others")?;
+        let (client, peer) = (format!("http://{address}"), format!("http://{host}:{peer_port}"));
         let arguments = [
             "--name",
             name,
@@ -45,10 +49,13 @@ impl Etcd {
             &format!("{name}={peer}"),
         ];
         let log = lab.log(name);
+        // What an earlier one said does not count.
+        let before = std::fs::read(&log).map_or(0, |said| said.len());
         let mut process = Process::start_at(place, name, &program()?, arguments, &log)?;
         wait_until("etcd to serve", Deadline::seconds(START_SECONDS), || {
             process.check_alive()?;
-            let said = std::fs::read_to_string(&log)?;
+            let said = std::fs::read(&log)?;
+            let said = String::from_utf8_lossy(said.get(before..).unwrap_or_default());
             Ok(said.contains("ready to serve client requests").then_some(()))
         })?;
         Ok(Self { process, address: address.to_owned() })

@@ -5,8 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{
-    Amount, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds,
-    watch,
+    Amount, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds, watch,
 };
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::lab::Lab;
@@ -77,7 +76,8 @@ fn repeat(
         load.set_rate(RECOVERY_RATE);
         cluster.wait_all_well(0, "disk")?;
         load.set_rate(options.rate);
-        let quiet = watch(&load, QUIET)?;
+        // As long as after the fault, so that the two can be compared on a machine that has other work.
+        let quiet = watch(&load, WATCH)?;
         let window = fault(VICTIMS[runs % VICTIMS.len()], &load)?;
         runs += 1;
         told(&Run {
