@@ -25,7 +25,9 @@ pub fn plan(
     let views = View::of_all(entry, facts, picture, policy, now_ms);
     let planner = Planner { entry, views, picture, policy, now_ms };
     let found = match facts.stage {
-        Stage::Opening => planner.unblock(),
+        // An opening that one more member would let go on takes one that holds its log.
+        Stage::Opening if planner.has_quorum() => None,
+        Stage::Opening => planner.unblock().or_else(|| planner.swap_in()),
         Stage::Open => planner
             .forget()
             .or_else(|| planner.demote())
@@ -124,9 +126,13 @@ impl Planner<'_> {
         Some(self.act(Step::Demote { server: view.member.server }, view))
     }
 
+    fn has_quorum(&self) -> bool {
+        self.holders(None) >= write_quorum(self.in_sync().count())
+    }
+
     /// Without quorum, a lost member is taken out of the set if the others are a quorum then.
     fn unblock(&self) -> Option<Decision> {
-        if self.holders(None) >= write_quorum(self.in_sync().count()) {
+        if self.has_quorum() {
             return None;
         }
         let lost = self.in_sync().find(|view| view.is_lost())?;

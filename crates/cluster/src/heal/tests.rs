@@ -698,3 +698,18 @@ fn unserved_volumes_are_repaired_by_a_member_that_runs() {
     }
     assert_eq!(wants(&world), None, "the only copy is away");
 }
+
+/// Found by the simulator: one member was demoted while it was away, then another died for good, and
+/// the opening waited for the dead one with a whole copy at hand.
+#[test]
+fn an_opening_counts_a_member_that_holds_its_log_where_another_is_dead() {
+    let mut world = World::new(3, 3);
+    world.entry.shard.members[1].role = Role::CatchingUp;
+    world.truth.get_mut(&server_id(2)).unwrap().caught_up = true;
+    world.kill(3);
+    world.now_ms += 20_000;
+    let opening = VolumeFacts { stage: Stage::Opening, ..world.facts() };
+    let planned = plan(&world.entry, &opening, &world.picture(), &world.policy, world.now_ms);
+    let step = Step::Promote { server: server_id(2) };
+    assert_eq!(planned.step, Some(step), "{planned:?}");
+}
