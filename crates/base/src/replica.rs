@@ -109,7 +109,8 @@ pub enum CommandBody {
     },
     /// The first run of written blocks at or after `lba` and before `end`, in the version that is
     /// settled here. Answered by [`ReplyBody::Record`], a write record with its checksums and the
-    /// position of this replica's commit, or by [`ReplyBody::Done`] if there is no such block.
+    /// position of this replica's commit (seq 1 if something that is not settled yet covers the
+    /// blocks), or by [`ReplyBody::Done`] if there is no such block.
     Fetch {
         /// Where to start.
         lba: Lba,
