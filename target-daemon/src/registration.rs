@@ -245,7 +245,7 @@ impl Registration {
             block_size: entry.volume.block_size,
             blocks: entry.volume.blocks(),
         };
-        self.plane.create_replica(&spec, REPLICA_WAIT)
+        self.plane.create_replica(&spec, entry.volume.epoch, REPLICA_WAIT)
     }
 
     /// Says once which replicas no record asks for, and which a record asks for and are not there.

@@ -98,6 +98,9 @@ pub enum Input {
         block_size: BlockSize,
         /// The shard's length in blocks.
         blocks: u64,
+        /// The volume's epoch: it is sealed before anybody can command the replica, so that heads
+        /// of earlier epochs, which may have known another replica here, find nothing to count on.
+        epoch: Epoch,
     },
     /// Delete a replica. Answered by [`Output::ControlDone`].
     DeleteReplica {

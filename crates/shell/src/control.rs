@@ -591,8 +591,14 @@ pub trait DataPlane: Send + Sync {
     fn metrics(&self, wait: Duration) -> Result<Vec<MetricFamily>, ControlError>;
 
     /// Makes an empty replica, durably: when this returns, it outlives a power cut. If there is
-    /// one of the same geometry already, nothing changes.
-    fn create_replica(&self, spec: &ReplicaSpec, wait: Duration) -> Result<(), ControlError>;
+    /// one of the same geometry already, nothing changes. It refuses heads below `epoch`, the
+    /// volume's as it is now.
+    fn create_replica(
+        &self,
+        spec: &ReplicaSpec,
+        epoch: Epoch,
+        wait: Duration,
+    ) -> Result<(), ControlError>;
 
     /// Deletes a replica and its data, durably. If there is none, nothing changes.
     fn delete_replica(&self, key: ReplicaKey, wait: Duration) -> Result<(), ControlError>;

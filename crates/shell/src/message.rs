@@ -28,6 +28,7 @@ pub(crate) enum Message {
     Metrics(Answer<Vec<MetricFamily>>),
     CreateReplica {
         spec: ReplicaSpec,
+        epoch: Epoch,
         answer: Answer<Result<(), ControlError>>,
     },
     DeleteReplica {

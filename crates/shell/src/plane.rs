@@ -244,10 +244,15 @@ impl DataPlane for Plane {
         self.mail.ask("report the metrics", wait, Message::Metrics)
     }
 
-    fn create_replica(&self, spec: &ReplicaSpec, wait: Duration) -> Result<(), ControlError> {
+    fn create_replica(
+        &self,
+        spec: &ReplicaSpec,
+        epoch: Epoch,
+        wait: Duration,
+    ) -> Result<(), ControlError> {
         let spec = *spec;
-        self.mail
-            .ask("create the replica", wait, |answer| Message::CreateReplica { spec, answer })?
+        let message = |answer| Message::CreateReplica { spec, epoch, answer };
+        self.mail.ask("create the replica", wait, message)?
     }
 
     fn delete_replica(&self, key: ReplicaKey, wait: Duration) -> Result<(), ControlError> {

@@ -306,10 +306,10 @@ impl Worker {
         match message {
             Message::Status(answer) => drop(answer.try_send(self.status())),
             Message::Metrics(answer) => drop(answer.try_send(self.metrics())),
-            Message::CreateReplica { spec, answer } => {
+            Message::CreateReplica { spec, epoch, answer } => {
                 let tag = self.asked.insert_or_grow(Asked::Create(spec, answer));
                 let ReplicaSpec { key, block_size, blocks } = spec;
-                self.node.handle(now, Input::CreateReplica { tag, key, block_size, blocks });
+                self.node.handle(now, Input::CreateReplica { tag, key, block_size, blocks, epoch });
             }
             Message::DeleteReplica { key, answer } => {
                 let tag = self.asked.insert_or_grow(Asked::Delete(answer));

@@ -553,8 +553,13 @@ impl World {
         node.set_servers(local, servers);
         if process < self.config.servers && self.provisioned < self.config.servers {
             let blocks = self.config.blocks;
-            let create =
-                Input::CreateReplica { tag: 1, key: KEY, block_size: BlockSize::B4096, blocks };
+            let create = Input::CreateReplica {
+                tag: 1,
+                key: KEY,
+                block_size: BlockSize::B4096,
+                blocks,
+                epoch: Epoch::NONE,
+            };
             self.input(process, life, create);
         } else {
             self.control(process);

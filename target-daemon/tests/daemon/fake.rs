@@ -241,7 +241,12 @@ impl DataPlane for FakePlane {
         self.inner().map(|_| Vec::new())
     }
 
-    fn create_replica(&self, spec: &ReplicaSpec, _wait: Duration) -> Result<(), ControlError> {
+    fn create_replica(
+        &self,
+        spec: &ReplicaSpec,
+        _epoch: Epoch,
+        _wait: Duration,
+    ) -> Result<(), ControlError> {
         let mut inner = self.inner()?;
         if inner.refuse_replicas {
             return Err(ControlError::NoSpace { needed_bytes: 2, free_bytes: 1 });

@@ -110,7 +110,9 @@ enum StoreCommand {
     /// A fill's command.
     Fill { fill: u64, step: Step },
     /// `CreateReplica`.
-    Create { key: ReplicaKey, tag: u64 },
+    Create { key: ReplicaKey, tag: u64, epoch: Epoch },
+    /// The first Seal of a replica that was made.
+    FirstSeal { key: ReplicaKey, tag: u64 },
     /// `DeleteReplica`.
     Delete { key: ReplicaKey, tag: u64 },
 }
@@ -204,9 +206,9 @@ impl Node {
             },
             Input::Sent { connection, bytes } => self.sent(connection, bytes),
             Input::Closed { connection } => self.closed(connection),
-            Input::CreateReplica { tag, key, block_size, blocks } => {
+            Input::CreateReplica { tag, key, block_size, blocks, epoch } => {
                 let command = store::Command::Create { key, block_size, blocks };
-                self.control(StoreCommand::Create { key, tag }, tag, command);
+                self.control(StoreCommand::Create { key, tag, epoch }, tag, command);
             }
             Input::DeleteReplica { tag, key } => {
                 if let Some(server) = &mut self.server {

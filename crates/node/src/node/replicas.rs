@@ -157,7 +157,14 @@ impl Node {
                 }
             }
             StoreCommand::Fill { fill, step } => self.fill_answer(fill, step, result),
-            StoreCommand::Create { key, tag } => {
+            StoreCommand::Create { key, tag, epoch }
+                if result.is_ok()
+                    && server.store.replica(key).is_some_and(|info| info.state.sealed < epoch) =>
+            {
+                let command = store::Command::Seal { key, epoch };
+                self.control(StoreCommand::FirstSeal { key, tag }, tag, command);
+            }
+            StoreCommand::Create { key, tag, .. } | StoreCommand::FirstSeal { key, tag } => {
                 if result.is_ok() {
                     let sealed = server.store.replica(key).map_or(Epoch::NONE, |r| r.state.sealed);
                     server.service.add_if_new(self.now, key, sealed);

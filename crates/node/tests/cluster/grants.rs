@@ -6,7 +6,7 @@ use base::limits::GRANT_MS;
 use base::{Role, Status};
 use node::HeadEvent;
 
-use crate::harness::{Cluster, Setup, shard};
+use crate::harness::{Cluster, KEY, Setup, shard};
 
 const GRANT: Duration = Duration::from_millis(GRANT_MS);
 
@@ -116,4 +116,20 @@ fn an_idle_head_hears_that_it_was_deposed_only_with_messages() {
         assert_eq!(told, state_messages);
         assert!(cluster.is_open(0, new));
     }
+}
+
+#[test]
+fn a_replica_that_is_made_anew_refuses_heads_of_earlier_epochs() {
+    let mut cluster = Cluster::new(Setup::default());
+    let (block_size, blocks) = (base::BlockSize::B4096, 16);
+    cluster.input(2, node::Input::DeleteReplica { tag: 2, key: KEY });
+    cluster.run_for(Duration::from_millis(50));
+    let epoch = base::Epoch(7);
+    cluster.input(2, node::Input::CreateReplica { tag: 3, key: KEY, block_size, blocks, epoch });
+    cluster.run_for(Duration::from_millis(50));
+    let at = cluster.diskless();
+    let head = cluster.begin_head(at, shard(&[(2, Role::InSync)]));
+    cluster.run("to be refused", |c| c.has_ended(at, head));
+    let deposed = |event: &HeadEvent| *event == HeadEvent::Superseded { sealed: epoch };
+    assert!(cluster.events(at, head).iter().any(deposed));
 }

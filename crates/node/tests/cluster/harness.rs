@@ -163,7 +163,10 @@ impl Cluster {
         }
         for index in 0..setup.servers {
             let (block_size, blocks) = (BlockSize::B4096, setup.blocks);
-            cluster.input(index, Input::CreateReplica { tag: 1, key: KEY, block_size, blocks });
+            cluster.input(
+                index,
+                Input::CreateReplica { tag: 1, key: KEY, block_size, blocks, epoch: Epoch::NONE },
+            );
             cluster.run("to make a replica", |c| c.machines[index].control.is_some());
             assert_eq!(cluster.machines[index].control, Some(true));
         }

@@ -97,7 +97,10 @@ impl World {
             let life = self.processes[process].life;
             let (block_size, blocks) = (BlockSize::B4096, self.config.blocks);
             let input = match wanted {
-                Role::Provisioning => Input::CreateReplica { tag: 2, key: KEY, block_size, blocks },
+                Role::Provisioning => {
+                    let epoch = records.volume.epoch;
+                    Input::CreateReplica { tag: 2, key: KEY, block_size, blocks, epoch }
+                }
                 Role::Leaving | Role::InSync | Role::CatchingUp => {
                     Input::DeleteReplica { tag: 3, key: KEY }
                 }
