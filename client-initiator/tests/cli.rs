@@ -193,6 +193,8 @@ fn creations_that_cannot_be() {
 #[test]
 fn stores_that_are_not_usable() {
     holdfast(&["volume", "list"]).refused(2, &["--store", "HOLDFAST_STORE"]);
+    holdfast(&["--store", "etcd://127.0.0.1:1", "volume", "list"])
+        .refused(6, &["none of the 1 etcd endpoints answers", "start etcd, or correct"]);
     holdfast(&["--store", "/c.db", "volume", "list"]).refused(2, &["sqlite:/path/to/file"]);
     let bench = Bench::new();
     let none = format!("sqlite:{}", bench.path("none.db"));

@@ -90,6 +90,9 @@ pub struct Run {
     pub quiet: f64,
     /// The slowest request that was answered after the fault, in milliseconds.
     pub slowest_ms: f64,
+    /// How long after the fault the longest pause began, in milliseconds: a pause that has to do with
+    /// the fault begins with it. Zero where that has no meaning.
+    pub began_ms: f64,
     /// How long it took until all was over, in milliseconds.
     pub took_ms: f64,
     /// Requests that were answered while the client was watched.
@@ -243,6 +246,12 @@ fn watch(load: &Load, duration: Duration) -> Result<Window> {
     std::thread::sleep(duration);
     load.check()?;
     Ok(load.end_window())
+}
+
+/// How long after `start` the window's pause began, in milliseconds.
+fn began_ms(window: &Window, start: Instant) -> f64 {
+    let began = window.pause_end.and_then(|end| end.checked_sub(window.pause));
+    milliseconds(began.map_or(Duration::ZERO, |began| began.saturating_duration_since(start)))
 }
 
 fn milliseconds(duration: Duration) -> f64 {

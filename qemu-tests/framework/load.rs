@@ -84,6 +84,8 @@ pub struct Window {
     pub completed: u64,
     /// The longest time without an answer although requests were waiting.
     pub pause: Duration,
+    /// When that time ended.
+    pub pause_end: Option<Instant>,
     /// The slowest request that was answered.
     pub slowest: Duration,
     /// When the first request was answered.
@@ -178,8 +180,9 @@ impl Load {
     pub fn end_window(&self) -> Window {
         let mut meter = self.shared.meter();
         let mut window = std::mem::take(&mut meter.window);
-        if meter.waiting > 0 {
-            window.pause = window.pause.max(meter.last.elapsed());
+        if meter.waiting > 0 && meter.last.elapsed() > window.pause {
+            window.pause = meter.last.elapsed();
+            window.pause_end = Some(Instant::now());
         }
         window
     }
@@ -456,7 +459,10 @@ impl Worker {
         let window = &mut meter.window;
         window.first.get_or_insert(now);
         window.completed += done.len() as u64;
-        window.pause = window.pause.max(gap);
+        if gap > window.pause {
+            window.pause = gap;
+            window.pause_end = Some(now);
+        }
         for latency in latencies {
             window.slowest = window.slowest.max(latency);
             window.latencies_us.push(u32::try_from(latency.as_micros()).unwrap_or(u32::MAX));

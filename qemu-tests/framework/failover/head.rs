@@ -82,6 +82,7 @@ fn repeat(
             figure: milliseconds(first - start),
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
+            began_ms: 0.0,
             took_ms: milliseconds(start.elapsed()),
             completed: window.completed,
         });

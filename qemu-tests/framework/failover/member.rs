@@ -1,11 +1,12 @@
 //! Loops in which a member fails: the head goes on with the others.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::{
-    Amount, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, milliseconds, watch,
+    Amount, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, began_ms,
+    milliseconds, watch,
 };
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::lab::Lab;
@@ -78,12 +79,14 @@ fn repeat(
         load.set_rate(options.rate);
         // As long as after the fault, so that the two can be compared on a machine that has other work.
         let quiet = watch(&load, WATCH)?;
+        let start = Instant::now();
         let window = fault(VICTIMS[runs % VICTIMS.len()], &load)?;
         runs += 1;
         told(&Run {
             figure: milliseconds(window.pause),
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
+            began_ms: began_ms(&window, start),
             took_ms: milliseconds(WATCH),
             completed: window.completed,
         });
@@ -119,6 +122,7 @@ pub(super) fn slow(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Res
             figure: p99(&slow) / p99(&healthy),
             quiet: p99(&settling) / p99(&healthy),
             slowest_ms: milliseconds(slow.slowest.max(settling.slowest)),
+            began_ms: 0.0,
             took_ms: milliseconds(SLOW_SETTLE + SLOW_MEASURE),
             completed: slow.completed,
         });

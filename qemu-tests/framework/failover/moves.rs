@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::{Amount, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, milliseconds, watch};
+use super::{
+    Amount, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, began_ms, milliseconds, watch,
+};
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::lab::Lab;
 use crate::load::{Load, LoadOptions, fill_all, verify};
@@ -139,6 +141,7 @@ fn repeat(
             figure: milliseconds(window.pause),
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
+            began_ms: began_ms(&window, start),
             took_ms: milliseconds(done - start),
             completed: window.completed,
         });

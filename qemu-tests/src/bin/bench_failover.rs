@@ -256,6 +256,7 @@ fn report(all: &[Measured]) -> Value {
                 "figure": run.figure,
                 "quiet": run.quiet,
                 "slowest_ms": run.slowest_ms,
+                "began_ms": run.began_ms,
                 "took_ms": run.took_ms,
                 "completed": run.completed,
             })
