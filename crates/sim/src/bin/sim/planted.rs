@@ -61,8 +61,14 @@ mod with_bugs {
                 Ok(report) => found.events += report.events,
                 Err(violation) => {
                     found.events += violation.events;
-                    found.violation = Some((seed, violation));
-                    break;
+                    // What this seed violates without the bug is not the bug's.
+                    plant(None);
+                    let clean = runner::run(WorldConfig::with_faults(seed)).is_ok();
+                    plant(Some(bug));
+                    if clean {
+                        found.violation = Some((seed, violation));
+                        break;
+                    }
                 }
             }
         }
