@@ -56,6 +56,7 @@ places! {
     FillStarted = "a replica began to be filled with chunks",
     FillDone = "a filling was done",
     FillFailed = "a filling had to rest",
+    LeftWaiting = "an opening waited for a lost pool while another member needed a copy",
     ReplicaMade = "a spare server made a replica",
     ReplicaDeleted = "a member that had left deleted its replica",
     JointChange = "a head agreed to other members",

