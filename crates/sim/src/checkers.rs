@@ -37,6 +37,11 @@ impl Checkers {
         }
     }
 
+    /// A server's replica was deleted or made: nothing is promised any more.
+    pub(crate) fn made_or_deleted(&mut self, process: usize) {
+        self.durable.forget(process);
+    }
+
     /// Looks at a process; what it finds wrong begins with the invariant's name.
     pub(crate) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
         self.durable.look(seen)?;

@@ -307,9 +307,7 @@ fn kind(number: usize, profile: &Profile, random: &mut Random) -> FaultKind {
         15 => FaultKind::HangingDisk { who: server, device, millis },
         16 => FaultKind::ReadErrors { who: server, device, count: random.between(1, 4) },
         17 => match random.below(4) {
-            // Not of the log: a reopening does not look at a segment's first batch where the header
-            // page before it cannot be read, and takes the log for empty.
-            0 => FaultKind::BadPage { device: 1 },
+            0 => FaultKind::BadPage { device },
             1 => {
                 let pages = random.choose(&[1, 2, 4]);
                 FaultKind::Rot { device, pages, kill: random.one_in(2) }

@@ -252,6 +252,12 @@ impl Store {
                 restart: replica.restarts.iter().copied().find(|old| old.previous == state.ordinal),
             })
             .collect();
+        // What went home from them may be behind what is found in them now.
+        for link in &links {
+            if self.segments.all[link.segment as usize].state == SegmentState::Settling {
+                self.segments.set_state(link.segment, SegmentState::Full);
+            }
+        }
         let mut replay = Replay::new(slot, start, keep, links);
         replay.limit = Some(keep);
         self.begin_replay(replay);

@@ -9,7 +9,7 @@ use super::line::{Line, Trouble, list, mismatch, own_trouble, source_trouble};
 use super::{Shared, Step};
 
 /// Records under way, from the source or into the own log, at most.
-const DEPTH: usize = 8;
+const DEPTH: usize = 16;
 /// How often the source is asked what is settled: without that a full log would never empty.
 const NEWS_INTERVAL: Duration = Duration::from_millis(50);
 

@@ -15,16 +15,16 @@ impl Durable {
         Self { kept: vec![Seq::ZERO; servers] }
     }
 
-    fn forget(&mut self, seen: &Seen<'_>) {
-        if seen.node.store().is_some() {
-            self.kept[seen.process] = Seq::ZERO;
+    pub(super) fn forget(&mut self, process: usize) {
+        if let Some(kept) = self.kept.get_mut(process) {
+            *kept = Seq::ZERO;
         }
     }
 
     pub(super) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
         let Some((_, info)) = seen.node.store().and_then(|store| store.replicas().next()) else {
             // Deleted, or never made: nothing is promised any more.
-            self.forget(seen);
+            self.forget(seen.process);
             return Ok(());
         };
         let kept = &mut self.kept[seen.process];
