@@ -53,12 +53,17 @@ impl Store {
         };
         let Some(replica) = self.replicas.get_mut(usize::from(slot)).and_then(Option::as_mut)
         else {
-            // The replica was deleted while the entry was on its way.
-            return self.phase == Phase::Open;
+            // The replica was deleted while the entry was on its way, in the same page.
+            return self.phase == Phase::Open || self.opening.deleted.contains(&slot);
         };
         match entry {
             Entry::Counters { .. } | Entry::Create { .. } => {}
-            Entry::Delete { .. } => self.apply_delete(slot),
+            Entry::Delete { .. } => {
+                if self.phase == Phase::Opening {
+                    self.opening.deleted.insert(slot);
+                }
+                self.apply_delete(slot);
+            }
             Entry::Seal { epoch, .. } => replica.sealed = replica.sealed.max(epoch),
             Entry::Flushed { ordinal, position, .. } => self.apply_flushed(slot, ordinal, position),
             Entry::Trim { ordinal, position, .. } => self.apply_trim(slot, ordinal, position),
@@ -141,6 +146,18 @@ impl Store {
     }
 
     fn apply_delete(&mut self, slot: u16) {
+        // What is said of it from now on would be said of whoever has the slot next, or of nobody.
+        for (entry, after) in self.journal.forget(slot) {
+            match after {
+                After::Done(tag)
+                | After::Sealed(tag)
+                | After::Truncated(tag)
+                | After::Staged(tag)
+                | After::Repaired(tag) => self.done(tag, Err(ReplicaError::NoReplica)),
+                After::Nothing => {}
+                After::Wave | After::JobStart => self.after_entry(entry, after),
+            }
+        }
         self.forget_index(slot);
         let replica = self.replicas[usize::from(slot)].take().expect("a slot in use");
         self.by_key.remove(&replica.key);

@@ -109,6 +109,14 @@ impl Journal {
         self.queue.push_back((entry, after));
     }
 
+    /// Takes out what waits to be written about a replica that has been deleted.
+    pub(crate) fn forget(&mut self, slot: u16) -> Vec<(Entry, After)> {
+        let (gone, rest): (VecDeque<_>, _) =
+            self.queue.drain(..).partition(|(entry, _)| entry.replica() == Some(slot));
+        self.queue = rest;
+        gone.into()
+    }
+
     /// Entries that are not durable yet.
     pub(crate) fn pending(&self) -> impl Iterator<Item = &(Entry, After)> {
         self.flying.iter().chain(&self.queue)

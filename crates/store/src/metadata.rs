@@ -208,6 +208,23 @@ impl Encoded {
 }
 
 impl Entry {
+    /// The slot of the replica that it is about; a `Create` is about one that is not there yet.
+    pub(crate) const fn replica(&self) -> Option<u16> {
+        match *self {
+            Self::Counters { .. } | Self::Create { .. } => None,
+            Self::Delete { replica }
+            | Self::Seal { replica, .. }
+            | Self::Flushed { replica, .. }
+            | Self::Trim { replica, .. }
+            | Self::Commit { replica, .. }
+            | Self::Restart { replica, .. }
+            | Self::Chunk { replica, .. }
+            | Self::ChunkFree { replica, .. }
+            | Self::Filling { replica, .. }
+            | Self::Filled { replica, .. } => Some(replica),
+        }
+    }
+
     pub(crate) fn encode(&self) -> Encoded {
         match *self {
             Self::Counters { incarnation, version } => {

@@ -3,6 +3,8 @@
 //! Nothing is written before everything has been read and understood, so a pool that cannot be
 //! opened is as it was.
 
+use std::collections::BTreeSet;
+
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
 use base::{BufferMut, Position, Seq};
 
@@ -61,6 +63,8 @@ pub(crate) struct Opening {
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
     segment_headers: Vec<Option<SegmentHeader>>,
+    /// Slots whose replica was deleted by an entry of the journal.
+    pub(crate) deleted: BTreeSet<u16>,
     /// Segments of which a part is to be read again, with the mark that says which.
     again: Vec<u32>,
     /// Next replica to replay.

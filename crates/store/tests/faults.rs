@@ -677,3 +677,25 @@ fn power_may_go_at_every_disk_operation() {
     println!("{cuts} places to cut");
     assert!(cuts * step > 200 && cuts * step < 2000);
 }
+
+#[test]
+fn a_replica_that_is_sealed_while_it_is_deleted_keeps_no_pool_from_opening() {
+    for steps in 0..12 {
+        let mut one = One::new(shape(), 256, 21);
+        one.write(0, 8);
+        one.world.command(900, Command::Delete { key: key() });
+        for _ in 0..steps {
+            one.world.step();
+        }
+        one.world.command(901, Command::Seal { key: key(), epoch: Epoch(9) });
+        one.world.run(Duration::from_millis(10));
+        assert!(one.world.store.replica(key()).is_none(), "deleted, after {steps} steps");
+        one.world.reopen(false).expect("the pool opens");
+        // Whoever gets its place hears nothing of what was said of it.
+        let (block_size, blocks) = (BlockSize::B4096, 64);
+        one.world.command(902, Command::Create { key: key(), block_size, blocks });
+        one.world.run(Duration::from_millis(10));
+        let made = one.world.store.replica(key()).expect("made anew");
+        assert_eq!(made.state.sealed, Epoch::NONE);
+    }
+}
