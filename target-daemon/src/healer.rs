@@ -8,7 +8,7 @@
 //! lost is repeated until that is known.
 //!
 //! A store that is away stops nothing but changes: the heads go on, the healer says so once and goes
-//! on when it is back. In a daemon it also heals volumes that nobody has attached ([`repair`]).
+//! on when it is back. In a daemon it also heals volumes that nobody has attached (module `repair`).
 
 mod change;
 mod facts;

@@ -42,10 +42,8 @@ pub use listener::{Listener, ListenerError};
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 #[cfg(any(test, feature = "fuzzing"))]
-#[cfg_attr(
-    feature = "fuzzing",
-    allow(dead_code, clippy::unwrap_used, reason = "as in tests; fuzzers use a part of it")
-)]
+#[cfg_attr(feature = "fuzzing", allow(dead_code, reason = "fuzzers use a part of it"))]
+#[allow(clippy::unwrap_used, reason = "as in tests")]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -384,15 +384,17 @@ impl Head {
         self.counter
     }
 
-    /// Sends a command to a member; commit news rides along.
+    /// Sends a command to a member; commit news rides along, and counts where a replica looks at it.
     pub(crate) fn send(&mut self, index: usize, kind: Kind, number: u64, body: CommandBody) -> u64 {
         let (commit, now) = (self.log.durable, self.now);
         let member = &mut self.members[index];
         assert!(member.connected, "commands go to connected members only");
         // What a member has not acknowledged it may yet have to truncate, or may not hold.
         let commit = if member.follows() { commit.min(member.acked) } else { Seq::ZERO };
-        member.told_commit = member.told_commit.max(commit);
-        member.told_at = now;
+        if kind.tells_commit() {
+            member.told_commit = member.told_commit.max(commit);
+            member.told_at = now;
+        }
         member.outstanding += 1;
         let tag = tag(kind, member.session, number);
         let command = ReplicaCommand { key: self.key, epoch: self.epoch, commit, body };

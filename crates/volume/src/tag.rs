@@ -25,6 +25,11 @@ const SESSION_MASK: u64 = (1 << (KIND_SHIFT - SESSION_SHIFT)) - 1;
 pub(crate) const NUMBER_MASK: u64 = (1 << SESSION_SHIFT) - 1;
 
 impl Kind {
+    /// True if a replica takes note of the commit seq in such a command.
+    pub(crate) const fn tells_commit(self) -> bool {
+        matches!(self, Self::Append | Self::Trim | Self::Release)
+    }
+
     const fn code(self) -> u64 {
         match self {
             Self::Seal => 1,
