@@ -210,7 +210,7 @@ fn set_role(shard: &mut ShardRecord, server: ServerId, role: Role) {
     }
 }
 
-/// What [`plan`] came to.
+/// What [`plan()`] came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// What to do now, if anything.

@@ -20,7 +20,7 @@ pub(crate) const fn bit(index: usize) -> Set {
 pub struct Record {
     /// The epoch of its head.
     pub epoch: u8,
-    /// The write, counted from 1, or [`START`].
+    /// The write, counted from 1, or 0 for EpochStart.
     pub value: u8,
 }
 

@@ -288,7 +288,7 @@ impl Node {
     }
 
     /// Makes a head; its lease is won. It goes on opening by itself and says
-    /// [`HeadEvent::Opened`].
+    /// [`HeadEvent::Opened`](crate::HeadEvent::Opened).
     pub fn open_head(
         &mut self,
         now: Instant,
