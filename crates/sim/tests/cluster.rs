@@ -38,6 +38,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (5, "a member forgot its log where the first page of a segment could not be read"),
     (60, "a cluster of one server with nothing left to do"),
     (121, "a member too far behind and another one's pool lost"),
+    (355, "commit news that reads had carried away"),
+    (664, "a pool that did not open after a replica was sealed while it was deleted"),
+    (41246, "a truncation that reads what settles"),
+    (41309, "commit news that reads had carried away, with one server"),
 ];
 
 #[test]
