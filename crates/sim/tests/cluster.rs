@@ -41,6 +41,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (355, "commit news that reads had carried away"),
     (664, "a pool that did not open after a replica was sealed while it was deleted"),
     (41246, "a truncation that reads what settles"),
+    (
+        41754,
+        "a fetch under a record that is not settled, after a crash on its predecessor's way home",
+    ),
     (41309, "commit news that reads had carried away, with one server"),
 ];
 

@@ -41,7 +41,7 @@ pub(crate) struct Fetch {
     from: u64,
     end: u64,
     /// The commit seq when the run was found, if nothing uncommitted covers it.
-    settled: Option<Seq>,
+    pub(crate) settled: Option<Seq>,
 }
 
 impl Store {

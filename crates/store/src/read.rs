@@ -612,6 +612,16 @@ impl Store {
         match known {
             Err(error) => self.end_read(id, Err(error)),
             Ok(_) if again => self.plan_read(id),
+            Ok(_)
+                if self.reads.all[id as usize]
+                    .fetch
+                    .is_some_and(|fetch| fetch.settled.is_none()) =>
+            {
+                // What hides the block may have interrupted its predecessor on the way home: the
+                // data is there before its checksum. It is known again when the newer one settles.
+                let last = self.replica_ref(self.reads.all[id as usize].replica).written;
+                self.end_read(id, Err(ReplicaError::Behind { last }));
+            }
             Ok(_) => {
                 self.distrust_home(id);
                 self.end_read(id, Err(ReplicaError::Damaged));
