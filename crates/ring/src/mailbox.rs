@@ -92,3 +92,44 @@ impl<T> fmt::Debug for Receiver<T> {
         f.write_str("Receiver")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// The queue as it is in production (the model check has it on loom's primitives), small
+    /// enough for Miri, which sees a race or a message that is read before it is there.
+    #[test]
+    fn messages_of_two_threads_arrive_once_each_and_in_order() {
+        const EACH: u32 = 40;
+        let queue = Queue::new(4);
+        let mut received = Vec::new();
+        thread::scope(|scope| {
+            for sender in 0..2 {
+                let queue = &queue;
+                scope.spawn(move || {
+                    for number in 0..EACH {
+                        let mut message = Box::new((sender, number));
+                        while let Err(refused) = queue.push(message) {
+                            message = refused;
+                            thread::yield_now();
+                        }
+                    }
+                });
+            }
+            while received.len() < 2 * EACH as usize {
+                // SAFETY: this is the only thread that pops.
+                match unsafe { queue.pop() } {
+                    Some(message) => received.push(*message),
+                    None => thread::yield_now(),
+                }
+            }
+        });
+        for sender in 0..2 {
+            let numbers = received.iter().filter(|message| message.0 == sender);
+            assert!(numbers.map(|message| message.1).eq(0..EACH));
+        }
+    }
+}
