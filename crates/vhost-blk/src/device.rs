@@ -10,6 +10,7 @@ use crate::chain::{Verdict, status_byte};
 use crate::config::{F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_LOG_ALL, F_PROTOCOL_FEATURES};
 use crate::control::{ControlError, Reply, Request};
 use crate::dirty::DirtyLog;
+use crate::fault;
 use crate::inflight::InflightBuffer;
 use crate::memory::GuestMemory;
 use crate::queue::{Queue, Rest, State, Take};
@@ -75,6 +76,8 @@ pub struct Device {
     quiesce: Option<Reply>,
     /// As last told with `Event::Started` and `Event::Stopped`.
     live: bool,
+    /// Mappings that were lost in this process when we last looked at ours.
+    lost_seen: u64,
 }
 
 /// What one step of a queue came to.
@@ -112,6 +115,7 @@ impl Device {
             quiescing: false,
             quiesce: None,
             live: false,
+            lost_seen: fault::lost(),
         }
     }
 
@@ -187,6 +191,9 @@ impl Device {
     /// requests. True if work may remain: call again in the next turn, or, when buffers ran out,
     /// after replies came in.
     pub fn poll(&mut self, budget: usize, submit: &mut impl FnMut(BlockRequest)) -> bool {
+        if fault::lost() != self.lost_seen {
+            self.look_for_lost_memory();
+        }
         if self.starts_wanted {
             self.start_rings();
         }
@@ -418,13 +425,30 @@ impl Device {
 
     fn start_rings(&mut self) {
         self.starts_wanted = false;
-        if !self.attached || self.orphans > 0 {
+        if !self.attached || self.orphans > 0 || self.has_lost_memory() {
             return;
         }
         for queue in &mut self.queues {
             queue.try_start(&self.memory, self.inflight.as_ref());
         }
         self.tell_life();
+    }
+
+    /// Ends the queues if the front end took away what they work with. Its other memory, and other
+    /// front ends, are not concerned.
+    fn look_for_lost_memory(&mut self) {
+        self.lost_seen = fault::lost();
+        if self.has_lost_memory() {
+            for queue in self.queues.iter_mut().filter(|queue| queue.state != State::Stopped) {
+                queue.break_down("the front end has shrunk the files of its memory");
+            }
+        }
+    }
+
+    fn has_lost_memory(&self) -> bool {
+        self.memory.is_lost()
+            || self.inflight.as_deref().is_some_and(InflightBuffer::is_lost)
+            || self.log.as_deref().is_some_and(DirtyLog::is_lost)
     }
 
     /// One step of one queue: a piece of the request being submitted, or a new request.

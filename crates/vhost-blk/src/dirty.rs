@@ -26,6 +26,11 @@ impl DirtyLog {
         Ok(Self { map: Mapping::new(file, offset, bytes)?, reported: AtomicBool::new(false) })
     }
 
+    /// True if the front end took it away.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.map.is_lost()
+    }
+
     /// Marks the pages of `[gpa, gpa + bytes)`.
     pub(crate) fn mark(&self, gpa: u64, bytes: u64) {
         if bytes == 0 {

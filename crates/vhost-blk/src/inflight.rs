@@ -73,6 +73,11 @@ pub(crate) struct InflightBuffer {
 }
 
 impl InflightBuffer {
+    /// True if the front end took it away.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.mapping.is_lost()
+    }
+
     /// Maps a front end's buffer and checks, or for a fresh one writes, its headers.
     pub(crate) fn map(
         file: &File,

@@ -23,6 +23,7 @@ mod control;
 mod device;
 mod dirty;
 mod eventfd;
+mod fault;
 mod inflight;
 mod listener;
 mod memory;

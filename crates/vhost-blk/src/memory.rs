@@ -3,8 +3,8 @@
 //! Guest memory is volatile and hostile. It is only ever copied, through
 //! [`VolatileSlice`]s of bounds-checked parts of a [`Mapping`]; no reference to it exists.
 //!
-//! A front end that shrinks its file under a mapping makes an access raise SIGBUS. The size is
-//! checked when the file is mapped; nothing here guards against a later `ftruncate`.
+//! A front end may shrink its file under a mapping: what was read since then is not believed, and
+//! the device's queues end ([`crate::fault`]).
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -18,6 +18,7 @@ use vm_memory::VolatileSlice;
 
 use crate::crash_point;
 use crate::dirty::DirtyLog;
+use crate::fault::Listed;
 
 /// Memory regions of one guest, at most.
 pub(crate) const REGIONS_MAX: usize = 256;
@@ -44,6 +45,8 @@ pub(crate) enum MemoryError {
 
 /// A shared, writable mapping of part of a file. Unmapped on drop.
 pub(crate) struct Mapping {
+    /// Taken off the list before the memory is unmapped: `drop` does it.
+    listed: Option<Listed>,
     /// Where the mapping starts, and its length: whole pages.
     base: NonNull<u8>,
     map_bytes: usize,
@@ -99,12 +102,21 @@ impl Mapping {
             return Err(io::Error::last_os_error().into());
         }
         let base = NonNull::new(address.cast()).ok_or_else(too_large)?;
-        Ok(Self {
+        let mut mapping = Self {
+            listed: None,
             base,
             map_bytes,
             start: usize::try_from(start).map_err(|_| too_large())?,
             bytes: usize::try_from(bytes).map_err(|_| too_large())?,
-        })
+        };
+        mapping.listed = Some(Listed::new(base.as_ptr(), map_bytes)?);
+        Ok(mapping)
+    }
+
+    /// True if the front end took the memory away. An access before this call that hit the hole
+    /// is seen.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.listed.as_ref().is_some_and(Listed::is_lost)
     }
 
     /// Length in bytes.
@@ -125,6 +137,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.listed = None;
         // SAFETY: the range was mapped by `new`, whole pages, and no slice outlives `self`.
         let result = unsafe { libc::munmap(self.base.as_ptr().cast(), self.map_bytes) };
         debug_assert_eq!(result, 0, "unmapping our own mapping");
@@ -178,14 +191,20 @@ impl GuestMemory {
         Ok(Self { regions })
     }
 
-    /// The memory at `gpa`, up to `bytes` long: shorter where the region ends; `None` if nothing
-    /// is there.
-    fn part(&self, gpa: u64, bytes: usize) -> Option<VolatileSlice<'_>> {
+    /// The memory at `gpa`, up to `bytes` long: shorter where the region ends; and the mapping that
+    /// it is in. `None` if nothing is there.
+    fn part(&self, gpa: u64, bytes: usize) -> Option<(VolatileSlice<'_>, &Mapping)> {
         let after = self.regions.partition_point(|region| region.gpa <= gpa);
         let region = self.regions.get(after.checked_sub(1)?)?;
         let offset = usize::try_from(gpa - region.gpa).ok()?;
         let left = region.mapping.len().checked_sub(offset).filter(|left| *left > 0)?;
-        region.mapping.slice().subslice(offset, bytes.min(left)).ok()
+        let slice = region.mapping.slice().subslice(offset, bytes.min(left)).ok()?;
+        Some((slice, &region.mapping))
+    }
+
+    /// True if the front end took some of it away.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.mapping.is_lost())
     }
 
     /// True if all of `[gpa, gpa + bytes)` is mapped.
@@ -193,9 +212,8 @@ impl GuestMemory {
         let mut gpa = gpa;
         let mut left = bytes;
         while left > 0 {
-            let Some(part) = self.part(gpa, usize::try_from(left).unwrap_or(usize::MAX)) else {
-                return false;
-            };
+            let wanted = usize::try_from(left).unwrap_or(usize::MAX);
+            let Some((part, _)) = self.part(gpa, wanted) else { return false };
             let got = part.len() as u64;
             left -= got;
             match gpa.checked_add(got) {
@@ -206,14 +224,18 @@ impl GuestMemory {
         true
     }
 
-    /// Copies guest memory at `gpa` into `to`; false if not all of it is mapped.
+    /// Copies guest memory at `gpa` into `to`; false if not all of it is mapped, or if it was taken
+    /// away meanwhile.
     #[must_use]
     pub(crate) fn read(&self, gpa: u64, to: &mut [u8]) -> bool {
         let mut gpa = gpa;
         let mut to = to;
         while !to.is_empty() {
-            let Some(part) = self.part(gpa, to.len()) else { return false };
+            let Some((part, mapping)) = self.part(gpa, to.len()) else { return false };
             let got = part.copy_to(to);
+            if mapping.is_lost() {
+                return false;
+            }
             to = &mut to[got..];
             gpa = gpa.wrapping_add(got as u64);
         }
@@ -227,7 +249,7 @@ impl GuestMemory {
         let mut at = gpa;
         let mut left = from;
         while !left.is_empty() {
-            let Some(part) = self.part(at, left.len()) else { return false };
+            let Some((part, _)) = self.part(at, left.len()) else { return false };
             crash_point();
             part.copy_from(left);
             crash_point();
@@ -243,7 +265,7 @@ impl GuestMemory {
     /// The guest writes a byte of its memory.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn poke(&self, gpa: u64, byte: u8) {
-        self.part(gpa, 1).expect("guest memory").copy_from(&[byte]);
+        self.part(gpa, 1).expect("guest memory").0.copy_from(&[byte]);
     }
 
     /// The region that holds `[user, user + bytes)` of the front end's address space, and the
@@ -306,6 +328,38 @@ mod tests {
         assert!(memory.find_user(0x9000_0000, 3000).is_some());
         assert!(memory.find_user(0x9000_0001, 3000).is_none());
         assert!(memory.find_user(u64::MAX, 2).is_none());
+    }
+
+    #[test]
+    fn memory_that_is_taken_away_is_noticed_and_nothing_else_is_harmed() {
+        // Not sealed, as a file on tmpfs is not.
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 * 1024).unwrap();
+        let other = memory_file(c"other", 8192).unwrap();
+        let lost_before = crate::fault::lost();
+        let memory = GuestMemory::new(vec![
+            region(0, 0, 65536, 0, &file),
+            region(65536, 65536, 8192, 0, &other),
+        ])
+        .unwrap();
+        assert!(memory.write(0, &vec![7; 65536 + 8192], None));
+        assert!(!memory.is_lost());
+        file.set_len(4096).unwrap();
+        // What is still there is read as before, until the hole is hit.
+        let mut bytes = [0; 512];
+        assert!(memory.read(1024, &mut bytes) && bytes == [7; 512]);
+        assert!(!memory.read(60_000, &mut bytes), "nobody takes the zeroes for the guest's data");
+        assert!(memory.is_lost() && crate::fault::lost() > lost_before);
+        assert!(!memory.read(1024, &mut bytes));
+        assert!(memory.read(65536, &mut bytes) && bytes == [7; 512]);
+        assert!(memory.write(20_000, &[1; 512], None), "written where nobody looks");
+        drop(memory);
+        // The place in the list is used again.
+        let again = Mapping::new(&other, 0, 8192).unwrap();
+        assert!(!again.is_lost());
+        let mut first = [0_u8];
+        assert_eq!(again.slice().copy_to(&mut first), 1);
+        assert_eq!(first, [7]);
     }
 
     #[test]

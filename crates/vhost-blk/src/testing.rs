@@ -180,7 +180,11 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(queues: u16, size: u16) -> Self {
-        let file = memory_file(c"guest", 0x20_0000).unwrap();
+        Self::in_file(memory_file(c"guest", 0x20_0000).unwrap(), queues, size)
+    }
+
+    /// A guest whose memory is in this file of 2 MiB.
+    pub(crate) fn in_file(file: File, queues: u16, size: u16) -> Self {
         let memory = Arc::new(Self::map(&file));
         Self { size, file, memory, rings: vec![DriverRing::default(); queues.into()] }
     }

@@ -434,3 +434,39 @@ fn steady_state_allocates_nothing() {
     }
     assert_eq!(allocated, 0, "allocations in steady state");
 }
+
+#[test]
+fn a_front_end_that_shrinks_its_memory_loses_its_queues_and_harms_nobody_else() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(0x20_0000).unwrap();
+    let mut guest = Guest::in_file(file.try_clone().unwrap(), 1, 32);
+    let mut rig = Rig::new(config(1));
+    rig.connect(&guest, FEATURES, None, &[0]);
+    let (mut other, mut other_rig, mut other_disk) = setup(1);
+    let mut disk = vec![9; 1 << 20];
+
+    // One read under way, one write in the ring, when the file goes.
+    offer_read(&mut guest, 0, 0, 0, 512);
+    rig.poll(8);
+    assert_eq!(rig.requests.len(), 1);
+    guest.request(0, 3, DATA + 0x100, 1, 8, (DATA + 0x4000, 512));
+    guest.offer(0, 3);
+    file.set_len(0).unwrap();
+    rig.run(&mut disk);
+    assert!(rig.requests.is_empty(), "nothing is taken from memory that is gone");
+    assert!(disk.iter().all(|byte| *byte == 9), "no zeroes were written in its place");
+    assert_eq!(rig.device.busy(), 0);
+
+    offer_read(&mut other, 0, 0, 0, 512);
+    other_rig.run(&mut other_disk);
+    assert_eq!(other.reap(0), [(0, 513)]);
+
+    // The front end stops the ring, brings memory that is there, and starts it again.
+    assert!(matches!(rig.ask(Request::RingStop { queue: 0 }), Some(Ok(_))));
+    let mut again = Guest::new(1, 32);
+    rig.must(Request::Memory(Arc::clone(&again.memory)));
+    rig.set_up_ring(&again, 0, 0);
+    offer_read(&mut again, 0, 0, 0, 512);
+    rig.run(&mut disk);
+    assert_eq!(again.reap(0), [(0, 513)]);
+}
