@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use crate::bench::Unit;
 use crate::lab::Lab;
 use crate::load::{Load, Window};
 
@@ -73,7 +74,8 @@ impl Amount {
         })
     }
 
-    fn is_reached(self, runs: usize) -> bool {
+    /// Whether so many are enough.
+    pub fn is_reached(self, runs: usize) -> bool {
         match self {
             Self::Runs(wanted) => runs >= wanted,
             Self::Until(end) => runs > 0 && Instant::now() >= end,
@@ -97,26 +99,6 @@ pub struct Run {
     pub took_ms: f64,
     /// Requests that were answered while the client was watched.
     pub completed: u64,
-}
-
-/// What a figure counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// Milliseconds.
-    Milliseconds,
-    /// So many times the figure without a fault.
-    Times,
-}
-
-impl Unit {
-    /// A figure with its unit.
-    pub fn show(self, figure: f64) -> String {
-        match self {
-            Self::Milliseconds if figure < 100.0 => format!("{figure:.1} ms"),
-            Self::Milliseconds => format!("{figure:.0} ms"),
-            Self::Times => format!("{figure:.2} x"),
-        }
-    }
 }
 
 impl Scenario {

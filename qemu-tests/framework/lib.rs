@@ -15,6 +15,7 @@
 
 mod accelerator;
 mod agent;
+pub mod bench;
 mod binaries;
 mod cluster;
 mod console;
@@ -28,6 +29,7 @@ mod lab;
 mod lines;
 mod load;
 mod network;
+mod oracle;
 mod process;
 mod proxy;
 mod qmp;
@@ -42,8 +44,9 @@ pub use console::Shell;
 pub use etcd::Etcd;
 pub use guest::{Disk, Guest, GuestOptions};
 pub use lab::{Lab, skip_without_network, test};
-pub use load::{BLOCK_BYTES, Load, LoadOptions, Oracle, Window, fill_all, verify};
+pub use load::{Load, LoadOptions, Window, fill_all, verify};
 pub use network::{Network, Place};
+pub use oracle::{BLOCK_BYTES, Oracle, fill, generation_in, mix};
 pub use process::Process;
 pub use proxy::Proxy;
 pub use qmp::Qmp;

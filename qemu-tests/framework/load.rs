@@ -18,10 +18,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use blkio_client::{Client, Done, Operation};
 
+use crate::oracle::{BLOCK_BYTES, Oracle, fill, mix};
 use crate::wait::{Deadline, wait_until};
-
-/// The unit of writing and checking, in bytes.
-pub const BLOCK_BYTES: usize = 4096;
 
 /// How long the client sleeps at most before it looks whether it is to end.
 const TURN: Duration = Duration::from_millis(20);
@@ -50,30 +48,6 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> Self {
         Self { depth: 8, blocks: 8192, read_percent: 50, rate: 8000, seed: 1 }
-    }
-}
-
-/// What every block may hold.
-#[derive(Debug, Clone)]
-pub struct Oracle {
-    blocks: Vec<Expected>,
-}
-
-/// What a block may hold. Generation 0 is a block of zeroes that was never written.
-#[derive(Debug, Clone, Default)]
-struct Expected {
-    /// The last write that was acknowledged or seen.
-    settled: u32,
-    /// Later ones that were never answered.
-    possible: Vec<u32>,
-    /// The last generation given out.
-    newest: u32,
-}
-
-impl Oracle {
-    /// Of a disk that nobody has written to.
-    pub fn new(blocks: u32) -> Self {
-        Self { blocks: vec![Expected::default(); blocks as usize] }
     }
 }
 
@@ -255,10 +229,10 @@ pub fn fill_all(socket: &Path, blocks: u32) -> Result<Oracle> {
     let mut failed = 0;
     for block in 0..blocks {
         let slot = free.pop().context("a free slot")?;
-        fill(client.bytes(slot), block, 1);
+        let generation = oracle.begin_write(block);
+        fill(client.bytes(slot), block, generation);
+        oracle.acknowledged(block, generation);
         client.submit(slot, Operation::Write, offset(block), BLOCK_BYTES);
-        let expected = &mut oracle.blocks[block as usize];
-        (expected.settled, expected.newest) = (1, 1);
         if free.is_empty() || block + 1 == blocks {
             let least = if block + 1 == blocks { client.busy() } else { 1 };
             client.wait(least, REQUEST_LIMIT, |done| {
@@ -274,16 +248,14 @@ pub fn fill_all(socket: &Path, blocks: u32) -> Result<Oracle> {
 /// Reads every block once and compares it with what it may hold.
 pub fn verify(socket: &Path, mut oracle: Oracle) -> Result<Oracle> {
     let mut client = Client::connect(socket, 1, BLOCK_BYTES)?;
-    for block in 0..u32::try_from(oracle.blocks.len()).context("blocks")? {
+    for block in 0..u32::try_from(oracle.blocks()).context("blocks")? {
         client.submit(0, Operation::Read, u64::from(block) * BLOCK_BYTES as u64, BLOCK_BYTES);
         let mut result = 0;
         client
             .wait(1, REQUEST_LIMIT, |done| result = done.result)
             .with_context(|| format!("reading block {block}"))?;
         ensure!(result == 0, "reading block {block} failed with errno {}", -result);
-        oracle.blocks[block as usize]
-            .see(block, client.bytes(0))
-            .map_err(|wrong| anyhow!(wrong))?;
+        oracle.see(block, client.bytes(0)).map_err(|wrong| anyhow!(wrong))?;
     }
     Ok(oracle)
 }
@@ -321,8 +293,8 @@ impl Worker {
         oracle: Oracle,
         shared: Arc<Shared>,
     ) -> Result<Self> {
-        ensure!(oracle.blocks.len() == options.blocks as usize, "the oracle is of another disk");
-        ensure!(options.depth * 4 <= oracle.blocks.len(), "more requests than a few blocks");
+        ensure!(oracle.blocks() == options.blocks as usize, "the oracle is of another disk");
+        ensure!(options.depth * 4 <= oracle.blocks(), "more requests than a few blocks");
         let client = Client::connect(socket, options.depth, BLOCK_BYTES)?;
         let bytes = u64::from(options.blocks) * BLOCK_BYTES as u64;
         ensure!(client.capacity_bytes()? >= bytes, "the disk has no {bytes} bytes");
@@ -331,7 +303,7 @@ impl Worker {
             options,
             shared,
             requests: vec![None; options.depth],
-            busy: vec![false; oracle.blocks.len()],
+            busy: vec![false; oracle.blocks()],
             oracle,
             random: options.seed | 1,
             started: 0,
@@ -432,8 +404,7 @@ impl Worker {
         request.operation = if self.step() % 100 < u64::from(self.options.read_percent) {
             Operation::Read
         } else {
-            self.oracle.blocks[block].newest += 1;
-            request.generation = self.oracle.blocks[block].newest;
+            request.generation = self.oracle.begin_write(request.block);
             Operation::Write
         };
         request
@@ -475,10 +446,9 @@ impl Worker {
         if operation != Operation::Flush {
             self.busy[index] = false;
         }
-        let expected = &mut self.oracle.blocks[index];
         if done.result != 0 {
             if operation == Operation::Write {
-                expected.possible.push(generation);
+                self.oracle.unanswered(block, generation);
             }
             return Err(format!(
                 "{operation:?} of block {block} failed with errno {}",
@@ -488,11 +458,10 @@ impl Worker {
         match operation {
             Operation::Flush => Ok(()),
             Operation::Write => {
-                expected.settled = generation;
-                expected.possible.clear();
+                self.oracle.acknowledged(block, generation);
                 Ok(())
             }
-            Operation::Read => expected.see(block, self.client.bytes(done.slot)),
+            Operation::Read => self.oracle.see(block, self.client.bytes(done.slot)),
         }
     }
 
@@ -500,7 +469,7 @@ impl Worker {
     fn give_up(&mut self) {
         for request in self.requests.iter().flatten() {
             if request.operation == Operation::Write {
-                self.oracle.blocks[request.block as usize].possible.push(request.generation);
+                self.oracle.unanswered(request.block, request.generation);
             }
         }
         self.shared.meter().waiting = 0;
@@ -511,102 +480,13 @@ impl Worker {
     }
 }
 
-impl Expected {
-    /// Judges what was read.
-    fn see(&mut self, block: u32, bytes: &[u8]) -> Result<(), String> {
-        let found = generation_of(block, bytes)?;
-        if found == self.settled {
-            // The opening of this head has settled that what was undecided never happened.
-            self.possible.clear();
-            return Ok(());
-        }
-        let Some(place) = self.possible.iter().position(|possible| *possible == found) else {
-            return Err(format!(
-                "block {block} holds write {found}, but write {} was acknowledged{}",
-                self.settled,
-                if self.possible.is_empty() {
-                    String::new()
-                } else {
-                    format!(" (and {:?} were not answered)", self.possible)
-                }
-            ));
-        };
-        // Once seen it stays.
-        self.settled = self.possible[place];
-        self.possible.clear();
-        Ok(())
-    }
-}
-
 fn offset(block: u32) -> u64 {
     u64::from(block) * BLOCK_BYTES as u64
-}
-
-/// What a block's write of this generation writes: every word depends on all of it.
-fn fill(bytes: &mut [u8], block: u32, generation: u32) {
-    let identity = u64::from(block) << 32 | u64::from(generation);
-    let mut state = identity | 1 << 63;
-    for (index, word) in bytes[..BLOCK_BYTES].chunks_exact_mut(8).enumerate() {
-        let value = if index == 0 { identity } else { mix(&mut state) };
-        word.copy_from_slice(&value.to_le_bytes());
-    }
-}
-
-/// Which write of this block the bytes are of.
-fn generation_of(block: u32, bytes: &[u8]) -> Result<u32, String> {
-    let bytes = &bytes[..BLOCK_BYTES];
-    if bytes.iter().all(|byte| *byte == 0) {
-        return Ok(0);
-    }
-    let identity = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
-    let (number, generation) = (identity >> 32, identity & u64::from(u32::MAX));
-    let generation = u32::try_from(generation).expect("masked");
-    let mut expected = [0; BLOCK_BYTES];
-    fill(&mut expected, block, generation);
-    if number != u64::from(block) || bytes != expected {
-        return Err(format!(
-            "block {block} holds bytes that were never written to it: they begin with {:02x?}",
-            &bytes[..16]
-        ));
-    }
-    Ok(generation)
-}
-
-/// xorshift64* (Vigna 2016).
-fn mix(state: &mut u64) -> u64 {
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    state.wrapping_mul(0x2545_F491_4F6C_DD1D)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn block(number: u32, generation: u32) -> Vec<u8> {
-        let mut bytes = vec![0; BLOCK_BYTES];
-        fill(&mut bytes, number, generation);
-        bytes
-    }
-
-    #[test]
-    fn stale_misplaced_and_damaged_blocks_are_told_apart() {
-        let undecided = Expected { settled: 3, possible: vec![5, 6], newest: 6 };
-        let mut expected = undecided.clone();
-        assert!(expected.see(7, &block(7, 2)).unwrap_err().contains("write 3 was acknowledged"));
-        assert!(expected.see(7, &block(8, 3)).unwrap_err().contains("never written"));
-        assert!(expected.see(7, &vec![0; BLOCK_BYTES]).is_err(), "a lost block");
-        let mut damaged = block(7, 3);
-        damaged[4000] ^= 1;
-        assert!(expected.see(7, &damaged).is_err());
-        assert!(expected.see(7, &block(7, 5)).is_ok(), "it was not answered");
-        assert!(expected.see(7, &block(7, 3)).is_err(), "what was seen stays");
-        assert!(expected.see(7, &block(7, 6)).is_err(), "and the rest never happened");
-        let mut expected = undecided;
-        assert!(expected.see(7, &block(7, 3)).is_ok());
-        assert!(expected.see(7, &block(7, 5)).is_err(), "settled: it never happened");
-    }
 
     #[test]
     fn percentiles() {

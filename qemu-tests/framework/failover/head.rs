@@ -7,8 +7,9 @@ use anyhow::{Context, Result, ensure};
 use super::{Amount, PATIENCE_SECONDS, QUIET, Run, VOLUME_MIB, WARM_UP, milliseconds, watch};
 use crate::cluster::{Attached, Cluster, ClusterOptions};
 use crate::lab::Lab;
-use crate::load::{Load, LoadOptions, Oracle, verify};
+use crate::load::{Load, LoadOptions, verify};
 use crate::network::{Network, Place};
+use crate::oracle::Oracle;
 use crate::wait::Deadline;
 
 /// The exit status of `holdfast attach` when another holder has taken the volume.

@@ -10,8 +10,9 @@ use super::{
 };
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::lab::Lab;
-use crate::load::{Load, LoadOptions, Oracle, Window, verify};
+use crate::load::{Load, LoadOptions, Window, verify};
 use crate::network::Network;
+use crate::oracle::Oracle;
 use crate::wait::Deadline;
 
 /// How much longer each way to and from a slow member takes.

@@ -2,11 +2,11 @@
 //! `scripts/dev bench failover` builds everything and runs it.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
-use framework::failover::{Amount, Run, Scenario, Unit};
+use anyhow::{Result, bail};
+use framework::bench::{self, Figure, Options, Outcome, Summary, Unit};
+use framework::failover::{Amount, Run, Scenario};
 use framework::{Lab, Network};
 use serde_json::{Value, json};
 
@@ -24,16 +24,6 @@ whole run, whatever the figures. Exit status: 0, 1 for a failure or a goal that 
 wrong arguments.
 ";
 
-/// The command line.
-#[derive(Debug)]
-struct Options {
-    runs: usize,
-    only: Vec<Scenario>,
-    check: bool,
-    json: bool,
-    file: Option<PathBuf>,
-}
-
 /// What came of one scenario.
 struct Measured {
     scenario: Scenario,
@@ -42,93 +32,27 @@ struct Measured {
 }
 
 fn main() -> ExitCode {
-    let options = match parse(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            print!("{USAGE}\nScenarios:\n{}", explanations());
-            return ExitCode::SUCCESS;
-        }
-        Err(error) => {
-            eprintln!("bench failover: {error:#}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("bench failover: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let usage = format!("{USAGE}\nScenarios:\n{}", explanations());
+    bench::main("failover", &usage, &Scenario::ALL.map(Scenario::name), run)
 }
 
-fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Options>> {
-    let mut options = Options { runs: 30, only: Vec::new(), check: false, json: false, file: None };
-    let mut arguments = arguments.peekable();
-    while let Some(name) = arguments.next() {
-        match name.as_str() {
-            "--help" | "-h" => return Ok(None),
-            "--check" => options.check = true,
-            "--json" => {
-                options.json = true;
-                options.file = arguments.next_if(|next| !next.starts_with("--")).map(PathBuf::from);
-            }
-            "--runs" => {
-                options.runs = arguments.next().context("--runs needs a number")?.parse()?;
-                ensure!((1..=10_000).contains(&options.runs), "--runs is 1 to 10000");
-            }
-            "--only" => {
-                let name = arguments.next().context("--only needs a scenario")?;
-                let found = Scenario::ALL.into_iter().find(|known| known.name() == name);
-                let names = || Scenario::ALL.map(Scenario::name).join(", ");
-                options.only.push(
-                    found
-                        .with_context(|| format!("no scenario '{name}'; there are {}", names()))?,
-                );
-            }
-            _ => bail!("what is {name}?"),
-        }
-    }
-    if options.only.is_empty() {
-        options.only = Scenario::ALL.to_vec();
-    }
-    Ok(Some(options))
-}
-
-/// Runs everything; true if nothing failed and, if that was asked for, no goal was missed.
-fn run(options: &Options) -> Result<bool> {
+/// Runs everything that is wanted.
+fn run(options: &Options) -> Result<Outcome> {
+    let wanted = Scenario::ALL.into_iter().filter(|scenario| options.wants(scenario.name()));
+    let wanted: Vec<Scenario> = wanted.collect();
     if let Some(reason) = Network::unavailable()
-        && options.only.iter().any(|scenario| scenario.needs_network())
+        && wanted.iter().any(|scenario| scenario.needs_network())
     {
         bail!("hosts with a network between them cannot be had: {reason}");
     }
     let measured: Vec<Measured> =
-        options.only.iter().map(|scenario| measure(*scenario, options.runs)).collect();
-    let bare = options.json && options.file.is_none();
-    if let Some(path) = &options.file {
-        let text = serde_json::to_string_pretty(&report(&measured))?;
-        std::fs::write(path, text).with_context(|| path.display().to_string())?;
-    }
-    if bare {
-        println!("{}", serde_json::to_string_pretty(&report(&measured))?);
-    } else {
-        print!("{}", table(&measured));
-    }
-    let failures: Vec<String> = measured.iter().filter_map(Measured::failed).collect();
-    let missed: Vec<String> = measured.iter().filter_map(Measured::missed).collect();
-    if options.check {
-        for line in failures.iter().chain(&missed) {
-            // With the JSON on standard output, this is for whoever watches.
-            if bare {
-                eprintln!("{line}");
-            } else {
-                println!("{line}");
-            }
-        }
-        return Ok(failures.is_empty() && missed.is_empty());
-    }
-    Ok(failures.is_empty())
+        wanted.iter().map(|scenario| measure(*scenario, options.runs)).collect();
+    Ok(Outcome {
+        table: table(&measured),
+        report: report(&measured),
+        failures: measured.iter().filter_map(Measured::failed).collect(),
+        missed: measured.iter().filter_map(Measured::missed).collect(),
+    })
 }
 
 fn measure(scenario: Scenario, runs: usize) -> Measured {
@@ -157,25 +81,9 @@ fn measure(scenario: Scenario, runs: usize) -> Measured {
     measured
 }
 
-/// Minimum, median, 99th percentile (nearest rank) and maximum.
-struct Summary {
-    min: f64,
-    median: f64,
-    p99: f64,
-    max: f64,
-}
-
-fn summary(values: impl Iterator<Item = f64>) -> Option<Summary> {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    let rank = |per_cent: usize| sorted[(sorted.len() * per_cent).div_ceil(100).max(1) - 1];
-    let (min, max) = (*sorted.first()?, *sorted.last()?);
-    Some(Summary { min, median: rank(50), p99: rank(99), max })
-}
-
 impl Measured {
     fn summary(&self) -> Option<Summary> {
-        summary(self.runs.iter().map(|run| run.figure))
+        Summary::of(self.runs.iter().map(|run| run.figure))
     }
 
     fn failed(&self) -> Option<String> {
@@ -187,12 +95,8 @@ impl Measured {
     fn missed(&self) -> Option<String> {
         let (name, unit) = (self.scenario.name(), self.scenario.unit());
         let goal = self.scenario.goal()?;
-        let Some(summary) = self.summary() else {
-            return Some(format!("MISSED {name}: nothing was measured"));
-        };
-        (summary.p99 > goal).then(|| {
-            format!("MISSED {name}: p99 {} of {} allowed", unit.show(summary.p99), unit.show(goal))
-        })
+        let values = self.runs.iter().map(|run| run.figure).collect();
+        Figure { name: name.to_owned(), unit, goal: Some(goal), values }.missed()
     }
 }
 
@@ -217,10 +121,11 @@ fn table(all: &[Measured]) -> String {
             line(format!("{:<20} {:>5}", scenario.name(), 0));
             continue;
         };
-        let quiet = summary(measured.runs.iter().map(|run| run.quiet)).map_or(0.0, |all| all.p99);
-        let slowest = summary(measured.runs.iter().map(|run| run.slowest_ms));
+        let quiet =
+            Summary::of(measured.runs.iter().map(|run| run.quiet)).map_or(0.0, |all| all.p99);
+        let slowest = Summary::of(measured.runs.iter().map(|run| run.slowest_ms));
         let slowest = slowest.map_or(0.0, |all| all.max);
-        let took = summary(measured.runs.iter().map(|run| run.took_ms));
+        let took = Summary::of(measured.runs.iter().map(|run| run.took_ms));
         let took = took.map_or(0.0, |all| all.median);
         line(format!(
             "{:<20} {:>5} {:>10} {:>10} {:>10} {:>10} {:>10} {:>12} {:>15} {:>10}",
@@ -264,7 +169,7 @@ fn report(all: &[Measured]) -> Value {
         json!({
             "scenario": scenario.name(),
             "explanation": scenario.explanation(),
-            "unit": match scenario.unit() { Unit::Milliseconds => "ms", Unit::Times => "times" },
+            "unit": scenario.unit().name(),
             "goal_p99": scenario.goal(),
             "min": figure.as_ref().map(|all| all.min),
             "median": figure.as_ref().map(|all| all.median),
