@@ -50,6 +50,11 @@ impl Agent {
         bail!("the guest did not come up")
     }
 
+    /// Goes on with the numbers of the connection that the guest had before it came here.
+    pub(crate) fn succeed(&mut self, source: &Self) {
+        self.last_id = source.last_id;
+    }
+
     /// Runs a shell command in the guest; it is killed there after `limit`.
     pub(crate) fn run(
         &mut self,

@@ -254,6 +254,20 @@ impl<'lab> Cluster<'lab> {
         Ok(socket)
     }
 
+    /// Lets a server stand by to serve a volume: it takes it when a guest's rings start. Returns the
+    /// socket.
+    pub fn export_standby(&self, server: usize, volume: &str) -> Result<PathBuf> {
+        let server = &self.servers[server];
+        let socket = self.lab.socket(&format!("{volume}-{}", server.name));
+        let (api, path) = (server.api.display().to_string(), socket.display().to_string());
+        self.holdfast(&["export", "add", volume, "--standby", "--socket", &path, "--api", &api])?;
+        wait_until(&format!("{} to stand by", server.name), Deadline::after(START_LIMIT), || {
+            server.check_alive()?;
+            Ok(socket.exists().then_some(()))
+        })?;
+        Ok(socket)
+    }
+
     /// Stops serving a volume from a server.
     pub fn unexport(&self, server: usize, socket: &Path) -> Result<()> {
         let (api, path) =

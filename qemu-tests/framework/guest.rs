@@ -9,8 +9,10 @@ use serde_json::json;
 use crate::accelerator::Accelerator;
 use crate::agent::{Agent, Output};
 use crate::binaries::system_binary;
-use crate::initramfs::boot_files;
+use crate::initramfs::{BootFiles, boot_files};
 use crate::lab::Lab;
+use crate::lines::Lines;
+use crate::network::Place;
 use crate::process::{Process, tail};
 use crate::qmp::Qmp;
 use crate::wait::{Deadline, wait_until};
@@ -59,6 +61,12 @@ pub struct GuestOptions {
     pub memory_mib: u32,
     /// How long it may live. Everything waited for in it fails after that.
     pub limit: Duration,
+    /// Where it runs.
+    pub place: Place,
+    /// Whether it is to have the verifying writer ([`crate::Writer`]).
+    pub writer: bool,
+    /// Stays stopped until it is told to go on.
+    pub paused: bool,
 }
 
 impl GuestOptions {
@@ -69,6 +77,9 @@ impl GuestOptions {
             disks: Vec::new(),
             memory_mib: 256,
             limit: Duration::from_mins(4),
+            place: Place::HERE,
+            writer: false,
+            paused: false,
         }
     }
 
@@ -89,6 +100,8 @@ pub struct Guest {
     agent: Agent,
     console: PathBuf,
     shell_socket: PathBuf,
+    writer: Option<Lines>,
+    trace: PathBuf,
     deadline: Deadline,
     jobs: u32,
 }
@@ -109,23 +122,85 @@ impl Guest {
         options: &GuestOptions,
         accelerator: Accelerator,
     ) -> Result<Self> {
+        let mut guest = Self::launch(lab, options, accelerator, None)?;
+        let ready = guest.agent.wait_ready(guest.deadline);
+        guest.explain(ready)?;
+        Ok(guest)
+    }
+
+    /// Starts a QEMU that waits at `address` (`tcp:HOST:PORT`) for a guest to migrate to it.
+    pub fn await_migration(lab: &Lab, options: &GuestOptions, address: &str) -> Result<Self> {
+        Self::launch(lab, options, Accelerator::detect()?, Some(address))
+    }
+
+    fn launch(
+        lab: &Lab,
+        options: &GuestOptions,
+        accelerator: Accelerator,
+        incoming: Option<&str>,
+    ) -> Result<Self> {
         let name = options.name.clone();
         let deadline = Deadline::after(options.limit);
         let console = lab.log(&format!("{name}.console"));
+        let trace = lab.directory().join(format!("{name}.trace"));
         let socket = |role: &str| lab.socket(&format!("{name}-{role}"));
-        let arguments = arguments(options, accelerator, &console, &socket)?;
+        let boot = boot_files(options.writer)?;
+        let mut arguments = arguments(options, &boot, accelerator, &console, &socket);
+        if options.writer {
+            // When QEMU asked its back ends for what, and when they answered.
+            let file = trace.display().to_string();
+            let words = ["-trace", "vhost_user_read", "-trace", "vhost_user_write", "-D", &file];
+            arguments.extend(["-msg", "timestamp=on"].into_iter().chain(words).map(str::to_owned));
+        }
+        arguments.extend(incoming.iter().flat_map(|&at| ["-incoming".to_owned(), at.to_owned()]));
         let log = lab.log(&format!("{name}.qemu"));
         let qemu = system_binary("qemu-system-x86_64")?;
-        let mut process = Process::start(&format!("guest {name}"), &qemu, arguments, &log)?;
+        let what = format!("guest {name}");
+        let mut process = Process::start_at(&options.place, &what, &qemu, arguments, &log)?;
 
         let agent = Agent::connect(&socket("agent"), deadline, || process.check_alive())?;
         let qmp = Qmp::connect(&socket("qmp"), deadline, || process.check_alive())?;
+        let writer = if options.writer {
+            Some(Lines::connect(&socket("writer"), deadline, || process.check_alive())?)
+        } else {
+            None
+        };
         let shell_socket = socket("shell");
-        let mut guest =
-            Self { name, process, qmp, agent, console, shell_socket, deadline, jobs: 0 };
-        let ready = guest.agent.wait_ready(deadline);
-        guest.explain(ready)?;
-        Ok(guest)
+        Ok(Self {
+            name,
+            process,
+            qmp,
+            agent,
+            console,
+            shell_socket,
+            writer,
+            trace,
+            deadline,
+            jobs: 0,
+        })
+    }
+
+    /// Goes on where `source` was, whose guest has come here.
+    pub(crate) fn succeed(&mut self, source: &Self) {
+        self.agent.succeed(&source.agent);
+        self.jobs = source.jobs;
+    }
+
+    /// The writer's line, if it has one.
+    pub(crate) fn writer_line(&mut self) -> Result<(&mut Lines, Deadline)> {
+        let line = self.writer.as_mut();
+        let line = line.with_context(|| format!("guest {} has no verifying writer", self.name))?;
+        Ok((line, self.deadline))
+    }
+
+    /// What QEMU said to its back ends, and they to it.
+    pub(crate) fn trace(&self) -> &Path {
+        &self.trace
+    }
+
+    /// QEMU's process.
+    pub(crate) fn process(&mut self) -> &mut Process {
+        &mut self.process
     }
 
     /// Its name.
@@ -317,11 +392,11 @@ fn chardev(disk: &str) -> String {
 
 fn arguments(
     options: &GuestOptions,
+    boot: &BootFiles,
     accelerator: Accelerator,
     console: &Path,
     socket: &impl Fn(&str) -> PathBuf,
-) -> Result<Vec<String>> {
-    let boot = boot_files()?;
+) -> Vec<String> {
     let memory = options.memory_mib;
     let server =
         |role: &str| format!("socket,id={role},server=on,wait=off,path={}", socket(role).display());
@@ -343,6 +418,13 @@ fn arguments(
     add(&["-device", "virtio-serial-pci"]);
     add(&["-chardev", &server("agent"), "-device", "virtserialport,chardev=agent,name=agent"]);
     add(&["-chardev", &server("shell"), "-device", "virtconsole,chardev=shell"]);
+    if options.writer {
+        add(&["-chardev", &server("writer")]);
+        add(&["-device", "virtserialport,chardev=writer,name=writer"]);
+    }
+    if options.paused {
+        add(&["-S"]);
+    }
     for disk in &options.disks {
         let (id, chardev) = (&disk.id, chardev(&disk.id));
         let path = disk.socket.display();
@@ -350,5 +432,5 @@ fn arguments(
         let device = format!("vhost-user-blk-pci,id={id},chardev={chardev}");
         add(&["-chardev", &back_end, "-device", &device]);
     }
-    Ok(arguments)
+    arguments
 }

@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::binaries::{cache_directory, system_binary};
+use crate::binaries::{cache_directory, holdfast_binary, system_binary, work_directory};
 use crate::cpio::Archive;
 
 /// The guest's first process.
@@ -44,8 +45,12 @@ pub(crate) struct BootFiles {
     pub(crate) tools: PathBuf,
 }
 
-/// Finds the kernel and builds the rest, unless it is there, made from the same parts.
-pub(crate) fn boot_files() -> Result<BootFiles> {
+/// The verifying writer, as the guest knows it.
+pub(crate) const WRITER: &str = "bin/guest_writer";
+
+/// Finds the kernel and builds the rest, unless it is there, made from the same parts. `writer`: the
+/// guest is to have the verifying writer.
+pub(crate) fn boot_files(writer: bool) -> Result<BootFiles> {
     let cache = cache_directory()?;
     let kernel_root = cache.join("kernel");
     ensure!(
@@ -65,7 +70,37 @@ pub(crate) fn boot_files() -> Result<BootFiles> {
         Ok(fs::write(unfinished, build_initramfs(&modules)?)?)
     })?;
     let tools = cached(&cache, "tools", &tools, |unfinished| build_tools(&tools, unfinished))?;
+    let initramfs = if writer { with_writer(&initramfs)? } else { initramfs };
     Ok(BootFiles { kernel, initramfs, tools })
+}
+
+/// The initramfs with the verifying writer in a second archive behind the first: it is ours, of this
+/// build, so it belongs neither into the cache nor to the other programs.
+fn with_writer(initramfs: &Path) -> Result<PathBuf> {
+    let program = holdfast_binary("guest_writer")?;
+    let directory = work_directory()?;
+    fs::create_dir_all(&directory)?;
+    let stripped = tempfile::NamedTempFile::new_in(&directory)?;
+    // Without what debuggers need it is a tenth as large; the guest has little memory.
+    let mut strip = Command::new(system_binary("strip")?);
+    let output = strip.arg("-o").args([stripped.path(), &program]).output()?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "strip {} failed: {text}", program.display());
+    let mut archive = Archive::default();
+    archive.directory("bin");
+    archive.file(WRITER, 0o755, fs::read(stripped.path())?);
+    let mut bytes = fs::read(initramfs)?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(archive.encode());
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    let path = directory.join(format!("initramfs-{:016x}", hasher.finish()));
+    if !path.exists() {
+        let mut unfinished = tempfile::NamedTempFile::new_in(&directory)?;
+        unfinished.write_all(&bytes)?;
+        unfinished.persist(&path)?;
+    }
+    Ok(path)
 }
 
 /// Files to copy: path in the guest, path on the host.

@@ -76,6 +76,11 @@ impl Qmp {
         }
     }
 
+    /// Forgets the events that came so far.
+    pub(crate) fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     fn next(&mut self, deadline: Deadline) -> Result<Option<Value>> {
         let Some(line) = self.lines.next(deadline)? else { return Ok(None) };
         serde_json::from_str(&line).map(Some).with_context(|| format!("not JSON: {line}"))

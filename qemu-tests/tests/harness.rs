@@ -5,7 +5,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use blkio_client::{Client, Operation};
 use framework::fio::{Fio, Verify};
-use framework::{Disk, Guest, GuestOptions, Lab, StorageDaemon, test};
+use framework::{
+    Deadline, Disk, Guest, GuestOptions, Lab, StorageDaemon, Writer, WriterOptions, test,
+    wait_until,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -98,6 +101,36 @@ fn the_client_without_a_guest_reads_what_it_wrote() {
         client.wait(1, Duration::from_secs(30), |done| result = done.result)?;
         ensure!(result < 0, "a read past the end gave {result}");
         Ok(())
+    });
+}
+
+#[test]
+fn the_verifying_writer_sees_what_is_wrong_below_its_disk() {
+    use std::os::unix::fs::FileExt;
+    test(1, |lab: &Lab| {
+        let file = lab.file("disk", 64 * MIB)?;
+        let back_end = StorageDaemon::start(lab, "storage-daemon", &file)?;
+        let options = GuestOptions { writer: true, ..GuestOptions::new("guest") };
+        let mut guest = Guest::boot(lab, &options.disk("disk", back_end.socket()))?;
+        let options = WriterOptions { blocks: 1024, ..WriterOptions::default() };
+        let writer = Writer::start(&mut guest, options)?;
+        writer.begin(&mut guest)?;
+        let seen = writer.wait_for(&mut guest, 3000, Deadline::seconds(120))?;
+        ensure!(seen.completed >= 3000 && seen.slowest > Duration::ZERO, "{seen:?}");
+        // Half of what it works on is another block's now.
+        let disk = std::fs::OpenOptions::new().read(true).write(true).open(&file)?;
+        let mut block = vec![0; 4096];
+        disk.read_exact_at(&mut block, 4096)?;
+        for number in 0..512 {
+            disk.write_all_at(&block, number * 2 * 4096)?;
+        }
+        disk.sync_all()?;
+        let wrong = wait_until("the writer to notice", Deadline::seconds(120), || {
+            Ok(writer.seen(&mut guest).err().map(|error| format!("{error:#}")))
+        })?;
+        ensure!(wrong.contains("block"), "{wrong}");
+        ensure!(writer.finish(&mut guest).is_err(), "what was wrong stays wrong");
+        guest.check_no_complaints()
     });
 }
 

@@ -1,0 +1,208 @@
+//! A guest with a verifying writer that moves between two hosts, and what it felt.
+//!
+//! The hosts are network namespaces, each with a back end of its own that stands by: the daemon of a
+//! server that has a replica, or `holdfast attach`. QEMU's migration stream goes over the network between
+//! them. The volume's lease follows the guest's rings; nobody is told of a migration.
+
+mod attempt;
+mod trace;
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+pub use attempt::{Move, Step};
+
+use crate::cluster::{Attached, Cluster, ClusterOptions};
+use crate::guest::{Guest, GuestOptions};
+use crate::lab::Lab;
+use crate::network::{Network, Place};
+use crate::wait::Deadline;
+use crate::writer::{Seen, Writer, WriterOptions};
+
+/// The volume's size, in MiB.
+const VOLUME_MIB: u64 = 64;
+
+/// How long to wait for anything that is to happen at once, when the machine is busy.
+const PATIENCE_SECONDS: u64 = 120;
+
+/// Requests that are answered between two things that happen.
+const CALM: u64 = 300;
+
+/// The hosts of the network: servers, two hosts without a disk, and the cluster store's.
+const NAMES: [&str; 7] = ["a", "b", "c", "d", "one", "two", "store"];
+
+/// What the guest's hosts are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hosts {
+    /// Servers: the guest's daemon has a replica of its volume.
+    Servers,
+    /// Hosts without a disk, with `holdfast attach`.
+    Diskless,
+}
+
+impl Hosts {
+    /// Both kinds.
+    pub const ALL: [Self; 2] = [Self::Servers, Self::Diskless];
+
+    /// For command lines and tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Servers => "servers",
+            Self::Diskless => "diskless",
+        }
+    }
+
+    const fn names(self) -> [&'static str; 2] {
+        match self {
+            Self::Servers => ["a", "b"],
+            Self::Diskless => ["one", "two"],
+        }
+    }
+}
+
+/// One of the two hosts.
+#[derive(Debug)]
+struct Host {
+    place: Place,
+    address: Ipv4Addr,
+    socket: PathBuf,
+    /// `holdfast attach`, if that serves it.
+    attached: Option<Attached>,
+}
+
+/// Two hosts, and the guest on one of them.
+#[derive(Debug)]
+pub struct Rig<'lab> {
+    lab: &'lab Lab,
+    cluster: Cluster<'lab>,
+    hosts: [Host; 2],
+    here: usize,
+    guest: Guest,
+    writer: Writer,
+    limit: Duration,
+    launched: u16,
+}
+
+/// What a rig is made of.
+#[derive(Debug, Clone)]
+pub struct RigOptions {
+    /// The guest's hosts.
+    pub hosts: Hosts,
+    /// How long the guest lives at most.
+    pub limit: Duration,
+    /// What its writer does.
+    pub writer: WriterOptions,
+    /// How many servers there are.
+    pub servers: usize,
+    /// The cluster store's address; `None`: a SQLite file.
+    pub store: Option<String>,
+}
+
+impl RigOptions {
+    /// A writer as usual, three servers, and the cluster store in a file.
+    pub fn new(hosts: Hosts, limit: Duration) -> Self {
+        Self { hosts, limit, writer: WriterOptions::default(), servers: 3, store: None }
+    }
+}
+
+/// The network that a rig wants.
+pub fn network(lab: &Lab) -> Result<Network> {
+    Network::start(lab, &NAMES)
+}
+
+impl<'lab> Rig<'lab> {
+    /// Starts servers, makes a volume, lets both hosts stand by, and boots the guest on the first one.
+    pub fn start(lab: &'lab Lab, network: &'lab Network, options: RigOptions) -> Result<Self> {
+        let cluster = Cluster::start_of(
+            lab,
+            ClusterOptions {
+                servers: options.servers,
+                network: Some(network),
+                store: options.store,
+                ..ClusterOptions::default()
+            },
+        )?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let host = |number: usize| {
+            let name = options.hosts.names()[number];
+            let place = network.place(name)?;
+            let (socket, attached) = match options.hosts {
+                Hosts::Servers => (cluster.export_standby(number, "disk")?, None),
+                Hosts::Diskless => {
+                    let mut attached = cluster.start_attach("disk", &place, &["--standby"])?;
+                    attached.wait_for_socket()?;
+                    (attached.socket.clone(), Some(attached))
+                }
+            };
+            Ok::<_, anyhow::Error>(Host {
+                place,
+                address: network.address(name)?,
+                socket,
+                attached,
+            })
+        };
+        let hosts = [host(0)?, host(1)?];
+        let limit = options.limit;
+        let mut guest = Guest::boot(lab, &guest_options(&hosts[0], 0, limit))?;
+        let writer = Writer::start(&mut guest, options.writer)?;
+        writer.wait_for(&mut guest, CALM, Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(Self { lab, cluster, hosts, here: 0, guest, writer, limit, launched: 1 })
+    }
+
+    /// The servers.
+    pub fn cluster(&self) -> &Cluster<'lab> {
+        &self.cluster
+    }
+
+    /// The guest, wherever it is.
+    pub fn guest(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
+
+    /// The number of the host that the guest is on.
+    pub fn here(&self) -> usize {
+        self.here
+    }
+
+    /// Waits until the guest got on a bit, and has seen nothing wrong.
+    pub fn calm(&mut self) -> Result<Seen> {
+        let deadline = Deadline::seconds(PATIENCE_SECONDS);
+        let seen = self.writer.wait_for(&mut self.guest, CALM, deadline);
+        seen.with_context(|| format!("the guest is on host {}", self.here))
+    }
+
+    /// What the guest saw, and how much of it, without waiting.
+    pub fn seen(&mut self) -> Result<Seen> {
+        self.writer.seen(&mut self.guest)
+    }
+
+    /// Every block is what was written, nobody complained, and all processes are there.
+    pub fn finish(mut self) -> Result<()> {
+        let seen = self.writer.finish(&mut self.guest)?;
+        ensure!(seen.checked > 0, "nothing was checked in the end");
+        self.guest.check_no_complaints()?;
+        for host in &mut self.hosts {
+            host.attached.iter_mut().try_for_each(|attached| attached.process.check_alive())?;
+        }
+        self.cluster.servers().iter().try_for_each(crate::cluster::Server::check_alive)?;
+        self.guest.power_off()
+    }
+
+    /// What `holdfast attach` on a host has said so far.
+    pub fn said(&self, host: usize) -> Result<String> {
+        let attached = self.hosts[host].attached.as_ref().context("a host with holdfast attach")?;
+        Ok(std::fs::read_to_string(attached.process.log())?)
+    }
+}
+
+fn guest_options(host: &Host, number: u16, limit: Duration) -> GuestOptions {
+    GuestOptions {
+        place: host.place.clone(),
+        writer: true,
+        limit,
+        ..GuestOptions::new(&format!("guest{number}")).disk("disk", &host.socket)
+    }
+}

@@ -1,0 +1,306 @@
+//! One migration: that goes through, or is given up at some step.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::trace::{self, GET_VRING_BASE, SET_LOG_BASE};
+use super::{PATIENCE_SECONDS, Rig, guest_options};
+use crate::guest::Guest;
+use crate::wait::{Deadline, wait_until};
+
+/// Where destinations listen, each at another port.
+const FIRST_PORT: u16 = 5000;
+
+/// The bandwidth of a migration that is to be given up in the midst of it, in bytes a second.
+const SLOW_BYTES: u64 = 4 << 20;
+
+/// The bandwidth of others: more than the guest's memory.
+const FAST_BYTES: u64 = 1 << 30;
+
+/// How long the guest is watched before it moves, and after.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// When a migration is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Cancelled as soon as the back end has been told to log what it writes.
+    Logging,
+    /// Cancelled while memory is copied.
+    Copying,
+    /// Cancelled after the source's rings have stopped.
+    Stopped,
+    /// The destination is killed while memory is copied.
+    KilledCopying,
+    /// The destination is killed after the source's rings have stopped, and then told to go on.
+    KilledStopped,
+    /// The destination has got everything, and is killed before it starts its rings.
+    KilledMoved,
+}
+
+/// What a guest felt when it moved.
+#[derive(Debug, Clone, Copy)]
+pub struct Move {
+    /// What storage added to QEMU's own downtime, in milliseconds: `drain_ms` and `gap_ms`.
+    pub added_ms: f64,
+    /// How long the source's back end took to stop the rings. QEMU's downtime has it, too.
+    pub drain_ms: f64,
+    /// The longest time without an answer from when the guest was stopped until a second after, by the
+    /// guest's clock, which stands still while the guest is stopped.
+    pub gap_ms: f64,
+    /// The same for the second before the migration.
+    pub quiet_ms: f64,
+    /// QEMU's downtime.
+    pub downtime_ms: f64,
+    /// The slowest request while all this went on, by the guest's clock.
+    pub slowest_ms: f64,
+    /// How long all of it took.
+    pub total_ms: f64,
+}
+
+impl Step {
+    /// All of them, in the order of a migration.
+    pub const ALL: [Self; 6] = [
+        Self::Logging,
+        Self::Copying,
+        Self::KilledCopying,
+        Self::Stopped,
+        Self::KilledStopped,
+        Self::KilledMoved,
+    ];
+
+    /// For what is printed.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Logging => "cancelled when logging begins",
+            Self::Copying => "cancelled while copying",
+            Self::Stopped => "cancelled after the source stopped",
+            Self::KilledCopying => "destination killed while copying",
+            Self::KilledStopped => "destination killed after the source stopped",
+            Self::KilledMoved => "destination killed after it got everything",
+        }
+    }
+
+    const fn needs_pause(self) -> bool {
+        match self {
+            Self::Stopped | Self::KilledStopped => true,
+            Self::Logging | Self::Copying | Self::KilledCopying | Self::KilledMoved => false,
+        }
+    }
+
+    const fn bandwidth(self) -> u64 {
+        match self {
+            Self::Logging | Self::Copying | Self::KilledCopying => SLOW_BYTES,
+            Self::Stopped | Self::KilledStopped | Self::KilledMoved => FAST_BYTES,
+        }
+    }
+}
+
+/// A migration under way.
+struct Attempt {
+    destination: Guest,
+    /// How long the source's trace was before.
+    trace_from: u64,
+}
+
+impl Rig<'_> {
+    /// Moves the guest to the other host.
+    pub fn migrate(&mut self) -> Result<Move> {
+        let quiet = self.quiet()?;
+        let clocks = self.writer.clocks(&mut self.guest)?;
+        self.writer.begin(&mut self.guest)?;
+        let attempt = self.begin(false, FAST_BYTES, false)?;
+        self.wait_for_status(&["completed"])?;
+        let told = self.ask("query-migrate")?;
+        let deadline = Deadline::seconds(PATIENCE_SECONDS);
+        let stopped = self.guest.qmp().event("STOP", deadline, |_| true)?;
+        let said = trace::messages(self.guest.trace(), attempt.trace_from)?;
+        let drain = trace::time_to_answer(&said, GET_VRING_BASE);
+        self.arrive(attempt.destination)?;
+
+        let stopped = clocks.guest_at(timestamp(&stopped)?);
+        // The clock stood already while the rings were drained.
+        let error = clocks.error + drain + Duration::from_millis(2);
+        let seen = self.seen_until(stopped + WATCH)?;
+        let gap = seen.longest_between(stopped.saturating_sub(error), stopped + WATCH);
+        let number = |name: &str| told[name].as_f64().with_context(|| format!("{name} in {told}"));
+        Ok(Move {
+            added_ms: milliseconds(drain + gap),
+            drain_ms: milliseconds(drain),
+            gap_ms: milliseconds(gap),
+            quiet_ms: milliseconds(quiet),
+            downtime_ms: number("downtime")?,
+            slowest_ms: milliseconds(seen.slowest),
+            total_ms: number("total-time")?,
+        })
+    }
+
+    /// Moves the guest to the other host, whatever it feels there.
+    pub fn migrate_blindly(&mut self) -> Result<()> {
+        let attempt = self.begin(false, FAST_BYTES, false)?;
+        self.wait_for_status(&["completed"])?;
+        self.arrive(attempt.destination)
+    }
+
+    /// Begins to move the guest to the other host and gives up: the guest goes on where it is.
+    pub fn give_up_at(&mut self, step: Step) -> Result<()> {
+        self.abort_at(step)?;
+        self.calm().map(|_seen| ())
+    }
+
+    /// The same, without waiting for the guest to get on.
+    pub fn abort_at(&mut self, step: Step) -> Result<()> {
+        let paused = step == Step::KilledMoved;
+        let mut attempt = self.begin(step.needs_pause(), step.bandwidth(), paused)?;
+        match step {
+            Step::Logging => {
+                let trace = self.guest.trace().to_owned();
+                wait_until("the log of dirty pages", Deadline::seconds(PATIENCE_SECONDS), || {
+                    let said = trace::messages(&trace, attempt.trace_from)?;
+                    let asked = said.iter().any(|message| message.request == SET_LOG_BASE);
+                    Ok(asked.then_some(()))
+                })?;
+                self.cancel()?;
+            }
+            Step::Copying => {
+                self.wait_for_copying()?;
+                self.cancel()?;
+            }
+            Step::Stopped => {
+                self.wait_for_status(&["pre-switchover"])?;
+                self.cancel()?;
+            }
+            Step::KilledCopying => {
+                self.wait_for_copying()?;
+                attempt.destination.kill()?;
+                self.wait_for_status(&["failed"])?;
+            }
+            Step::KilledStopped => {
+                self.wait_for_status(&["pre-switchover"])?;
+                attempt.destination.kill()?;
+                let deadline = Deadline::seconds(PATIENCE_SECONDS);
+                let arguments = json!({ "state": "pre-switchover" });
+                // It may have noticed already.
+                let outcome = self.guest.qmp().execute("migrate-continue", &arguments, deadline);
+                self.wait_for_status(&["failed"]).with_context(|| format!("{outcome:?}"))?;
+            }
+            Step::KilledMoved => {
+                self.wait_for_status(&["completed"])?;
+                attempt.destination.kill()?;
+            }
+        }
+        drop(attempt);
+        self.resume()
+    }
+
+    /// Lets the guest go on where it is, after a migration that came to nothing.
+    fn resume(&mut self) -> Result<()> {
+        let status = self.ask("query-status")?;
+        if status["running"] != true {
+            self.ask("cont")?;
+        }
+        wait_until("the source to run", Deadline::seconds(PATIENCE_SECONDS), || {
+            Ok((self.ask("query-status")?["running"] == true).then_some(()))
+        })
+    }
+
+    /// Starts the other QEMU and lets the migration begin.
+    fn begin(&mut self, pause: bool, bandwidth: u64, paused: bool) -> Result<Attempt> {
+        let there = &self.hosts[1 - self.here];
+        let number = self.launched;
+        self.launched += 1;
+        let address = format!("tcp:{}:{}", there.address, FIRST_PORT + number % 10_000);
+        let mut options = guest_options(there, number, self.limit);
+        options.paused = paused;
+        let destination = Guest::await_migration(self.lab, &options, &address)?;
+        let deadline = Deadline::seconds(PATIENCE_SECONDS);
+        let trace_from = trace::length(self.guest.trace())?;
+        let qmp = self.guest.qmp();
+        let capabilities = json!([{ "capability": "pause-before-switchover", "state": pause }]);
+        let arguments = json!({ "capabilities": capabilities });
+        qmp.execute("migrate-set-capabilities", &arguments, deadline)?;
+        let arguments = json!({ "max-bandwidth": bandwidth });
+        qmp.execute("migrate-set-parameters", &arguments, deadline)?;
+        qmp.forget_events();
+        qmp.execute("migrate", &json!({ "uri": address }), deadline)?;
+        Ok(Attempt { destination, trace_from })
+    }
+
+    /// The guest is at the destination now.
+    fn arrive(&mut self, mut destination: Guest) -> Result<()> {
+        let deadline = Deadline::seconds(PATIENCE_SECONDS);
+        wait_until("the destination to run", deadline, || {
+            destination.process().check_alive()?;
+            let status = destination.qmp().execute("query-status", &json!({}), deadline)?;
+            Ok((status["running"] == true).then_some(()))
+        })?;
+        destination.succeed(&self.guest);
+        let mut source = std::mem::replace(&mut self.guest, destination);
+        self.here = 1 - self.here;
+        source.kill()
+    }
+
+    fn ask(&mut self, command: &str) -> Result<Value> {
+        self.guest.qmp().execute(command, &json!({}), Deadline::seconds(PATIENCE_SECONDS))
+    }
+
+    fn cancel(&mut self) -> Result<()> {
+        self.ask("migrate_cancel")?;
+        self.wait_for_status(&["cancelled"])
+    }
+
+    /// Waits until the migration is in one of these states.
+    fn wait_for_status(&mut self, wanted: &[&str]) -> Result<()> {
+        let what = format!("the migration to be {}", wanted.join(" or "));
+        wait_until(&what, Deadline::seconds(PATIENCE_SECONDS), || {
+            let told = self.ask("query-migrate")?;
+            let status = told["status"].as_str().unwrap_or_default();
+            if wanted.contains(&status) {
+                return Ok(Some(()));
+            }
+            ensure!(!["completed", "failed", "cancelled"].contains(&status), "{what}: {told}");
+            Ok(None)
+        })
+    }
+
+    fn wait_for_copying(&mut self) -> Result<()> {
+        wait_until("memory to be copied", Deadline::seconds(PATIENCE_SECONDS), || {
+            let told = self.ask("query-migrate")?;
+            let copied = told["ram"]["transferred"].as_u64().unwrap_or(0);
+            match told["status"].as_str() {
+                Some("failed" | "cancelled" | "completed") => bail!("it is over: {told}"),
+                Some("active") if copied > SLOW_BYTES => Ok(Some(())),
+                Some(_) | None => Ok(None),
+            }
+        })
+    }
+
+    /// The longest time without an answer in a second in which nothing happens.
+    fn quiet(&mut self) -> Result<Duration> {
+        self.writer.begin(&mut self.guest)?;
+        let from = self.writer.clocks(&mut self.guest)?.guest_at(crate::writer::wall_clock());
+        let seen = self.seen_until(from + WATCH)?;
+        Ok(seen.longest_between(from, from + WATCH))
+    }
+
+    /// What the guest has seen when its clock has come to `moment`.
+    fn seen_until(&mut self, moment: Duration) -> Result<crate::writer::Seen> {
+        // Not a wait for anything, and asking costs the guest time: look when it is over.
+        std::thread::sleep(WATCH);
+        wait_until("the guest's clock", Deadline::seconds(PATIENCE_SECONDS), || {
+            let seen = self.writer.seen(&mut self.guest)?;
+            Ok((seen.now >= moment).then_some(seen))
+        })
+    }
+}
+
+/// The wall clock of one of QEMU's events.
+fn timestamp(event: &Value) -> Result<Duration> {
+    let part = |name: &str| event["timestamp"][name].as_u64().context("an event's timestamp");
+    Ok(Duration::from_secs(part("seconds")?) + Duration::from_micros(part("microseconds")?))
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}

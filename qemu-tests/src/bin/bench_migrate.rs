@@ -1,0 +1,180 @@
+//! What a guest feels when it moves to another host, many times over.
+//! `scripts/dev bench migrate` builds everything and runs it.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use framework::bench::{self, Figure, Options, Outcome, Unit};
+use framework::migration::{Hosts, Move, Rig, RigOptions, Step, network};
+use framework::{Lab, Network};
+use serde_json::{Value, json};
+
+const USAGE: &str = "\
+Usage: scripts/dev bench migrate [--runs N] [--only HOSTS]... [--check] [--json [FILE]]
+
+  --runs N       migrations of each kind (default 30)
+  --only HOSTS   only between hosts of this kind, `servers` (each runs holdfastd and has a replica) or
+                 `diskless` (each runs holdfast attach), or `aborted`; may be given again
+  --check        exit status 1 if a figure misses its goal; those are listed last
+  --json [FILE]  the figures and every run in JSON, to FILE or in place of the table
+
+A guest under QEMU moves back and forth between two hosts (network namespaces, as root), while a
+program in it keeps 8 requests under way and knows what every read must return. `aborted` moves
+diskless, and before each migration that goes through there is one that is given up, at each step in
+turn. A failed request or a wrong byte is a failure of the whole run, whatever the figures.
+
+  added     what storage adds to QEMU's own downtime: drain and gap together
+  drain     the source's back end, from GET_VRING_BASE to its answer; QEMU's downtime has it, too
+  gap       the longest time without an answer from when the guest was stopped until a second after, by
+            the guest's clock, which stands still while the guest is stopped
+  quiet     the same for the second before: what the machine does to it, and no migration
+  downtime  QEMU's
+
+Exit status: 0, 1 for a failure or a goal that was missed, 2 for wrong arguments.
+";
+
+/// What storage may add to QEMU's downtime, in milliseconds, at its 99th percentile.
+const ADDED_MS_MAX: f64 = 20.0;
+
+/// How long a guest lives at most, for each migration.
+const LIMIT_EACH: Duration = Duration::from_mins(3);
+
+/// A kind of move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Scenario {
+    name: &'static str,
+    hosts: Hosts,
+    aborts: bool,
+}
+
+const SCENARIOS: [Scenario; 3] = [
+    Scenario { name: Hosts::Servers.name(), hosts: Hosts::Servers, aborts: false },
+    Scenario { name: Hosts::Diskless.name(), hosts: Hosts::Diskless, aborts: false },
+    Scenario { name: "aborted", hosts: Hosts::Diskless, aborts: true },
+];
+
+/// What came of one scenario.
+struct Measured {
+    scenario: Scenario,
+    moves: Vec<Move>,
+    given_up: usize,
+    failure: Option<String>,
+}
+
+fn main() -> ExitCode {
+    bench::main("migrate", USAGE, &SCENARIOS.map(|scenario| scenario.name), run)
+}
+
+fn run(options: &Options) -> Result<Outcome> {
+    if let Some(reason) = Network::unavailable() {
+        bail!("hosts with a network between them cannot be had: {reason}");
+    }
+    let wanted = SCENARIOS.into_iter().filter(|scenario| options.wants(scenario.name));
+    let measured: Vec<Measured> = wanted.map(|scenario| measure(scenario, options.runs)).collect();
+    let figures: Vec<Figure> = measured.iter().flat_map(Measured::figures).collect();
+    Ok(Outcome {
+        table: table(&measured, &figures),
+        report: report(&measured),
+        failures: measured.iter().filter_map(Measured::failed).collect(),
+        missed: figures.iter().filter_map(Figure::missed).collect(),
+    })
+}
+
+fn measure(scenario: Scenario, runs: usize) -> Measured {
+    let (moves, given_up, failure) = (Vec::new(), 0, None);
+    let mut measured = Measured { scenario, moves, given_up, failure };
+    let outcome = Lab::new(&format!("bench-migrate-{}", scenario.name), 1).and_then(|lab| {
+        let outcome = repeat(&lab, runs, &mut measured);
+        if outcome.is_err() {
+            eprintln!("{}", lab.report());
+        }
+        outcome
+    });
+    if let Err(error) = outcome {
+        eprintln!("{}: {error:#}", scenario.name);
+        measured.failure = Some(format!("{error:#}"));
+    }
+    measured
+}
+
+fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
+    let Scenario { name, hosts, aborts } = measured.scenario;
+    let network = network(lab)?;
+    let limit = LIMIT_EACH * u32::try_from(runs)? + Duration::from_mins(5);
+    let mut rig = Rig::start(lab, &network, RigOptions::new(hosts, limit))?;
+    let mut steps = Step::ALL.into_iter().cycle();
+    for run in 1..=runs {
+        if aborts && let Some(step) = steps.next() {
+            rig.give_up_at(step)?;
+            measured.given_up += 1;
+            eprintln!("{name} {run}/{runs}: {}", step.name());
+        }
+        let moved = rig.migrate()?;
+        measured.moves.push(moved);
+        eprintln!(
+            "{name} {run}/{runs}: added {:.1} ms to QEMU's {:.0} ms (quiet {:.1} ms)",
+            moved.added_ms, moved.downtime_ms, moved.quiet_ms
+        );
+    }
+    rig.finish()
+}
+
+impl Measured {
+    fn figures(&self) -> Vec<Figure> {
+        let figure = |what: &str, goal: Option<f64>, value: fn(&Move) -> f64| Figure {
+            name: format!("{} {what}", self.scenario.name),
+            unit: Unit::Milliseconds,
+            goal,
+            values: self.moves.iter().map(value).collect(),
+        };
+        vec![
+            figure("added", Some(ADDED_MS_MAX), |run| run.added_ms),
+            figure("drain", None, |run| run.drain_ms),
+            figure("gap", None, |run| run.gap_ms),
+            figure("quiet", None, |run| run.quiet_ms),
+            figure("downtime", None, |run| run.downtime_ms),
+            figure("slowest request", None, |run| run.slowest_ms),
+            figure("whole migration", None, |run| run.total_ms),
+        ]
+    }
+
+    fn failed(&self) -> Option<String> {
+        let failure = self.failure.as_ref()?;
+        let first = failure.lines().next().unwrap_or_default();
+        let moves = self.moves.len();
+        Some(format!("FAILED {} after {moves} migrations: {first}", self.scenario.name))
+    }
+}
+
+fn table(all: &[Measured], figures: &[Figure]) -> String {
+    let mut out = format!("{}\n", Figure::heading());
+    for figure in figures {
+        writeln!(out, "{}", figure.line()).expect("a string takes all");
+    }
+    for measured in all {
+        let (name, moves, given_up) =
+            (measured.scenario.name, measured.moves.len(), measured.given_up);
+        let wrong = if measured.failure.is_some() { "FAILED" } else { "nothing wrong" };
+        writeln!(out, "{name}: {moves} migrations, {given_up} given up, {wrong}")
+            .expect("a string takes all");
+    }
+    for failure in all.iter().filter_map(Measured::failed) {
+        writeln!(out, "{failure}").expect("a string takes all");
+    }
+    out
+}
+
+fn report(all: &[Measured]) -> Value {
+    let one = |measured: &Measured| {
+        json!({
+            "scenario": measured.scenario.name,
+            "migrations": measured.moves.len(),
+            "given_up": measured.given_up,
+            "failure": measured.failure,
+            "figures": measured.figures().iter().map(Figure::report).collect::<Vec<_>>(),
+        })
+    };
+    json!({ "benchmark": "migrate", "scenarios": all.iter().map(one).collect::<Vec<_>>() })
+}
