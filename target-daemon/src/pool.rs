@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use base::{ClusterId, PoolId, ServerId};
 use rustix::fs::{FlockOperation, flock};
 use shell::control::PoolDevices;
-use store::{DeviceRole, LABEL_AREA_BYTES, Label, LabelError};
+use store::{DeviceRole, LABEL_AREA_BYTES, LABEL_COPY_OFFSET, Label, LabelError};
 
 /// Whose a pool is, as its labels say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +62,23 @@ pub fn read_label(path: &Path) -> Result<Label, PoolError> {
 /// The first bytes of a device: as many as labels take, or fewer if it is shorter.
 pub fn read_start(file: &mut File) -> io::Result<Vec<u8>> {
     let mut first = Vec::with_capacity(LABEL_AREA_BYTES);
-    file.take(LABEL_AREA_BYTES as u64).read_to_end(&mut first)?;
-    Ok(first)
+    match file.take(LABEL_AREA_BYTES as u64).read_to_end(&mut first) {
+        Ok(_) => Ok(first),
+        Err(error) => read_halves(file).ok_or(error),
+    }
+}
+
+/// A label area of which something cannot be read, with other bytes in its place, if there is a label
+/// in the rest: each half has a copy.
+fn read_halves(file: &File) -> Option<Vec<u8>> {
+    let mut area = vec![u8::MAX; LABEL_AREA_BYTES];
+    for (number, half) in area.chunks_exact_mut(LABEL_COPY_OFFSET).enumerate() {
+        let offset = (number * LABEL_COPY_OFFSET) as u64;
+        if file.read_exact_at(half, offset).is_err() {
+            half.fill(u8::MAX);
+        }
+    }
+    store::identify(&area).is_ok().then_some(area)
 }
 
 /// Takes the lock that whoever opens or formats a pool holds on each of its devices. It is held

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use base::{BufferMut, Instant};
 use ring::{Completion, DeviceHandle, DeviceOptions, ErrorKind, Reactor, Token};
-use store::{DeviceIndex, DeviceInfo, DeviceRole, LABEL_AREA_BYTES};
+use store::{DeviceIndex, DeviceInfo, DeviceRole, LABEL_AREA_BYTES, LABEL_COPY_OFFSET};
 
 use crate::control::{PoolConfig, StartError};
 
@@ -69,11 +69,30 @@ fn check_label(
     if length == 0 {
         return Err(pool_error(path, &"it is too short to be a pool device"));
     }
-    let buffer = reactor.buffers().take(LABEL_AREA_BYTES).expect("no buffer is in use yet");
-    reactor.read(device, 0, buffer, 0, length, Token(0));
-    let buffer = wait_for_read(reactor, path)?;
-    store::identify(&buffer.payload()[..length]).map_err(|error| pool_error(path, &error))?;
-    Ok(())
+    let mut read = |offset: usize, length: usize| {
+        let buffer = reactor.buffers().take(LABEL_AREA_BYTES).expect("no buffer is in use yet");
+        reactor.read(device, offset as u64, buffer, 0, length, Token(0));
+        wait_for_read(reactor, path)
+    };
+    let label = match read(0, length) {
+        Ok(buffer) => store::identify(&buffer.payload()[..length]),
+        Err(error) if length < LABEL_AREA_BYTES => return Err(error),
+        Err(error) => {
+            // A sector of it is bad; each half has a copy of the label.
+            let mut area = vec![u8::MAX; LABEL_AREA_BYTES];
+            for half in area.chunks_exact_mut(LABEL_COPY_OFFSET).enumerate() {
+                let (number, half) = half;
+                if let Ok(buffer) = read(number * LABEL_COPY_OFFSET, LABEL_COPY_OFFSET) {
+                    half.copy_from_slice(&buffer.payload()[..LABEL_COPY_OFFSET]);
+                }
+            }
+            match store::identify(&area) {
+                Ok(label) => Ok(label),
+                Err(_) => return Err(error),
+            }
+        }
+    };
+    label.map(|_| ()).map_err(|error| pool_error(path, &error))
 }
 
 fn wait_for_read(reactor: &mut Reactor, path: &Path) -> Result<BufferMut, StartError> {

@@ -13,8 +13,8 @@ pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 
 /// The first bytes of every device, which hold two copies of its label.
 pub const LABEL_AREA_BYTES: usize = 128 * 1024;
-/// Offset of the label's second copy.
-pub(crate) const LABEL_COPY_OFFSET: usize = 64 * 1024;
+/// Offset of the label's second copy: either half of the label area has one.
+pub const LABEL_COPY_OFFSET: usize = 64 * 1024;
 
 /// The most devices of a pool.
 pub(crate) const DEVICES_MAX: usize = 64;

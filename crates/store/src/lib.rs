@@ -45,7 +45,7 @@ pub use api::{
 pub use label::{Label, LabelError, identify};
 pub use layout::{
     DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,
-    format,
+    LABEL_COPY_OFFSET, format,
 };
 pub use scrub::Scrubbed;
 pub use store::Store;

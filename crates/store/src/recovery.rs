@@ -15,7 +15,7 @@ use crate::bytes::Reader;
 use crate::home::ChunkSpace;
 use crate::index::Index;
 use crate::label::{Label, LabelError, identify};
-use crate::layout::{DeviceIndex, LABEL_AREA_BYTES, PAGE, device_index};
+use crate::layout::{DeviceIndex, LABEL_AREA_BYTES, LABEL_COPY_OFFSET, PAGE, device_index};
 use crate::metadata::{Entry, PAGE_HEADER_BYTES, Page, PageKind, Restart};
 use crate::replay::{Link, Replay, Replayed};
 use crate::segments::{SegmentState, Segments};
@@ -48,6 +48,14 @@ enum Stage {
     Done,
 }
 
+/// A label area that is read by halves, of which each has a copy of the label.
+struct Halves {
+    /// What cannot be read is no label.
+    area: Vec<u8>,
+    read: usize,
+    error: DiskError,
+}
+
 /// A reopening under way.
 #[derive(Default)]
 pub(crate) struct Opening {
@@ -56,6 +64,8 @@ pub(crate) struct Opening {
     next: u32,
     in_flight: u32,
     labels: Vec<Label>,
+    /// The label area of a device that cannot be read as a whole.
+    halves: Option<Halves>,
     /// Of the four region headers (copy × 2 + region): generation, checkpoint pages, CRC.
     headers: [Option<(u64, u32, u32)>; 4],
     checkpoint_pages: u32,
@@ -131,7 +141,40 @@ impl Store {
         }
         self.opening.in_flight = 1;
         let task = Task::Opening { piece: self.opening.next };
-        self.read(device_index(next), 0, buffer, LABEL_AREA_BYTES, task);
+        let (offset, length) = match &self.opening.halves {
+            None => (0, LABEL_AREA_BYTES),
+            Some(halves) => (halves.read * LABEL_COPY_OFFSET, LABEL_COPY_OFFSET),
+        };
+        self.read(device_index(next), offset as u64, buffer, length, task);
+    }
+
+    /// A label area was read, or a half of one.
+    fn label_area_read(&mut self, device: DeviceIndex, result: Result<BufferMut, DiskError>) {
+        let Some(mut halves) = self.opening.halves.take() else {
+            match result {
+                Ok(buffer) => self.label_read(device, identify(buffer.payload())),
+                Err(error) => {
+                    let area = vec![u8::MAX; LABEL_AREA_BYTES];
+                    self.opening.halves = Some(Halves { area, read: 0, error });
+                }
+            }
+            return;
+        };
+        let start = halves.read * LABEL_COPY_OFFSET;
+        match result {
+            Ok(buffer) => halves.area[start..start + LABEL_COPY_OFFSET]
+                .copy_from_slice(&buffer.payload()[..LABEL_COPY_OFFSET]),
+            Err(error) => halves.error = error,
+        }
+        halves.read += 1;
+        if start == 0 {
+            self.opening.halves = Some(halves);
+            return;
+        }
+        match identify(&halves.area) {
+            Ok(label) => self.label_read(device, Ok(label)),
+            Err(_) => self.refuse(OpenError::Read { device, error: halves.error }),
+        }
     }
 
     pub(crate) fn opening_read(
@@ -145,10 +188,7 @@ impl Store {
         }
         self.opening.in_flight -= 1;
         match self.opening.stage {
-            Stage::Labels => match result {
-                Ok(buffer) => self.label_read(device, &buffer),
-                Err(error) => self.refuse(OpenError::Read { device, error }),
-            },
+            Stage::Labels => self.label_area_read(device, result),
             Stage::Headers => {
                 self.opening.next += 1;
                 let header = result
@@ -184,8 +224,8 @@ impl Store {
         }
     }
 
-    fn label_read(&mut self, device: DeviceIndex, buffer: &BufferMut) {
-        let label = identify(buffer.payload()).and_then(|label| {
+    fn label_read(&mut self, device: DeviceIndex, label: Result<Label, LabelError>) {
+        let label = label.and_then(|label| {
             let config = &self.config;
             let pool = config.pool.or_else(|| self.opening.labels.first().map(|label| label.pool));
             let pool = pool.unwrap_or(label.pool);

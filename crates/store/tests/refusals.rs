@@ -6,7 +6,7 @@ mod sim;
 
 use base::{ClusterId, PoolId, ServerId};
 use core::time::Duration;
-use sim::{Disk, Random, World, config, format_config, shape};
+use sim::{Disk, Random, SECTOR, World, config, format_config, shape};
 use store::{DeviceIndex, FormatError, LABEL_AREA_BYTES, LabelError, OpenError, format, identify};
 
 fn error(result: Result<(), OpenError>) -> LabelError {
@@ -36,6 +36,21 @@ fn wrong_devices_are_told_apart() {
     // One copy of a label is enough.
     assert!(open(&|world| world.disks[0].media[..4096].fill(0xff)).is_ok());
     assert!(open(&|world| world.disks[0].media[65536..65536 + 4096].fill(0xff)).is_ok());
+    // Nor need the sectors of the other be readable, or what lies between them.
+    for sectors in [vec![0], vec![65536 / SECTOR], vec![9, 17], vec![65536 / SECTOR + 20]] {
+        let opened = open(&|world| world.disks[1].latent.extend(&sectors));
+        assert!(opened.is_ok(), "sectors {sectors:?}: {opened:?}");
+    }
+    for other in [65536 / SECTOR, 65536 / SECTOR + 9] {
+        let unreadable = open(&|world| world.disks[0].latent.extend([3, other]));
+        assert!(matches!(unreadable, Err(OpenError::Read { device: DeviceIndex(0), .. })));
+    }
+    // What can be read is believed only if it is a label.
+    let mixed = open(&|world| {
+        world.disks[0].media[100] ^= 1;
+        world.disks[0].latent.insert(65536 / SECTOR);
+    });
+    assert!(matches!(mixed, Err(OpenError::Read { .. })));
     let swapped = open(&|world| world.disks[0].media[..131_072].fill(0xff));
     assert_eq!(error(swapped), LabelError::Foreign);
     let blank = open(&|world| world.disks[1].media.fill(0));

@@ -28,6 +28,8 @@ pub(crate) struct CatchUp {
 struct Slot {
     /// Donors that could not read it.
     tried: u8,
+    /// Those of them that said it is damaged.
+    rotten: u8,
     state: SlotState,
 }
 
@@ -51,7 +53,14 @@ impl CatchUp {
     pub(crate) fn forget_donor(&mut self, slot: usize) {
         for wanted in &mut self.slots {
             wanted.tried &= !bit(slot);
+            wanted.rotten &= !bit(slot);
         }
+    }
+
+    /// The first record that is lacking, `next`, if donors said that it is damaged; and which.
+    pub(crate) fn unreadable(&self, next: Seq) -> Option<(Seq, u8)> {
+        let first = self.slots.front().filter(|first| first.rotten != 0)?;
+        Some((next, first.rotten))
     }
 
     /// The donor's session is gone: ask others.
@@ -129,6 +138,7 @@ impl Head {
             catch_up.retry_at = None;
             for slot in &mut catch_up.slots {
                 slot.tried = 0;
+                slot.rotten = 0;
             }
         }
         while self.members[index].next_send < base && self.may_append(index) {
@@ -170,7 +180,7 @@ impl Head {
         }
         catch_up.next_scan = catch_up.next_scan.max(first);
         while catch_up.slots.len() < depth && catch_up.next_scan < base {
-            catch_up.slots.push_back(Slot { tried: 0, state: SlotState::Wanted });
+            catch_up.slots.push_back(Slot { tried: 0, rotten: 0, state: SlotState::Wanted });
             catch_up.next_scan = catch_up.next_scan.next();
         }
         for place in 0..catch_up.slots.len() {
@@ -261,7 +271,10 @@ impl Head {
             }
             Ok(_) | Err(_) => {
                 slot.state = SlotState::Wanted;
-                slot.tried |= 1 << donor;
+                slot.tried |= bit(donor);
+                if matches!(result, Err(ReplicaError::Damaged)) {
+                    slot.rotten |= bit(donor);
+                }
             }
         }
         Ok(())

@@ -98,6 +98,7 @@ impl Head {
     fn begin_filling(&mut self, index: usize, chunks: bool, beyond: Seq, why: MemberMode) {
         let now = self.now;
         let member = &mut self.members[index];
+        member.heard = false;
         let at = now.max(member.fill_after);
         let filling = Filling { why, chunks, beyond, source: None, tried: 0, at, progress: None };
         member.enter(Mode::Filling(filling), now);

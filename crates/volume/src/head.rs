@@ -143,6 +143,8 @@ pub struct Head {
     /// Sessions there were, of all members.
     pub(crate) sessions: u64,
     pub(crate) log: Log,
+    /// This opening has dropped the end of the log that it chose.
+    pub(crate) cut: bool,
     pub(crate) newest: Newest,
     pub(crate) reads: Reads,
     pub(crate) grants: Grants,
@@ -176,6 +178,9 @@ pub struct Head {
     /// Planted by tests: reads need no grants.
     #[cfg(test)]
     pub(crate) trusts_blindly: bool,
+    /// Planted by tests: who may hold what cannot be read is not counted.
+    #[cfg(test)]
+    pub(crate) drops_blindly: bool,
 }
 
 /// Where a head is in its life.
@@ -230,6 +235,7 @@ impl Head {
             sets: Sets::of(in_sync),
             sessions: 0,
             log: Log::new(DEPTH_EXPECTED),
+            cut: false,
             newest: Newest::new(volume.block_size),
             reads: Reads::new(),
             grants: Grants::new(),
@@ -252,6 +258,8 @@ impl Head {
             counter: 0,
             #[cfg(test)]
             trusts_blindly: false,
+            #[cfg(test)]
+            drops_blindly: false,
         })
     }
 

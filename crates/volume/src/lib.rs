@@ -65,6 +65,7 @@ mod status;
 mod tag;
 #[cfg(test)]
 mod tests;
+mod unreadable;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};

@@ -31,6 +31,11 @@ pub(crate) struct Matching {
     floor: Seq,
     /// Donors that could not read the probe.
     tried: u8,
+    /// The record at `high` counts as not shared because the member cannot read it.
+    doubt: bool,
+    /// The search is over: keep the member's log through here once somebody has shown that
+    /// he can read our record at `high`, which is the probe now.
+    confirm: Option<Seq>,
     pub(crate) damaged: Option<Seq>,
     pub(crate) retry_at: Option<Instant>,
 }
@@ -67,6 +72,8 @@ impl Matching {
             theirs: ASK,
             floor: Seq::ZERO,
             tried: 0,
+            doubt: false,
+            confirm: None,
             damaged: None,
             retry_at: None,
         }
@@ -90,6 +97,7 @@ impl Matching {
             return Step::Park(MemberMode::Diverged);
         } else {
             self.high = Some(self.probe);
+            self.doubt = false;
         }
         self.narrow()
     }
@@ -127,8 +135,9 @@ impl Head {
     /// Begins to bring a sealed member into line with the head's log.
     pub(crate) fn match_member(&mut self, index: usize, state: ReplicaState) {
         let end = self.log.last();
-        if state.last == end || planted::is(Bug::TailMatchedBySeq) && state.last.seq == end.seq {
-            self.shared(index, state, end.seq);
+        let planted = planted::is(Bug::TailMatchedBySeq) && state.last.seq == end.seq;
+        if state.last.epoch == end.epoch && state.last.seq <= end.seq || planted {
+            self.shared(index, state, state.last.seq);
             return;
         }
         if state.last.epoch == self.epoch && state.last.seq > end.seq {
@@ -165,9 +174,13 @@ impl Head {
         if matching.retry_at.take().is_some() {
             matching.tried = 0;
         }
-        self.ask_ours(index);
         self.ask_theirs(index);
+        self.ask_ours(index);
         let Some(matching) = self.matching(index) else { return };
+        if let (Some(keep), Side::Known(_)) = (matching.confirm, matching.ours) {
+            let state = matching.state;
+            return self.shared(index, state, keep);
+        }
         if let (Side::Known(ours), Side::Known(theirs)) = (matching.ours, matching.theirs) {
             let step = matching.compare(ours, theirs);
             self.step(index, &step);
@@ -178,10 +191,20 @@ impl Head {
         match *step {
             Step::Ask => self.pump_matching(index),
             Step::Park(why) => self.needs_copy(index, why, why == MemberMode::TooFarBehind),
-            Step::Shared(seq) => {
+            Step::Shared(keep) => {
                 let Some(matching) = self.matching(index) else { return };
-                let state = matching.state;
-                self.shared(index, state, seq);
+                let (state, doubt) = (matching.state, matching.doubt);
+                if doubt {
+                    // Its own record may be the only good reason to wait for ours.
+                    matching.confirm_before_keeping(keep);
+                    self.members[index].doubted = true;
+                    return self.pump_matching(index);
+                }
+                let member = &mut self.members[index];
+                if !member.doubted {
+                    member.reach = keep;
+                }
+                self.shared(index, state, keep);
             }
         }
     }
@@ -190,10 +213,12 @@ impl Head {
         let Some(matching) = self.matching(index) else { return };
         let (probe, side, tried) = (matching.probe, matching.ours, matching.tried);
         let Side::Ask { after } = side else { return };
-        let known = self.log.epoch_at(probe).or_else(|| {
-            let entry = self.log.entry(probe.next())?;
-            Some(entry.record.header().previous_epoch)
-        });
+        let (confirming, theirs) = (matching.confirm.is_some(), matching.theirs);
+        let known = if confirming {
+            self.log.entry(probe).map(|entry| entry.record.header().position.epoch)
+        } else {
+            self.epoch_of_ours(probe, theirs)
+        };
         let side = if let Some(epoch) = known {
             Side::Known(epoch)
         } else {
@@ -216,6 +241,20 @@ impl Head {
         if let Some(matching) = self.matching(index) {
             matching.ours = side;
         }
+    }
+
+    /// The epoch of our record `probe`, as far as it follows from what is known.
+    fn epoch_of_ours(&self, probe: Seq, theirs: Side) -> Option<Epoch> {
+        let last = self.log.last();
+        // An epoch has one EpochStart, and its records follow that without a gap: if theirs there is
+        // of the epoch in which ours ends, ours is, too.
+        if theirs == Side::Known(last.epoch) && probe <= last.seq {
+            return Some(last.epoch);
+        }
+        self.log.epoch_at(probe).or_else(|| {
+            let entry = self.log.entry(probe.next())?;
+            Some(entry.record.header().previous_epoch)
+        })
     }
 
     fn ask_theirs(&mut self, index: usize) {
@@ -337,6 +376,7 @@ impl Head {
             return self.needs_copy(index, MemberMode::Diverged, true);
         }
         matching.high = Some(matching.probe);
+        matching.doubt = true;
         let step = matching.narrow();
         self.step(index, &step);
     }
@@ -395,6 +435,16 @@ fn reserve() -> BufferPool {
 impl Matching {
     fn side(&mut self, ours: bool) -> &mut Side {
         if ours { &mut self.ours } else { &mut self.theirs }
+    }
+
+    /// The search is over, but for the record that the member could not read: can ours be read?
+    fn confirm_before_keeping(&mut self, keep: Seq) {
+        if let Some(high) = self.high {
+            self.probe(high);
+        }
+        self.ours = Side::Ask { after: false };
+        self.theirs = Side::Known(Epoch::NONE);
+        self.confirm = Some(keep);
     }
 
     /// That donor is no member any more; another may get its slot.

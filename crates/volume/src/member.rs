@@ -79,7 +79,13 @@ pub(crate) struct Member {
     pub(crate) outstanding: usize,
     /// It holds this record and every one before, all as in the head's log. Valid while `follows`.
     pub(crate) acked: Seq,
-    /// Of those, what is on its media.
+    /// It may hold records of the head's log through here, by what it said or was sent.
+    pub(crate) reach: Seq,
+    /// What it holds is known: it has answered this head, and nobody else writes to its log.
+    pub(crate) heard: bool,
+    /// It was truncated at a record that it could not read, which may have been the head's.
+    pub(crate) doubted: bool,
+    /// Of what it acknowledged, what is on its media.
     durable: Seq,
     /// The next record to send it.
     pub(crate) next_send: Seq,
@@ -119,6 +125,9 @@ impl Member {
             since: now,
             outstanding: 0,
             acked: Seq::ZERO,
+            reach: Seq::ZERO,
+            heard: false,
+            doubted: false,
             durable: Seq::ZERO,
             next_send: Seq(1),
             sent_epoch: Epoch::NONE,
@@ -215,6 +224,7 @@ impl Member {
         self.in_flight_bytes += bytes;
         self.sent_epoch = record.header().position.epoch;
         self.next_send = seq.next();
+        self.reach = self.reach.max(seq);
         assert!(self.in_flight_records() < MEMBER_COMMANDS_MAX, "appends are bounded");
     }
 

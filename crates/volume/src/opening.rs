@@ -84,6 +84,7 @@ impl Head {
     }
 
     fn advance_reconciling(&mut self) {
+        self.drop_unreadable();
         let tail = self.log.tail();
         let holders = self.holders(tail.seq, false);
         if holders & self.sets.old() == 0 {
@@ -98,6 +99,7 @@ impl Head {
     /// acknowledged but not flushed: then it may have them.
     pub(crate) fn better_tail(&self, index: usize, state: ReplicaState) -> bool {
         self.members[index].in_sync()
+            && !self.cut
             && state.last > self.log.tail()
             && !planted::is(Bug::BetterTailDropped)
     }
@@ -106,6 +108,7 @@ impl Head {
     /// somebody came with a better one.
     pub(crate) fn seal_again(&mut self) {
         self.phase = Phase::Sealing { quorum_since: None };
+        self.cut = false;
         for index in 0..self.members.len() {
             match self.members[index].mode {
                 Mode::Sealed(_)

@@ -183,12 +183,15 @@ impl Head {
         self.say_hello(index);
         self.members[index].trimmed = state.trimmed;
         self.members[index].damaged = state.damaged;
+        self.members[index].heard = !state.filling && !state.damaged;
         if state.filling || state.damaged {
             // What it says of its log is less than what it acknowledged: no opening may count on it.
             let why = if state.filling { MemberMode::Filling } else { MemberMode::Damaged };
             return self.needs_copy(index, why, false);
         }
-        self.members[index].enter(Mode::Sealed(state), now);
+        let member = &mut self.members[index];
+        member.reach = member.reach.max(state.last.seq);
+        member.enter(Mode::Sealed(state), now);
         match self.phase {
             Phase::Sealing { .. } => {}
             Phase::Reconciling if self.better_tail(index, state) => self.seal_again(),

@@ -4,9 +4,9 @@
 use std::collections::VecDeque;
 
 use base::{
-    BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, Durability, Epoch, Instant, Lba,
-    Member, Operation, Policy, PoolId, ReplicaCommand, ReplicaError, ReplyBody, RequestId, Role,
-    ServerId, ShardIndex, ShardRecord, Status, VolumeId, VolumeRecord,
+    BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Durability, Epoch,
+    Instant, Lba, Member, Operation, Policy, PoolId, ReplicaCommand, ReplicaError, ReplyBody,
+    RequestId, Role, ServerId, ShardIndex, ShardRecord, Status, VolumeId, VolumeRecord,
 };
 use core::time::Duration;
 
@@ -72,6 +72,8 @@ pub(super) struct Bench {
     pub(super) wires: Vec<VecDeque<Sent>>,
     /// Members whose commands are not delivered for now.
     pub(super) held: Vec<bool>,
+    /// What members answer to scans instead of records.
+    pub(super) failing_scans: Option<ReplicaError>,
     pub(super) replies: Vec<BlockReply>,
     pub(super) returned: Vec<BlockRequest>,
     /// Everything else that came out.
@@ -98,6 +100,7 @@ impl Bench {
             truth: Truth::default(),
             wires: (0..members).map(|_| VecDeque::new()).collect(),
             held: vec![false; members],
+            failing_scans: None,
             replies: Vec::new(),
             returned: Vec::new(),
             news: Vec::new(),
@@ -205,6 +208,9 @@ impl Bench {
     pub(super) fn deliver(&mut self, index: usize) {
         let (tag, command) = self.wires[index].pop_front().unwrap();
         let ReplicaCommand { epoch, commit, body, .. } = command;
+        if let (CommandBody::Scan { .. }, Some(error)) = (&body, self.failing_scans) {
+            return self.answer(index, tag, Err(error));
+        }
         let model = &mut self.models[index];
         let result = match model.command(&mut self.truth, self.number, epoch, commit, body) {
             Effect::Answer(result) => result,

@@ -27,6 +27,7 @@ fn settings(seed: u64) -> Settings {
         deposes: true,
         untrue_head: false,
         untrue_members: false,
+        drops_blindly: false,
     }
 }
 

@@ -137,6 +137,10 @@ impl World {
     }
 
     pub(super) fn stranded(&mut self, head: usize, server: usize) {
+        if self.settings.bad == Some(server) && self.random.one_in(2) {
+            let last = self.servers[server].model.written;
+            self.damage(server, last);
+        }
         if self.random.one_in(2) {
             if head == self.current() {
                 self.crash_head(1);
@@ -163,6 +167,9 @@ impl World {
             self.kill(absent, false);
             let downtime = self.random.below(200 * self.settings.delay);
             self.restart_after(absent, downtime);
+            if let Some(bad) = self.settings.bad.filter(|bad| *bad != server && *bad != absent) {
+                self.damage_what_is_lacked(bad, server, absent);
+            }
         }
         self.restart_after(server, 0);
         self.crash_head(1);
@@ -222,27 +229,43 @@ impl World {
         self.restart_after(server, downtime);
     }
 
-    /// Damages a record of the bad member that another holds, safely.
+    /// Damages a record of which the member that was left behind lacks a copy, and the absent one alone
+    /// can show the good one.
+    fn damage_what_is_lacked(&mut self, bad: usize, behind: usize, absent: usize) {
+        let models = [bad, behind, absent].map(|server| &self.servers[server].model);
+        let lacked = |seq: &u64| {
+            let [own, behind, absent] = models.map(|model| model.entry(Seq(*seq)));
+            own != behind && own == absent && models[2].written >= Seq(*seq)
+        };
+        if let Some(seq) = (1..=models[0].written.0).rev().find(lacked) {
+            self.damage(bad, Seq(seq));
+        }
+    }
+
+    /// Damages one of the last records of the bad member.
     fn damage_one(&mut self) {
         let Some(bad) = self.settings.bad else { return };
-        if self.settings.power_losses {
-            return;
-        }
         let written = self.servers[bad].model.written;
-        if written == Seq::ZERO {
+        if written > Seq::ZERO {
+            let back = self.random.below(written.0.min(12));
+            self.damage(bad, Seq(written.0 - back));
+        }
+    }
+
+    /// Damages a record of the bad member that another holds as well, or that it alone has: so that it was
+    /// not acknowledged.
+    fn damage(&mut self, bad: usize, seq: Seq) {
+        let Some(entry) = self.servers[bad].model.entry(seq).copied() else { return };
+        let mut others = self.servers.iter().enumerate().filter(|(index, _)| *index != bad);
+        let same = |server: &Server| server.model.entry(seq) == Some(&entry);
+        let held = others.clone().any(|(_, server)| {
+            server.model.written >= seq && server.model.trimmed < seq && same(server)
+        });
+        let lone = self.servers.len() > 2 && !others.any(|(_, server)| same(server));
+        if self.settings.power_losses || !held && !lone {
             return;
         }
-        let seq = Seq(1 + written.0 - 1 - self.random.below(written.0.min(12)));
-        let entry = *self.servers[bad].model.entry(seq).unwrap();
-        let holds = |(index, server): (usize, &Server)| {
-            index != bad
-                && server.model.written >= seq
-                && server.model.trimmed < seq
-                && server.model.entry(seq) == Some(&entry)
-        };
-        if self.servers.iter().enumerate().any(holds) {
-            self.count("damage");
-            self.servers[bad].model.damaged.insert(seq);
-        }
+        self.count(if held { "damage" } else { "damage of a lone record" });
+        self.servers[bad].model.damaged.insert(seq);
     }
 }

@@ -61,6 +61,7 @@ fn settings(delay: u64) -> Settings {
         deposes: false,
         untrue_head: false,
         untrue_members: false,
+        drops_blindly: false,
     }
 }
 

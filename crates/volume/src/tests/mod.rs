@@ -14,4 +14,5 @@ mod news;
 mod oracle;
 mod random;
 mod scenarios;
+mod unreadable;
 mod world;

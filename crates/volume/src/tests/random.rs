@@ -7,7 +7,7 @@ use super::oracle::{Answers, Asked};
 use super::world::{Counts, MS, Random, Settings, World, quick};
 use crate::{HeadPhase, Input, MemberMode, Tunables};
 
-fn settings(seed: u64) -> Settings {
+pub(super) fn settings(seed: u64) -> Settings {
     let mut random = Random::new(seed ^ 0xabcd);
     let members = [1, 2, 3, 3, 3, 5][random.index(6)];
     let rough = members >= 3;
@@ -29,6 +29,7 @@ fn settings(seed: u64) -> Settings {
         deposes: false,
         untrue_head: false,
         untrue_members: false,
+        drops_blindly: false,
         spares: None,
     }
 }
@@ -52,7 +53,7 @@ fn changing_settings(seed: u64) -> Settings {
 }
 
 /// Runs one world to its end.
-fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (Counts, Answers) {
+pub(super) fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (Counts, Answers) {
     // Where it is not too long to wait for them.
     settings.grants = settings.delay >= MS && seed.is_multiple_of(2);
     let (delay, greedy) = (settings.delay, settings.greedy_trims);

@@ -75,6 +75,8 @@ pub(super) struct Settings {
     pub(super) untrue_head: bool,
     /// Planted: members answer Seals at once.
     pub(super) untrue_members: bool,
+    /// Planted: heads drop what cannot be read, whoever may hold it.
+    pub(super) drops_blindly: bool,
     /// Servers that keep no replica at first; with them, members come and go.
     pub(super) spares: Option<usize>,
 }
@@ -307,6 +309,7 @@ impl World {
         let now = clock.at(self.now);
         let mut head = Head::new(self.config(), now).expect("the configuration is valid");
         head.trusts_blindly = self.settings.untrue_head;
+        head.drops_blindly = self.settings.drops_blindly;
         let links = vec![Link::default(); self.servers.len()];
         let running = Running {
             head,
@@ -581,8 +584,12 @@ impl World {
             (matches!(body, CommandBody::Seal), matches!(body, CommandBody::Release));
         let model = &mut self.servers[server].model;
         let sealed_before = model.sealed;
+        let rotten = model.damaged.len();
         let effect = model.command(&mut self.truth, head, epoch, commit, body);
-        let life = model.life;
+        let (life, dropped) = (model.life, rotten > model.damaged.len());
+        if dropped {
+            self.count("unreadable record dropped");
+        }
         let admitted = !matches!(effect, Effect::Answer(Err(ReplicaError::Superseded { .. })));
         let deposes = epoch > sealed_before;
         if admitted && self.settings.grants {

@@ -69,6 +69,8 @@ struct Total {
     heads: u64,
     events: u64,
     simulated: Duration,
+    /// Of all traces together, in whatever order the seeds were run.
+    digest: u64,
     slowest_recovery: (Duration, u64),
     places: Places,
     violations: BTreeMap<u64, Violation>,
@@ -86,6 +88,8 @@ impl Total {
                 self.heads += report.heads;
                 self.events += report.events;
                 self.simulated += report.simulated;
+                let mixed = report.digest.wrapping_mul(seed | 1).rotate_left(31);
+                self.digest = self.digest.wrapping_add(mixed);
                 self.slowest_recovery = self.slowest_recovery.max((report.recovery, seed));
                 self.places.add(&report.places);
             }
@@ -205,6 +209,7 @@ fn report(arguments: &Arguments, base: u64, total: &Total, elapsed: Duration) ->
                 "checked_blocks": total.checked,
                 "faults": total.faults,
                 "heads": total.heads,
+                "digest": format!("{:016x}", total.digest),
                 "slowest_recovery_seconds": total.slowest_recovery.0.as_secs_f64(),
                 "places": places,
                 "places_missing": missing,
@@ -215,7 +220,7 @@ fn report(arguments: &Arguments, base: u64, total: &Total, elapsed: Duration) ->
         println!(
             "sim: {} seeds in {seconds:.1} s: {:.0} simulated seconds ({:.0}/s), {} events ({}/s)\n  \
              {} requests, {} checked writes ({}/s), {} blocks read and checked, {} heads\n  \
-             {} faults ({:.1} per simulated second); slowest recovery {:.1} s (seed {})",
+             {} faults ({:.1} per simulated second); slowest recovery {:.1} s (seed {}); digest {:016x}",
             total.seeds,
             total.simulated.as_secs_f64(),
             total.simulated.as_secs_f64() / seconds,
@@ -230,6 +235,7 @@ fn report(arguments: &Arguments, base: u64, total: &Total, elapsed: Duration) ->
             per(total.faults, total.simulated),
             total.slowest_recovery.0.as_secs_f64(),
             total.slowest_recovery.1,
+            total.digest,
         );
         for (seed, violation) in &total.violations {
             tell(arguments, *seed, violation);
