@@ -47,6 +47,7 @@ bugs! {
     NoFencingOnArrival = "a member obeys a session whose epoch is over",
     NoGateOnDeparture = "a deposed head hears that its writes were accepted",
     GrantNotWaited = "a seal is answered while the old head may still read",
+    RestKeepsGrants = "a head that has released its members goes on with what they granted before",
     GrantForgottenByRestart = "a restarted server does not know that it granted reads",
     SealNotPersisted = "a seal is answered before it is on media",
     SyncNotAwaited = "a record counts as durable when it is written",

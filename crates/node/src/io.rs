@@ -120,6 +120,8 @@ pub enum Input {
     },
     /// Finish what a head has accepted, release its members, end it.
     ReleaseHead(HeadHandle),
+    /// No guest uses a head's volume for now: see [`volume::Input::Rest`].
+    RestHead(HeadHandle),
     /// End a head as it is.
     AbandonHead(HeadHandle),
     /// Close every connection and make no more.

@@ -2,7 +2,7 @@
 
 use core::net::SocketAddr;
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use base::{BufferPool, Health, HolderId, Instant, ReplicaCommand, ServerId, Slab, StateMessage};
 use nvme::{Initiator, InitiatorConfig, Subsystem, Tag};
@@ -62,6 +62,8 @@ pub(crate) struct Peers {
     by_server: BTreeMap<ServerId, u64>,
     /// Servers that a head asked about, with when to stop watching them.
     probes: BTreeMap<ServerId, Instant>,
+    /// Servers with which sessions are kept for heads that may come; true: it is counted as a user.
+    kept: BTreeMap<ServerId, bool>,
     /// Servers whose sessions nobody uses, with when to end them.
     lingering: BTreeMap<ServerId, Instant>,
     dirty: Vec<u64>,
@@ -81,6 +83,7 @@ impl Peers {
             peers: Slab::with_capacity(16),
             by_server: BTreeMap::new(),
             probes: BTreeMap::new(),
+            kept: BTreeMap::new(),
             lingering: BTreeMap::new(),
             dirty: Vec::with_capacity(16),
             due: Vec::with_capacity(16),
@@ -105,6 +108,34 @@ impl Peers {
         for (server, address) in changed {
             if let Some(tag) = self.by_server.get(&server).copied() {
                 self.handle(now, tag, nvme::initiator::Input::SetAddress(address));
+            }
+        }
+        self.retain_kept(now);
+    }
+
+    /// Keeps sessions with these servers, and no longer with those that were kept before. One without
+    /// an address is connected when it has one.
+    pub(crate) fn keep(&mut self, now: Instant, servers: BTreeSet<ServerId>) {
+        let before = std::mem::take(&mut self.kept);
+        self.kept = servers
+            .into_iter()
+            .map(|server| (server, before.get(&server).copied().unwrap_or(false)))
+            .collect();
+        self.retain_kept(now);
+        for (server, counted) in before {
+            if counted && !self.kept.contains_key(&server) {
+                self.release(now, server);
+            }
+        }
+    }
+
+    fn retain_kept(&mut self, now: Instant) {
+        let waits = |(server, counted): (&ServerId, &bool)| (!counted).then_some(*server);
+        let waiting: Vec<ServerId> = self.kept.iter().filter_map(waits).collect();
+        for server in waiting {
+            if self.is_addressable(server) {
+                self.retain(now, server);
+                self.kept.insert(server, true);
             }
         }
     }
@@ -195,6 +226,7 @@ impl Peers {
             }
         }
         self.probes.clear();
+        self.kept.clear();
         self.lingering.clear();
         self.addresses.clear();
     }

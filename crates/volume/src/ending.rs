@@ -3,6 +3,7 @@
 
 use core::time::Duration;
 
+use base::planted::{self, Bug};
 use base::{
     BlockCount, BlockRequest, Buffer, BufferMut, CommandBody, Instant, Lba, Operation, Record,
     RecordKind, RequestId,
@@ -89,6 +90,27 @@ impl Head {
         }
         if !pending || until <= self.now {
             self.end(HeadPhase::Released, Output::Released);
+        }
+    }
+
+    /// Gives back what members have granted while nobody uses the volume, so that another head's Seal
+    /// is answered at once. This one forgets the grant when it sends the Release, and has nothing
+    /// under way there that could bring one back: what it is granted later, the member was asked for
+    /// after the Release, and delays a Seal for.
+    pub(crate) fn advance_rest(&mut self) {
+        let quiet = self.in_flight() == 0 && self.queue.is_empty() && self.log.undecided() == 0;
+        if !self.resting || self.phase != Phase::Serving || !quiet {
+            return;
+        }
+        for index in 0..self.members.len() {
+            let member = &mut self.members[index];
+            if member.connected && member.granting && member.outstanding == 0 {
+                if !planted::is(Bug::RestKeepsGrants) {
+                    member.grant.forget();
+                }
+                let number = self.next_number();
+                self.send(index, Kind::Release, number, CommandBody::Release);
+            }
         }
     }
 

@@ -72,6 +72,12 @@ impl Grant {
         self.until = self.until.max(sent + TRUSTED);
     }
 
+    /// The member is told that it need not keep its grant.
+    pub(crate) fn forget(&mut self) {
+        self.until = Instant::ZERO;
+        self.renew = None;
+    }
+
     fn trusted(&self, now: Instant) -> bool {
         now < self.until
     }

@@ -58,6 +58,10 @@ pub enum Input {
         /// What.
         message: StateMessage,
     },
+    /// Nobody is expected to use the volume for now; another head may be. Once everything is answered
+    /// the members are released, so that they let another head open at once, and again after whatever
+    /// this one still does with them. The head stays open: the next request ends its rest.
+    Rest,
     /// Finish what was accepted, tell the members, end. Requests from now on are returned.
     Release,
     /// End now: what is unanswered is returned. For a shell that must stop while there is no quorum.
@@ -137,6 +141,8 @@ pub struct Head {
     /// Time of the input being handled.
     pub(crate) now: Instant,
     pub(crate) phase: Phase,
+    /// Nobody uses the volume: what members grant is given back.
+    pub(crate) resting: bool,
     pub(crate) members: Vec<Member>,
     /// Whose answers count.
     pub(crate) sets: Sets,
@@ -231,6 +237,7 @@ impl Head {
             tunables,
             now,
             phase: Phase::Sealing { quorum_since: None },
+            resting: false,
             members,
             sets: Sets::of(in_sync),
             sessions: 0,
@@ -277,7 +284,11 @@ impl Head {
             Input::MemberDown { server } => self.member_down(server),
             Input::Reply { server, tag, result } => self.reply(server, tag, result),
             Input::State { server, message } => self.state_message(server, message),
-            Input::Request(request) => self.accept(request),
+            Input::Request(request) => {
+                self.resting = false;
+                self.accept(request);
+            }
+            Input::Rest => self.resting = true,
             Input::Release => self.release(),
             Input::Abandon => self.end(HeadPhase::Abandoned, Output::Abandoned),
             Input::Tick => {}
@@ -313,6 +324,7 @@ impl Head {
         }
         self.advance_polls();
         self.advance_speeds();
+        self.advance_rest();
         self.watch_for_stall();
     }
 
@@ -404,6 +416,7 @@ impl Head {
             member.told_at = now;
         }
         member.outstanding += 1;
+        member.granting = kind != Kind::Release;
         let tag = tag(kind, member.session, number);
         let command = ReplicaCommand { key: self.key, epoch: self.epoch, commit, body };
         self.outputs.push_back(Output::Command { server: member.server, tag, command });

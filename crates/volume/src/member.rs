@@ -101,6 +101,9 @@ pub(crate) struct Member {
     pub(crate) flushing: Option<Seq>,
     pub(crate) trimmed: Seq,
     pub(crate) backoff: Duration,
+    /// What was sent last is no Release: it grants, or may have granted, what has to be given back
+    /// before another head opens without waiting.
+    pub(crate) granting: bool,
     pub(crate) release_sent: bool,
     pub(crate) release_answered: bool,
     pub(crate) health: MemberHealth,
@@ -139,6 +142,7 @@ impl Member {
             flushing: None,
             trimmed: Seq::ZERO,
             backoff,
+            granting: false,
             release_sent: false,
             release_answered: false,
             health: MemberHealth::new(now),

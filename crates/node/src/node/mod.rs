@@ -221,6 +221,7 @@ impl Node {
                 self.request(head, RequestOrigin::Shell(front_end), request);
             }
             Input::ReleaseHead(head) => self.heads.handle(now, head.0, volume::Input::Release),
+            Input::RestHead(head) => self.heads.handle(now, head.0, volume::Input::Rest),
             Input::AbandonHead(head) => self.heads.handle(now, head.0, volume::Input::Abandon),
             Input::StopConnections => {
                 // A diskless head accepts no connections and has only its peers.
@@ -285,6 +286,15 @@ impl Node {
         for (tag, server) in waiting {
             self.retain_peer(tag, server);
         }
+    }
+
+    /// Keeps sessions with these servers (but not with this one) whether or not a head here has
+    /// members on them, instead of with those that were named last.
+    pub fn keep_connected(&mut self, now: Instant, servers: &[ServerId]) {
+        self.now = now;
+        let own = self.server.as_ref().map(|server| server.server);
+        let others = servers.iter().copied().filter(|server| Some(*server) != own);
+        self.peers.keep(now, others.collect());
     }
 
     /// Makes a head; its lease is won. It goes on opening by itself and says
