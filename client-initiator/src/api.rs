@@ -107,7 +107,7 @@ fn expect_success(reply: Reply) -> Result<Reply, Failure> {
 
 pub(crate) fn export(command: ExportCommand, output: &Output) -> Result<(), Failure> {
     match command {
-        ExportCommand::Add { api, volume, socket, queues, read_only, wait } => {
+        ExportCommand::Add { api, volume, socket, queues, read_only, standby, wait } => {
             let socket = std::path::absolute(&socket).map_err(|error| {
                 Failure::new(Exit::Usage, format!("socket '{}': {error}", socket.display()))
             })?;
@@ -116,6 +116,7 @@ pub(crate) fn export(command: ExportCommand, output: &Output) -> Result<(), Fail
                 socket: text_of(&socket)?,
                 queues: Some(queues),
                 read_only,
+                standby,
                 wait_ms: Some(wait * 1000),
             };
             let body = serde_json::to_vec(&request).expect("a request is plain data");
@@ -174,6 +175,8 @@ fn percent_encode(text: &str) -> String {
 fn name(state: ExportState) -> &'static str {
     match state {
         ExportState::Waiting => "waiting",
+        ExportState::Standby => "standby",
+        ExportState::Yielded => "yielded",
         ExportState::Opening => "opening",
         ExportState::Open => "open",
         ExportState::Stalled => "stalled",

@@ -281,8 +281,12 @@ pub(crate) struct AttachArguments {
     #[arg(long)]
     pub(crate) read_only: bool,
     /// Take the volume from another holder that is gone for good.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "standby")]
     pub(crate) force: bool,
+    /// Take the volume when a guest starts the disk, and not before: for the destination of a live
+    /// migration. The holder before yields it when its guest has stopped there.
+    #[arg(long)]
+    pub(crate) standby: bool,
     /// Memory for the data of requests under way.
     #[arg(long, default_value = "64M", value_parser = parse_size, value_name = "SIZE")]
     pub(crate) buffers: u64,
@@ -313,6 +317,10 @@ pub(crate) enum ExportCommand {
         /// The guest sees a read-only disk.
         #[arg(long)]
         read_only: bool,
+        /// Take the volume when a guest starts the disk, and not before: for the destination of a
+        /// live migration.
+        #[arg(long)]
+        standby: bool,
         /// How many seconds to wait for the volume to be open.
         #[arg(long, default_value_t = 30, value_name = "SECONDS",
               value_parser = clap::value_parser!(u64).range(..=60))]

@@ -3,18 +3,23 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use cluster::{ClusterStore, Create, StoreError, VolumeEntry, lease, volumes};
+use base::Epoch;
+use cluster::lease::{self, Acquire, AcquireError};
+use cluster::{ClusterStore, Create, StoreError, VolumeEntry, volumes};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
-use shell::control::{ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, Opening};
+use shell::control::{
+    ControlError, DataPlane, DataPlaneConfig, Event, ExportSpec, HeadSpec, Opening,
+};
 use target_daemon::exports::DRAIN;
-use target_daemon::heads::{self, Head, Heads};
+use target_daemon::follow::{Follow, LeaseState};
+use target_daemon::heads::{self, Heads};
 use target_daemon::healer::{HealSettings, Healer};
 use target_daemon::logging::{self, LogFormat, LogLevel};
 use target_daemon::notify;
@@ -30,21 +35,26 @@ use crate::output::Output;
 const TURN: Duration = Duration::from_millis(200);
 /// How long a head may take to open before its socket is made anyway and guests' requests wait.
 const OPEN_WAIT: Duration = Duration::from_secs(1);
+/// How long a head opens before it is said that requests wait for it.
+const PENDING_AFTER: Duration = Duration::from_millis(200);
 /// How long the socket gets to be made.
 const START_WAIT: Duration = Duration::from_secs(5);
 /// The least memory that a head works with, in bytes.
 const BUFFER_BYTES_MIN: u64 = 16 << 20;
 
-/// The JSON lines of `attach`.
+/// The JSON lines of `attach`, one for each change.
 #[derive(Serialize)]
 struct AttachView {
-    /// `waiting`: the socket is there, guests' requests wait for `reason`. `ready`: it serves.
-    /// `detached`: it has ended in good order.
+    /// `standby`: the socket is there, no guest uses it, the lease is not taken. `waiting`: guests'
+    /// requests wait for `reason`. `ready`: it serves. `yielding`: the guest stopped the disk; the
+    /// lease cannot be taken by another one yet, for `reason`. `yielded`: it can. `detached`: it has
+    /// ended in good order.
     state: &'static str,
     volume: String,
     /// UUID.
     volume_id: String,
     socket: PathBuf,
+    /// Of the lease; the newest one that is known if it is not held.
     epoch: u64,
     reason: Option<String>,
 }
@@ -63,7 +73,12 @@ pub(crate) fn run(
     let entry = volumes::find(store.as_ref(), &arguments.volume)?;
     let path = canonical(&arguments.socket)?;
     let me = heads::attach_holder(&path);
-    lease::check(&entry, me.id, arguments.force)?;
+    let how = Acquire { force: arguments.force, standby: arguments.standby, ..Acquire::default() };
+    match lease::check(&entry, me.id, how) {
+        // A standby waits for who holds it.
+        Err(AcquireError::Held { .. }) if arguments.standby => {}
+        checked => checked?,
+    }
     // The lock keeps a second process with the same holder id from deposing this one.
     let locked = |failure: &Failure| failure.exit == Exit::Conflict;
     let _lock = while_lingering(locked, || lock_socket(&path))?;
@@ -80,13 +95,27 @@ pub(crate) fn run(
     })?;
     let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), me);
     let healing = Healing::start(&store, &plane, &heads, arguments)?;
-    let served = heads
-        .open(entry.volume.id, arguments.force, OPEN_WAIT)
-        .map_err(Failure::from)
-        .and_then(|head| {
-            let attached = Attached { store, plane: Arc::clone(&plane), heads, path, healing };
-            attached.serve(&head, arguments, &stop, output)
-        });
+    let head = if arguments.standby {
+        heads::address_book(store.as_ref(), plane.as_ref()).map(|()| None).map_err(Failure::from)
+    } else {
+        let opened = heads.open(entry.volume.id, arguments.force, OPEN_WAIT);
+        opened.map(|head| Some(head.entry)).map_err(Failure::from)
+    };
+    let served = head.and_then(|head| {
+        let listening = Arc::<AtomicBool>::default();
+        let teller = Teller {
+            entry: entry.clone(),
+            path: path.clone(),
+            json: output.json,
+            listening: Arc::clone(&listening),
+        };
+        let tell = Box::new(move |_, state: &LeaseState| teller.state(state));
+        let follow = Follow::new(heads.clone(), Arc::clone(&plane), tell);
+        follow.join(&entry, &path, arguments.standby, head);
+        let plane = Arc::clone(&plane);
+        let attached = Attached { store, plane, heads, follow, entry, path, healing, listening };
+        attached.serve(arguments, &stop, output)
+    });
     match plane.shutdown(DRAIN) {
         Ok(()) | Err(ControlError::Stopped) => served,
         Err(error) => served.and(Err(error.into())),
@@ -224,102 +253,211 @@ impl Drop for Healing {
     }
 }
 
+/// Says how the volume is, a line for each change.
+struct Teller {
+    entry: VolumeEntry,
+    path: PathBuf,
+    json: bool,
+    /// The socket is there; nothing is told before.
+    listening: Arc<AtomicBool>,
+}
+
+impl Teller {
+    fn state(&self, state: &LeaseState) {
+        if !self.listening.load(Ordering::Acquire) {
+            return;
+        }
+        match state {
+            LeaseState::Standby => {
+                self.say("standby", None, None);
+                notify::notify("READY=1");
+            }
+            LeaseState::Waiting { reason } => self.say("waiting", None, Some(reason)),
+            LeaseState::Held { open: false, .. } => {}
+            LeaseState::Held { epoch, open: true } => {
+                self.say("ready", Some(*epoch), None);
+                notify::notify("READY=1");
+            }
+            LeaseState::Yielded { epoch, pending: Some(reason) } => {
+                self.say("yielding", Some(*epoch), Some(reason));
+            }
+            LeaseState::Yielded { epoch, pending: None } => {
+                self.say("yielded", Some(*epoch), None);
+            }
+        }
+    }
+
+    fn say(&self, state: &'static str, epoch: Option<Epoch>, reason: Option<&str>) {
+        let volume = &self.entry.volume;
+        let view = AttachView {
+            state,
+            volume: volume.name.clone(),
+            volume_id: volume.id.to_string(),
+            socket: self.path.clone(),
+            epoch: epoch.unwrap_or(volume.epoch).0,
+            reason: reason.map(str::to_owned),
+        };
+        Output { json: self.json }.print_line(&view, || {
+            let reason = view.reason.as_ref().map_or(String::new(), |text| format!(": {text}"));
+            format!("{state}: volume {} at {}{reason}", view.volume, view.socket.display())
+        });
+    }
+}
+
 struct Attached {
     store: Arc<dyn ClusterStore>,
     plane: Arc<dyn DataPlane>,
     heads: Heads,
+    follow: Follow,
+    /// As it was at the start.
+    entry: VolumeEntry,
     path: PathBuf,
     healing: Healing,
+    /// The socket is there: what is told is true from now on.
+    listening: Arc<AtomicBool>,
 }
 
 impl Attached {
     /// Serves until told to stop or deposed; then drains, closes and gives the lease back.
     fn serve(
         &self,
-        head: &Head,
         arguments: &AttachArguments,
         stop: &AtomicBool,
         output: &Output,
     ) -> Result<(), Failure> {
-        let entry = &head.entry;
+        let volume = &self.entry.volume;
         let spec = ExportSpec {
-            volume: head.volume(),
+            volume: volume.id,
+            blocks: volume.blocks(),
+            block_size: volume.block_size,
             socket: self.path.clone(),
             queues: arguments.queues,
-            read_only: arguments.read_only || entry.volume.policy.read_only,
+            read_only: arguments.read_only || volume.policy.read_only,
         };
         let served = match self.plane.start_export(&spec, START_WAIT) {
-            Ok(()) => self.watch(head, stop, output),
+            Ok(()) => self.watch(stop, output),
             Err(error) => Err(error.into()),
         };
         notify::notify("STOPPING=1");
         let drain = if served.is_ok() { DRAIN } else { Duration::ZERO };
         let stopped = self.plane.stop_export(&self.path, drain);
-        let closed = self.heads.close(entry, drain);
+        let held = self.follow.leave(volume.id, &self.path);
+        let epoch = held.as_ref().map(|entry| entry.volume.epoch);
+        let closed = held.map_or(Ok(()), |entry| self.heads.close(&entry, drain));
         served?;
         stopped?;
         closed?;
-        self.say("detached", entry, None, output);
+        self.teller(output).say("detached", epoch, None);
         Ok(())
     }
 
-    fn watch(&self, head: &Head, stop: &AtomicBool, output: &Output) -> Result<(), Failure> {
-        let entry = &head.entry;
-        let mut ready = false;
-        let mut told = None;
-        let mut book = AddressBook::default();
-        while !stop.load(Ordering::Acquire) {
-            if !ready {
-                match self.plane.open_head(&head.spec(), TURN) {
-                    Ok(Opening::Open) => {
-                        ready = true;
-                        self.say("ready", entry, None, output);
-                        notify::notify("READY=1");
+    fn teller(&self, output: &Output) -> Teller {
+        Teller {
+            entry: self.entry.clone(),
+            path: self.path.clone(),
+            json: output.json,
+            listening: Arc::clone(&self.listening),
+        }
+    }
+
+    /// Takes events as they come. The cluster store is asked elsewhere: it may take its time.
+    fn watch(&self, stop: &AtomicBool, output: &Output) -> Result<(), Failure> {
+        self.listening.store(true, Ordering::Release);
+        self.follow.tell_again(self.entry.volume.id);
+        let done = AtomicBool::new(false);
+        let deposed = Mutex::new(None);
+        std::thread::scope(|scope| {
+            let kept = scope.spawn(|| {
+                let mut book = AddressBook::default();
+                while !done.load(Ordering::Acquire) {
+                    if let Some(by) = self.refresh(&mut book) {
+                        *deposed.lock().unwrap_or_else(PoisonError::into_inner) = Some(by);
+                        return;
                     }
-                    Ok(Opening::Pending { reason }) => {
-                        if told.as_ref() != Some(&reason) {
-                            self.say("waiting", entry, Some(reason.clone()), output);
-                            told = Some(reason);
-                        }
-                    }
-                    Err(error) => return Err(self.ended(entry, &error.to_string())),
+                    std::thread::park_timeout(TURN);
                 }
-            }
-            let wait = if ready { TURN } else { Duration::ZERO };
-            let event = self.plane.next_event(wait);
-            if let Some(event) = &event {
+            });
+            let watched = self.take_events(stop, &deposed, output);
+            done.store(true, Ordering::Release);
+            kept.thread().unpark();
+            watched
+        })
+    }
+
+    fn take_events(
+        &self,
+        stop: &AtomicBool,
+        deposed: &Mutex<Option<String>>,
+        output: &Output,
+    ) -> Result<(), Failure> {
+        let mut pending = Pending::default();
+        while !stop.load(Ordering::Acquire) {
+            pending.look(self, output);
+            let event = self.plane.next_event(TURN);
+            if let Some(event) = event {
                 // Nobody takes them only if that thread has panicked, which is told at the end.
                 let _ = self.healing.news.send(event.clone());
+                self.take(event)?;
             }
-            match event {
-                Some(Event::Superseded { epoch, sealed, .. }) if epoch == entry.volume.epoch => {
-                    return Err(self.ended(entry, &format!("a member has sealed {sealed}")));
-                }
-                Some(Event::Unopenable { epoch, reason, .. }) if epoch == entry.volume.epoch => {
-                    return Err(Failure::new(Exit::Failed, reason));
-                }
-                Some(Event::Stopped) => {
-                    return Err(Failure::new(Exit::Failed, "the data plane has stopped"));
-                }
-                Some(
-                    Event::Superseded { .. }
-                    | Event::Unopenable { .. }
-                    | Event::Opened { .. }
-                    | Event::MemberDown { .. }
-                    | Event::MemberUp { .. }
-                    | Event::MemberSlow { .. }
-                    | Event::PoolFailed { .. },
-                )
-                | None => {}
-            }
-            if book.refresh(self.store.as_ref(), self.plane.as_ref()) {
-                // A head without requests hears of its successor from nobody else.
-                if let Ok(Some(by)) = self.heads.deposed_by(entry) {
-                    return Err(taken_over(entry, &by));
-                }
+            let by = deposed.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(by) = by {
+                return Err(taken_over(&self.entry, &by));
             }
         }
         Ok(())
+    }
+
+    fn take(&self, event: Event) -> Result<(), Failure> {
+        let ours = |epoch: Epoch| {
+            let head = self.follow.head(self.entry.volume.id);
+            head.filter(|entry| entry.volume.epoch == epoch)
+        };
+        match event {
+            Event::RingsStarted { volume, socket } => self.follow.started(volume, &socket),
+            Event::RingsStopped { volume, socket, by_front_end } => {
+                self.follow.stopped(volume, &socket, by_front_end);
+            }
+            Event::Opened { volume, epoch } => self.follow.opened(volume, epoch),
+            Event::Superseded { volume, epoch, sealed } => {
+                self.heads.note_sealed(volume, sealed);
+                if let Some(entry) = ours(epoch)
+                    && !self.follow.deposed(volume, epoch)
+                {
+                    return Err(self.ended(&entry, &format!("a member has sealed {sealed}")));
+                }
+            }
+            Event::Unopenable { epoch, reason, .. } => {
+                if ours(epoch).is_some() {
+                    return Err(Failure::new(Exit::Failed, reason));
+                }
+            }
+            Event::Stopped => {
+                return Err(Failure::new(Exit::Failed, "the data plane has stopped"));
+            }
+            Event::MemberDown { .. }
+            | Event::MemberUp { .. }
+            | Event::MemberSlow { .. }
+            | Event::PoolFailed { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Takes in the store's news; who has taken the volume from a guest that uses it, if somebody has.
+    fn refresh(&self, book: &mut AddressBook) -> Option<String> {
+        if !book.refresh(self.store.as_ref(), self.plane.as_ref()) {
+            return None;
+        }
+        let id = self.entry.volume.id;
+        let Some(entry) = self.follow.head(id) else {
+            // Who is opened in a hurry shall find its members connected.
+            if let Ok(Some(entry)) = self.store.volume(id) {
+                self.follow.note_members(&[entry]);
+            }
+            return None;
+        };
+        // A head without requests hears of its successor from nobody else.
+        let by = self.heads.deposed_by(&entry).ok().flatten()?;
+        (!self.follow.deposed(id, entry.volume.epoch)).then_some(by)
     }
 
     /// The head has ended by itself: who has the volume now?
@@ -332,26 +470,41 @@ impl Attached {
             }
         }
     }
+}
 
-    fn say(
-        &self,
-        state: &'static str,
-        entry: &VolumeEntry,
-        reason: Option<String>,
-        output: &Output,
-    ) {
-        let view = AttachView {
-            state,
-            volume: entry.volume.name.clone(),
-            volume_id: entry.volume.id.to_string(),
-            socket: self.path.clone(),
-            epoch: entry.volume.epoch.0,
-            reason,
+/// What is said of a head that has not opened yet.
+#[derive(Default)]
+struct Pending {
+    since: Option<Instant>,
+    told: Option<String>,
+}
+
+impl Pending {
+    fn look(&mut self, attached: &Attached, output: &Output) {
+        let id = attached.entry.volume.id;
+        let Some(LeaseState::Held { epoch, open: false }) = attached.follow.state(id) else {
+            *self = Self::default();
+            return;
         };
-        output.print_line(&view, || {
-            let reason = view.reason.as_ref().map_or(String::new(), |text| format!(": {text}"));
-            format!("{state}: volume {} at {}{reason}", view.volume, view.socket.display())
-        });
+        if self.since.get_or_insert_with(Instant::now).elapsed() < PENDING_AFTER {
+            return;
+        }
+        let Some(entry) = attached.follow.head(id).filter(|entry| entry.volume.epoch == epoch)
+        else {
+            return;
+        };
+        let spec = HeadSpec { volume: entry.volume, shard: entry.shard };
+        match attached.plane.open_head(&spec, Duration::ZERO) {
+            Ok(Opening::Open) => attached.follow.opened(id, epoch),
+            Ok(Opening::Pending { reason }) => {
+                if self.told.as_ref() != Some(&reason) {
+                    attached.teller(output).say("waiting", Some(epoch), Some(&reason));
+                    self.told = Some(reason);
+                }
+            }
+            // The event that comes with it says so.
+            Err(error) => tracing::debug!(%error, "the head does not open"),
+        }
     }
 }
 

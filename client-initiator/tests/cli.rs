@@ -146,8 +146,12 @@ fn a_volume_from_creation_to_deletion() {
     assert_eq!(listed[0]["promised_bytes"], 4_u64 << 30);
 
     let id = shown["id"].as_str().unwrap().parse().unwrap();
-    let other =
-        Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned(), repair: false };
+    let other = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "server s9".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
     lease::acquire(bench.store.as_ref(), id, &other, Acquire::default()).unwrap();
     bench.run(&["volume", "delete", "disk1"]).refused(4, &["in use by server s9", "--force"]);
     let socket = bench.path("v.sock");
@@ -335,8 +339,12 @@ fn what_a_holder_tells_is_shown_with_its_age() {
     let store = bench.store.as_ref();
     let id = store.volume_named("v").unwrap().unwrap().volume.id;
     assert_eq!(bench.run(&["volume", "show", "v"]).json()["health"], "healthy");
-    let me =
-        Holder { id: HolderId::from_bytes([9; 16]), name: "server s9".to_owned(), repair: false };
+    let me = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "server s9".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
     let entry = lease::acquire(store, id, &me, Acquire::default()).unwrap();
     let shown = bench.run(&["volume", "show", "v"]).json();
     assert_eq!((&shown["health"], &shown["head"]), (&"unknown".into(), &Value::Null));

@@ -271,13 +271,15 @@ async fn add_export(
         socket: PathBuf::from(request.socket),
         queues,
         read_only: request.read_only,
+        standby: request.standby,
     };
     blocking(move || {
         crate::socket::check_path(&wanted.socket).map_err(bad)?;
         let socket = wanted.socket.clone();
         let volume = parts.exports.add(wanted)?;
         match parts.exports.wait_open(volume, Duration::from_millis(wait_ms)) {
-            Ok(Opening::Open | Opening::Pending { .. }) => {}
+            // A standby has no head to wait for.
+            Ok(Some(Opening::Open | Opening::Pending { .. }) | None) => {}
             Err(OpenError::Control(error)) => return Err(error.into()),
             Err(error @ (OpenError::Superseded { .. } | OpenError::Unopenable { .. })) => {
                 // The event that comes with it makes it wait; it was asked for just now, so it

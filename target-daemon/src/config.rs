@@ -76,6 +76,10 @@ pub struct ExportConfig {
     pub queues: u16,
     /// The guest sees a read-only disk.
     pub read_only: bool,
+    /// The lease is taken when the guest starts its rings, not when the export starts: for the
+    /// destination of a live migration.
+    #[serde(default)]
+    pub standby: bool,
 }
 
 /// Everything that is wrong with a configuration.
@@ -176,6 +180,8 @@ struct RawExport {
     queues: Option<Spanned<u16>>,
     #[serde(default)]
     read_only: bool,
+    #[serde(default)]
+    standby: bool,
 }
 
 impl Config {
@@ -369,6 +375,7 @@ impl Check<'_> {
                 socket: export.socket.into_inner(),
                 queues,
                 read_only: export.read_only,
+                standby: export.standby,
             });
         }
         exports

@@ -392,6 +392,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
         if let Some(event) = &event {
             // Nobody takes them only if the healer has panicked, which is told at the end.
             let _ = news.send(event.clone());
+            parts.exports.note(event);
         }
         match event {
             Some(Event::Opened { volume, epoch }) => {
@@ -408,7 +409,13 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
             Some(Event::Unopenable { volume, epoch, reason }) => {
                 parts.exports.head_ended(volume, epoch, &reason);
             }
-            Some(Event::MemberDown { .. } | Event::MemberUp { .. } | Event::MemberSlow { .. })
+            Some(
+                Event::MemberDown { .. }
+                | Event::MemberUp { .. }
+                | Event::MemberSlow { .. }
+                | Event::RingsStarted { .. }
+                | Event::RingsStopped { .. },
+            )
             | None => {}
             Some(Event::PoolFailed { reason }) => {
                 tracing::error!(reason, "the pool has failed; replace the device and restart");

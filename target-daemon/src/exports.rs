@@ -17,10 +17,11 @@ use std::time::Duration;
 use base::{Epoch, VolumeId, limits};
 use cluster::volumes::{self, FindError};
 use cluster::{ClusterStore, StoreError, VolumeEntry};
-use shell::control::{ControlError, DataPlane, ExportSpec, OpenError, Opening};
+use shell::control::{ControlError, DataPlane, Event, ExportSpec, OpenError, Opening};
 
 use crate::config::ExportConfig;
 use crate::drain;
+use crate::follow::{Follow, LeaseState};
 use crate::heads::{HeadError, Heads};
 use crate::socket::{self, SocketError};
 
@@ -79,6 +80,8 @@ pub struct ExportView {
     pub volume: Option<VolumeId>,
     /// Why it is not served.
     pub waiting: Option<String>,
+    /// How its volume's lease is here, if it is served.
+    pub lease: Option<LeaseState>,
 }
 
 struct Export {
@@ -141,7 +144,6 @@ impl Memory {
 #[derive(Default)]
 struct Inner {
     exports: BTreeMap<PathBuf, Export>,
-    heads: BTreeMap<VolumeId, VolumeEntry>,
 }
 
 /// The exports of one daemon.
@@ -149,6 +151,8 @@ pub struct Exports {
     store: Arc<dyn ClusterStore>,
     plane: Arc<dyn DataPlane>,
     heads: Heads,
+    /// The volumes of the exports that run, and their heads.
+    follow: Follow,
     memory: Memory,
     /// What [`Exports::list`] sees; held only for moments.
     inner: Mutex<Inner>,
@@ -177,8 +181,10 @@ impl Exports {
         // The configuration goes before what was asked for earlier.
         let exports = remembered.iter().map(|wanted| export(wanted, false));
         let exports = exports.chain(configured.iter().map(|wanted| export(wanted, true))).collect();
-        let inner = Mutex::new(Inner { exports, heads: BTreeMap::new() });
-        Self { store, plane, heads, memory, inner, changing: Mutex::new(()), draining }
+        let inner = Mutex::new(Inner { exports });
+        // Whoever wants to know asks; the log tells the rest.
+        let follow = Follow::new(heads.clone(), Arc::clone(&plane), Box::new(|_, _| {}));
+        Self { store, plane, heads, follow, memory, inner, changing: Mutex::new(()), draining }
     }
 
     /// All wanted exports, by socket.
@@ -188,15 +194,16 @@ impl Exports {
                 State::Waiting { reason } => (None, Some(reason.clone())),
                 State::Running { volume } => (Some(*volume), None),
             };
-            let wanted = export.wanted.clone();
-            ExportView { wanted, configured: export.configured, volume, waiting }
+            let (wanted, configured) = (export.wanted.clone(), export.configured);
+            let lease = volume.and_then(|volume| self.follow.state(volume));
+            ExportView { wanted, configured, volume, waiting, lease }
         };
         self.inner().exports.values().map(view).collect()
     }
 
     /// The entry of each volume that a head was opened for, as it was then.
     pub fn open_volumes(&self) -> Vec<VolumeEntry> {
-        self.inner().heads.values().cloned().collect()
+        self.follow.heads()
     }
 
     /// Starts an export now, or says why not; then it is not wanted either, unless it was before.
@@ -250,13 +257,33 @@ impl Exports {
         }
     }
 
-    /// Waits for a volume's head to serve, for up to `wait`.
-    pub fn wait_open(&self, volume: VolumeId, wait: Duration) -> Result<Opening, OpenError> {
-        let Some(entry) = self.inner().heads.get(&volume).cloned() else {
-            return Err(ControlError::NoHead(volume).into());
-        };
+    /// Waits for a volume's head to serve, for up to `wait`; `None` if there is none, and need not be.
+    pub fn wait_open(
+        &self,
+        volume: VolumeId,
+        wait: Duration,
+    ) -> Result<Option<Opening>, OpenError> {
+        let Some(entry) = self.follow.head(volume) else { return Ok(None) };
         let spec = shell::control::HeadSpec { volume: entry.volume, shard: entry.shard };
-        self.plane.open_head(&spec, wait)
+        self.plane.open_head(&spec, wait).map(Some)
+    }
+
+    /// What the data plane tells of heads and rings that leases follow. Never waits.
+    pub fn note(&self, event: &Event) {
+        match event {
+            Event::RingsStarted { volume, socket } => self.follow.started(*volume, socket),
+            Event::RingsStopped { volume, socket, by_front_end } => {
+                self.follow.stopped(*volume, socket, *by_front_end);
+            }
+            Event::Opened { volume, epoch } => self.follow.opened(*volume, *epoch),
+            Event::Superseded { .. }
+            | Event::Unopenable { .. }
+            | Event::MemberDown { .. }
+            | Event::MemberUp { .. }
+            | Event::MemberSlow { .. }
+            | Event::PoolFailed { .. }
+            | Event::Stopped => {}
+        }
     }
 
     /// Stops an export and no longer wants it; closes the head and gives the lease back if it was
@@ -275,7 +302,7 @@ impl Exports {
         self.remember();
         tracing::info!(socket = %socket.display(), "export removed");
         match running {
-            Some(volume) => self.close_if_unused(volume),
+            Some(volume) => self.leave(volume, socket),
             None => Ok(()),
         }
     }
@@ -290,6 +317,11 @@ impl Exports {
                 self.head_ended(entry.volume.id, entry.volume.epoch, &why);
             }
         }
+        // Who is opened in a hurry shall find its members connected.
+        let standing = self.follow.waiting_for_heads().into_iter();
+        let standing: Vec<_> =
+            standing.filter_map(|id| self.store.volume(id).ok().flatten()).collect();
+        self.follow.note_members(&standing);
         let _changing = lock(&self.changing);
         if self.is_draining() {
             self.stop_unused();
@@ -310,27 +342,31 @@ impl Exports {
         }
     }
 
-    /// A head of ours was told of a higher epoch, or cannot open: it and its exports end. They
-    /// stay wanted, and are served again when the volume is free.
+    /// A head of ours was told of a higher epoch, or cannot open. If its guest had stopped the disk,
+    /// another one has taken what was yielded: the exports stay, and the lease is taken again when a
+    /// guest here starts. Else it and its exports end. They stay wanted, and are served again when
+    /// the volume is free.
     pub fn head_ended(&self, volume: VolumeId, epoch: Epoch, why: &str) {
-        let _changing = lock(&self.changing);
-        let Some(entry) = self.inner().heads.get(&volume).cloned() else { return };
-        if entry.volume.epoch != epoch {
+        if self.follow.deposed(volume, epoch) {
             return;
         }
+        let _changing = lock(&self.changing);
+        let Some(entry) = self.follow.head(volume).filter(|entry| entry.volume.epoch == epoch)
+        else {
+            return;
+        };
         tracing::error!(volume = entry.volume.name, epoch = epoch.0, why, "the head has ended");
         for socket in self.sockets_of(volume) {
             if let Err(error) = self.plane.stop_export(&socket, Duration::ZERO) {
                 tracing::warn!(socket = %socket.display(), %error, "cannot stop the export");
             }
             self.set_state(&socket, State::Waiting { reason: why.to_owned() });
+            // Releases only what is still ours in this epoch.
+            let head = self.follow.leave(volume, &socket);
+            if let Some(Err(error)) = head.map(|head| self.heads.close(&head, Duration::ZERO)) {
+                tracing::warn!(volume = entry.volume.name, %error, "closing the head");
+            }
         }
-        // Releases only what is still ours in this epoch.
-        match self.heads.close(&entry, Duration::ZERO) {
-            Ok(()) => {}
-            Err(error) => tracing::warn!(volume = entry.volume.name, %error, "closing the head"),
-        }
-        self.inner().heads.remove(&volume);
     }
 
     /// Notes that a member of the volume has sealed this epoch.
@@ -340,30 +376,30 @@ impl Exports {
 
     /// Who took a volume of ours over, as far as the store knows.
     pub fn deposed_by(&self, volume: VolumeId) -> Result<Option<String>, StoreError> {
-        let entry = self.inner().heads.get(&volume).cloned();
+        let entry = self.follow.head(volume);
         entry.map_or(Ok(None), |entry| self.heads.deposed_by(&entry))
     }
 
     /// Stops everything at once and gives all leases back. True if all of it went well.
     pub fn shut_down(&self) -> bool {
         let _changing = lock(&self.changing);
-        let heads: Vec<VolumeEntry> = self.open_volumes();
-        let close = |entry: &VolumeEntry| -> Result<(), ExportError> {
-            for socket in self.sockets_of(entry.volume.id) {
+        let close = |volume: VolumeId| -> Result<(), ExportError> {
+            for socket in self.sockets_of(volume) {
                 self.plane.stop_export(&socket, DRAIN)?;
+                self.leave(volume, &socket)?;
             }
-            Ok(self.heads.close(entry, DRAIN)?)
+            Ok(())
         };
+        let volumes = self.follow.volumes();
         let all_well = std::thread::scope(|scope| {
             let threads: Vec<_> =
-                heads.iter().map(|entry| (entry, scope.spawn(move || close(entry)))).collect();
+                volumes.into_iter().map(|id| (id, scope.spawn(move || close(id)))).collect();
             let mut all_well = true;
-            for (entry, thread) in threads {
-                let volume = &entry.volume.name;
+            for (volume, thread) in threads {
                 match thread.join() {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => {
-                        tracing::error!(volume, %error, "not closed in good order");
+                        tracing::error!(%volume, %error, "not closed in good order");
                         all_well = false;
                     }
                     Err(panic) => std::panic::resume_unwind(panic),
@@ -383,12 +419,11 @@ impl Exports {
     /// longer drained.
     fn stop_unused(&self) {
         let Ok(status) = self.plane.status(STATUS_WAIT) else { return };
-        for entry in self.open_volumes() {
-            let id = entry.volume.id;
+        for id in self.follow.volumes() {
             if drain::has_guest(&status, id) {
                 continue;
             }
-            tracing::info!(volume = entry.volume.name, "given back: this server is being drained");
+            tracing::info!(volume = %id, "given back: this server is being drained");
             for socket in self.sockets_of(id) {
                 if let Err(error) = self.plane.stop_export(&socket, Duration::ZERO) {
                     tracing::warn!(socket = %socket.display(), %error, "cannot stop the export");
@@ -397,9 +432,9 @@ impl Exports {
                     &socket,
                     State::Waiting { reason: ExportError::Draining.to_string() },
                 );
-            }
-            if let Err(error) = self.close_if_unused(id) {
-                tracing::warn!(volume = entry.volume.name, %error, "closing the head");
+                if let Err(error) = self.leave(id, &socket) {
+                    tracing::warn!(volume = %id, %error, "closing the head");
+                }
             }
         }
     }
@@ -411,17 +446,22 @@ impl Exports {
         socket::check_free(&wanted.socket)?;
         let found = volumes::find(self.store.as_ref(), &wanted.volume)?;
         let id = found.volume.id;
-        if !self.inner().heads.contains_key(&id) {
+        let head = if wanted.standby || self.follow.state(id).is_some() {
+            None
+        } else {
             // Guests' requests wait for a head that takes long, so do not wait for it here.
-            let head = self.heads.open(id, false, Duration::ZERO)?;
-            self.inner().heads.insert(id, head.entry);
-        }
+            Some(self.heads.open(id, false, Duration::ZERO)?.entry)
+        };
         let spec = ExportSpec {
             volume: id,
+            blocks: found.volume.blocks(),
+            block_size: found.volume.block_size,
             socket: wanted.socket.clone(),
             queues: wanted.queues,
             read_only: wanted.read_only || found.volume.policy.read_only,
         };
+        // Before the socket is there: whatever its guest does is noticed.
+        self.follow.join(&found, &wanted.socket, wanted.standby, head);
         match self.plane.start_export(&spec, START_WAIT) {
             Ok(()) => {
                 let socket = wanted.socket.display();
@@ -429,7 +469,7 @@ impl Exports {
                 Ok(id)
             }
             Err(error) => {
-                if let Err(error) = self.close_if_unused(id) {
+                if let Err(error) = self.leave(id, &wanted.socket) {
                     tracing::warn!(volume = found.volume.name, %error, "closing the head");
                 }
                 Err(error.into())
@@ -437,16 +477,12 @@ impl Exports {
         }
     }
 
-    fn close_if_unused(&self, volume: VolumeId) -> Result<(), ExportError> {
-        if !self.sockets_of(volume).is_empty() {
-            return Ok(());
+    /// An export has ended. After the volume's last one, closes its head and gives the lease back.
+    fn leave(&self, volume: VolumeId, socket: &Path) -> Result<(), ExportError> {
+        match self.follow.leave(volume, socket) {
+            Some(entry) => Ok(self.heads.close(&entry, DRAIN)?),
+            None => Ok(()),
         }
-        let entry = self.inner().heads.get(&volume).cloned();
-        if let Some(entry) = entry {
-            self.heads.close(&entry, DRAIN)?;
-            self.inner().heads.remove(&volume);
-        }
-        Ok(())
     }
 
     fn sockets_of(&self, volume: VolumeId) -> BTreeSet<PathBuf> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use base::{Epoch, Holder, HolderId, ServerId, VolumeId};
-use cluster::lease::{self, Acquire, AcquireError};
+use cluster::lease::{self, Acquire, AcquireError, Marked};
 use cluster::{ClusterStore, ServerEntry, StoreError, VolumeEntry};
 use shell::control::{ControlError, DataPlane, HeadSpec, OpenError, Opening, ServerAddress};
 
@@ -28,6 +28,7 @@ pub fn server_holder(server: ServerId, name: &str) -> Holder {
         id: HolderId::from_bytes(server.bytes()),
         name: format!("server {name}"),
         repair: false,
+        yieldable: false,
     }
 }
 
@@ -42,6 +43,7 @@ pub fn attach_holder(socket: &Path) -> Holder {
         id: HolderId::from_bytes(cluster::named_id(name.as_bytes())),
         name: format!("attach on {host} at {}", socket.display()),
         repair: false,
+        yieldable: false,
     }
 }
 
@@ -102,6 +104,13 @@ impl Head {
     }
 }
 
+/// Whether the data plane has to be told where the servers are before a head opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Book {
+    Refresh,
+    Known,
+}
+
 /// Opens and closes heads for one holder.
 #[derive(Clone)]
 pub struct Heads {
@@ -149,11 +158,42 @@ impl Heads {
             self.end_within(entry, GIVE_WAY)?;
             repairs.remove(&id);
         }
-        self.open_by(id, wait, |attempt, above| {
+        self.open_by(id, wait, Book::Refresh, |attempt, above| {
             // Once it is ours, no force is needed.
-            let how = Acquire { force: force && attempt == 1, above };
+            let how = Acquire { force: force && attempt == 1, above, ..Acquire::default() };
             lease::acquire(self.store.as_ref(), id, &self.me, how)
         })
+    }
+
+    /// Acquires a volume for a guest that has started it here, from a holder that yields it too, and
+    /// begins to open a head. The data plane knows the members' addresses already.
+    pub fn open_standby(&self, id: VolumeId) -> Result<Head, HeadError> {
+        let mut repairs = self.repairs();
+        if let Some(entry) = repairs.get(&id) {
+            self.end_within(entry, GIVE_WAY)?;
+            repairs.remove(&id);
+        }
+        self.open_by(id, Duration::ZERO, Book::Known, |_, above| {
+            let how = Acquire { standby: true, above, ..Acquire::default() };
+            lease::acquire(self.store.as_ref(), id, &self.me, how)
+        })
+    }
+
+    /// Says in the volume's record whether the lease of `entry` would be given to a standby.
+    pub fn mark_yieldable(
+        &self,
+        entry: &VolumeEntry,
+        yieldable: bool,
+    ) -> Result<Marked, StoreError> {
+        let (id, epoch) = (entry.volume.id, entry.volume.epoch);
+        lease::mark_yieldable(self.store.as_ref(), id, self.me.id, epoch, yieldable)
+    }
+
+    /// Tells the cluster of something. It is of no consequence if that fails.
+    pub(crate) fn tell(&self, event: &cluster::Event) {
+        if let Err(error) = self.store.append_event(event) {
+            tracing::debug!(%error, text = event.text, "not told to the cluster");
+        }
     }
 
     /// Acquires a volume that nobody serves, to repair it, and begins to open a head of it. Refused
@@ -164,7 +204,7 @@ impl Heads {
             return Ok(entry.volume.epoch);
         }
         let me = Holder { repair: true, ..self.me.clone() };
-        let head = self.open_by(id, Duration::ZERO, |_, above| {
+        let head = self.open_by(id, Duration::ZERO, Book::Refresh, |_, above| {
             lease::acquire_repair(self.store.as_ref(), id, &me, above)
         })?;
         let epoch = head.entry.volume.epoch;
@@ -199,6 +239,7 @@ impl Heads {
         &self,
         id: VolumeId,
         wait: Duration,
+        book: Book,
         acquire: impl Fn(usize, Epoch) -> Result<VolumeEntry, AcquireError>,
     ) -> Result<Head, HeadError> {
         let mut attempt = 1;
@@ -206,14 +247,16 @@ impl Heads {
             let entry = acquire(attempt, self.known_sealed(id))?;
             tracing::info!(volume = entry.volume.name, epoch = entry.volume.epoch.0, "acquired");
             let spec = HeadSpec { volume: entry.volume.clone(), shard: entry.shard.clone() };
-            let opened = address_book(self.store.as_ref(), self.plane.as_ref())
-                .map_err(HeadError::Store)
-                .and_then(|()| {
-                    let volume = entry.volume.name.clone();
-                    self.plane
-                        .open_head(&spec, wait)
-                        .map_err(|source| HeadError::Open { volume, source })
-                });
+            let known = match book {
+                Book::Known => Ok(()),
+                Book::Refresh => address_book(self.store.as_ref(), self.plane.as_ref()),
+            };
+            let opened = known.map_err(HeadError::Store).and_then(|()| {
+                let volume = entry.volume.name.clone();
+                self.plane
+                    .open_head(&spec, wait)
+                    .map_err(|source| HeadError::Open { volume, source })
+            });
             let error = match opened {
                 Ok(opening) => return Ok(Head { entry, opening }),
                 Err(error) => error,
@@ -271,7 +314,8 @@ impl Heads {
         }
     }
 
-    fn end(&self, entry: &VolumeEntry) -> Result<(), HeadError> {
+    /// Ends a head that was deposed, or did not come to be.
+    pub(crate) fn end(&self, entry: &VolumeEntry) -> Result<(), HeadError> {
         self.end_within(entry, Duration::from_secs(1))
     }
 

@@ -191,6 +191,8 @@ impl Healer {
             // They wake the healer, which looks at everything anyway.
             Event::Opened { .. }
             | Event::MemberSlow { .. }
+            | Event::RingsStarted { .. }
+            | Event::RingsStopped { .. }
             | Event::PoolFailed { .. }
             | Event::Stopped => {}
         }

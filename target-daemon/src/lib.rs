@@ -15,6 +15,7 @@ pub mod config;
 mod daemon;
 mod drain;
 pub mod exports;
+pub mod follow;
 pub mod heads;
 pub mod healer;
 pub mod logging;

@@ -44,6 +44,11 @@ pub struct Holder {
     /// It only heals the volume and gives way to anybody at once.
     #[serde(default, skip_serializing_if = "core::ops::Not::not")]
     pub repair: bool,
+    /// It uses the volume no more, or not now: its guest stopped the disk, everything is answered.
+    /// Whoever has a guest that wants the volume may take the lease without force. The holder still
+    /// is the holder, and may say that it goes on, until somebody does.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub yieldable: bool,
 }
 
 /// A volume as the cluster store keeps it. Changed only by compare-and-swap.

@@ -38,6 +38,8 @@ pub enum EventKind {
     Released,
     /// A holder took a volume from another one.
     TakenOver,
+    /// A guest waits for a volume that another holder has and does not yield.
+    Waiting,
     /// Requests began to wait.
     Stalled,
     /// Requests go on.
@@ -85,6 +87,7 @@ impl fmt::Display for EventKind {
             Self::Opened => "opened",
             Self::Released => "released",
             Self::TakenOver => "taken over",
+            Self::Waiting => "waiting",
             Self::Stalled => "stalled",
             Self::Resumed => "resumed",
             Self::MemberLost => "member lost",

@@ -3,6 +3,11 @@
 //! The volume record names the holder; the seals make it true. So taking a lease from a holder
 //! that still runs is safe (its head is deposed when the members seal the new epoch) but rude,
 //! and needs `force`.
+//!
+//! **The lease follows the rings.** A holder whose guest has stopped the disk marks its lease
+//! *yieldable* ([`mark_yieldable`]); one whose guest starts a disk acquires as a *standby*
+//! ([`Acquire::standby`]), which takes a yieldable lease without force. That is a live migration; and
+//! if the guest goes on where it was, its holder takes the mark back.
 
 use base::{Epoch, Holder, HolderId, Role, VolumeId};
 
@@ -16,8 +21,8 @@ use crate::volumes::{Change, change};
 pub enum AcquireError {
     /// Someone else holds it.
     #[error(
-        "volume '{volume}' is attached elsewhere: {holder} holds it ({epoch}); detach it there \
-         first, or take it over with --force if {holder} is gone for good"
+        "volume '{volume}' is attached elsewhere: {holder} holds it ({epoch}); {}",
+        remedy(holder, *yieldable)
     )]
     Held {
         /// The volume's name.
@@ -26,6 +31,8 @@ pub enum AcquireError {
         holder: String,
         /// The epoch it was given.
         epoch: Epoch,
+        /// It would give it to a standby.
+        yieldable: bool,
     },
     /// Some members have no replica yet.
     #[error(
@@ -49,6 +56,16 @@ pub enum AcquireError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+fn remedy(holder: &str, yieldable: bool) -> String {
+    if yieldable {
+        "its guest there does not use it now: detach it there first, or attach it here with \
+         --standby, which takes it when a guest starts here"
+            .to_owned()
+    } else {
+        format!("detach it there first, or take it over with --force if {holder} is gone for good")
+    }
 }
 
 /// Why a lease was not released by force.
@@ -75,6 +92,8 @@ pub enum ReleaseError {
 pub struct Acquire {
     /// Take it from another holder.
     pub force: bool,
+    /// For a guest that starts the disk here: also from a holder that marked it yieldable.
+    pub standby: bool,
     /// The epoch will be above this one: the highest that a member is known to have sealed, if
     /// the store was rolled back behind the members.
     pub above: Epoch,
@@ -82,7 +101,7 @@ pub struct Acquire {
 
 /// What keeps `me` from acquiring the volume of `entry` as it is. A holder that only repairs it
 /// keeps nobody from it.
-pub fn check(entry: &VolumeEntry, me: HolderId, force: bool) -> Result<(), AcquireError> {
+pub fn check(entry: &VolumeEntry, me: HolderId, how: Acquire) -> Result<(), AcquireError> {
     let volume = entry.volume.name.clone();
     if entry.deleted {
         return Err(AcquireError::Deleted { volume });
@@ -95,8 +114,10 @@ pub fn check(entry: &VolumeEntry, me: HolderId, force: bool) -> Result<(), Acqui
         return Err(AcquireError::Provisioning { volume, count, members: members.len() });
     }
     match &entry.volume.holder {
-        Some(holder) if holder.id != me && !holder.repair && !force => Err(held(entry, holder)),
-        Some(_) | None => Ok(()),
+        None => Ok(()),
+        Some(holder) if holder.id == me || holder.repair || how.force => Ok(()),
+        Some(holder) if holder.yieldable && how.standby => Ok(()),
+        Some(holder) => Err(held(entry, holder)),
     }
 }
 
@@ -105,18 +126,20 @@ fn held(entry: &VolumeEntry, holder: &Holder) -> AcquireError {
         volume: entry.volume.name.clone(),
         holder: holder.name.clone(),
         epoch: entry.volume.epoch,
+        yieldable: holder.yieldable,
     }
 }
 
-/// Makes `me` the holder, in a new epoch, of a volume that it is to serve. A holder may acquire what it holds: its process died
-/// and is back. The entry as it is now; `entry.volume.epoch` is the epoch to open in.
+/// Makes `me` the holder, in a new epoch, of a volume that it is to serve. A holder may acquire what
+/// it holds: its process died and is back. The lease is not yieldable, whatever `me` says. The entry
+/// as it is now; `entry.volume.epoch` is the epoch to open in.
 pub fn acquire(
     store: &dyn ClusterStore,
     id: VolumeId,
     me: &Holder,
     how: Acquire,
 ) -> Result<VolumeEntry, AcquireError> {
-    take(store, id, me, how.above, |entry| check(entry, me.id, how.force))
+    take(store, id, me, how.above, |entry| check(entry, me.id, how))
 }
 
 fn take(
@@ -130,7 +153,7 @@ fn take(
     let changed = change(store, id, |entry| match may(entry) {
         Ok(()) => {
             entry.volume.epoch = entry.volume.epoch.max(above).next();
-            entry.volume.holder = Some(me.clone());
+            entry.volume.holder = Some(Holder { yieldable: false, ..me.clone() });
             Change::Write
         }
         Err(error) => {
@@ -167,7 +190,7 @@ pub fn acquire_repair(
         servers.iter().find(of_holder).is_some_and(|entry| entry.is_alive(now_ms))
     };
     let may = |entry: &VolumeEntry| {
-        check(entry, me.id, false)?;
+        check(entry, me.id, Acquire::default())?;
         match &entry.volume.holder {
             Some(holder) if !holder.repair || (holder.id != me.id && runs(holder.id)) => {
                 Err(held(entry, holder))
@@ -176,6 +199,50 @@ pub fn acquire_repair(
         }
     };
     take(store, id, me, above, may)
+}
+
+/// What became of a mark.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Marked {
+    /// The record says so now, or did before.
+    Done,
+    /// The lease is another one's now, or of another epoch: nothing was changed. The name of who
+    /// holds it; `None` if nobody does, or there is no such volume any more.
+    NotOurs(Option<String>),
+}
+
+/// Says whether `me`, who holds the volume in `epoch`, would give it up to a standby. Nothing happens
+/// if the lease is not its own in that epoch any more. After an error that may have happened
+/// nevertheless ([`StoreError::may_have_happened`]), asking again settles it.
+pub fn mark_yieldable(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: HolderId,
+    epoch: Epoch,
+    yieldable: bool,
+) -> Result<Marked, StoreError> {
+    let mut marked = Marked::NotOurs(None);
+    let changed = change(store, id, |entry| {
+        let same_epoch = entry.volume.epoch == epoch && !entry.deleted;
+        match &mut entry.volume.holder {
+            Some(holder) if holder.id == me && same_epoch => {
+                marked = Marked::Done;
+                if holder.yieldable == yieldable {
+                    return Change::Nothing;
+                }
+                holder.yieldable = yieldable;
+                Change::Write
+            }
+            holder => {
+                marked = Marked::NotOurs(holder.as_ref().map(|holder| holder.name.clone()));
+                Change::Nothing
+            }
+        }
+    });
+    match changed {
+        Err(StoreError { kind: StoreErrorKind::NoVolume(_), .. }) => Ok(Marked::NotOurs(None)),
+        changed => changed.map(|_| marked),
+    }
 }
 
 /// Gives a lease back after its head has ended. Nothing happens if it is not `me`'s in that

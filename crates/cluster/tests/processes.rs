@@ -71,6 +71,7 @@ fn one_process() {
         id: HolderId::from_bytes(cluster::new_id()),
         name: "racer".to_owned(),
         repair: false,
+        yieldable: false,
     };
     for _ in 0..EPOCHS_EACH {
         let how = Acquire { force: true, ..Acquire::default() };

@@ -287,8 +287,12 @@ pub enum Opening {
 /// A vhost-user-blk socket to serve a volume on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportSpec {
-    /// The volume; a head of it is open or opening here.
+    /// The volume. While no head of it runs here, guests' requests wait in their rings.
     pub volume: VolumeId,
+    /// Its length in blocks.
+    pub blocks: u64,
+    /// Its block size.
+    pub block_size: BlockSize,
     /// The socket's path. A stale socket file (nobody listens) is replaced.
     pub socket: PathBuf,
     /// Request queues, at least 1.
@@ -351,6 +355,23 @@ pub enum Event {
     PoolFailed {
         /// Which device, and how.
         reason: String,
+    },
+    /// A guest has started the rings of an export: it wants the volume. Its requests wait there
+    /// until a head of the volume serves here.
+    RingsStarted {
+        /// The volume.
+        volume: VolumeId,
+        /// The export's socket.
+        socket: PathBuf,
+    },
+    /// No ring of an export runs any more, and every request that was taken from it is answered.
+    RingsStopped {
+        /// The volume.
+        volume: VolumeId,
+        /// The export's socket.
+        socket: PathBuf,
+        /// The front end stopped them, or paused them. Not so if it is gone without a word.
+        by_front_end: bool,
     },
     /// The reactor has ended; this is the last event.
     Stopped,
@@ -614,9 +635,10 @@ pub trait DataPlane: Send + Sync {
     /// same epoch, it waits again. [`Event::Opened`] tells when a pending one has opened.
     fn open_head(&self, spec: &HeadSpec, wait: Duration) -> Result<Opening, OpenError>;
 
-    /// Stops the volume's exports if any are left, waits for accepted requests to be answered,
-    /// releases the members and ends the head. If that has not happened within `drain`, the head
-    /// is ended as it is: requests that were not decided stay unanswered. Returns once the head
+    /// Waits for accepted requests to be answered, releases the members and ends the head. If that
+    /// has not happened within `drain`, the head is ended as it is: requests that were not decided
+    /// stay unanswered. Exports of the volume stay; what their guests want waits for the next
+    /// head. Returns once the head
     /// is gone, whichever way; only with [`ControlError::Deadline`] it may still run.
     fn close_head(&self, volume: VolumeId, drain: Duration) -> Result<(), ControlError>;
 
@@ -646,8 +668,12 @@ pub trait DataPlane: Send + Sync {
     /// Tells the heads that have sessions here.
     fn publish(&self, notice: &StateNotice) -> Result<(), ControlError>;
 
-    /// Serves a volume on a socket. Listens when this returns. The head may still be opening or
-    /// stalled: guests' requests wait.
+    /// Keeps sessions with these servers, whether or not a head here has members on them: one that
+    /// is opened finds them connected. Replaces the servers that were named before.
+    fn keep_connected(&self, servers: &[ServerId]) -> Result<(), ControlError>;
+
+    /// Serves a volume on a socket. Listens when this returns. There need not be a head yet, it may
+    /// be opening or stalled: guests' requests wait.
     fn start_export(&self, spec: &ExportSpec, wait: Duration) -> Result<(), ControlError>;
 
     /// Stops serving: no new requests, waits up to `drain` for the accepted ones, disconnects

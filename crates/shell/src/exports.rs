@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::mpsc;
 
 use base::{BlockReply, BlockRequest, BufferPool, VolumeId};
 use node::{FrontEnd, Input, Node};
 use ring::{Reactor, Token, WatchHandle};
 use vhost_blk::{Control, Device, DeviceConfig, Event};
 
-use crate::control::{ExportSpec, ExportStatus};
+use crate::control::{Event as Told, ExportSpec, ExportStatus};
 use crate::message::ExportId;
 
 /// Requests that one device may submit in one turn: guests take turns, too.
@@ -25,6 +26,8 @@ struct Export {
     blocked: bool,
     /// Replies or a control message came: guests may have to be signalled.
     touched: bool,
+    /// A guest has started its rings, and not stopped them since.
+    live: bool,
 }
 
 /// All exports of the process.
@@ -33,6 +36,8 @@ pub(crate) struct Exports {
     next: u64,
     /// Requests out of one device's rings on their way to the node. Empty between polls.
     taken: Vec<BlockRequest>,
+    /// Volumes whose rings have all stopped in this turn.
+    unused: Vec<VolumeId>,
 }
 
 /// A token of a kick eventfd: export and queue.
@@ -42,7 +47,12 @@ fn kick_token(export: ExportId, queue: u16) -> Token {
 
 impl Exports {
     pub(crate) fn new() -> Self {
-        Self { exports: BTreeMap::new(), next: 1, taken: Vec::with_capacity(TURN_BUDGET) }
+        Self {
+            exports: BTreeMap::new(),
+            next: 1,
+            taken: Vec::with_capacity(TURN_BUDGET),
+            unused: Vec::new(),
+        }
     }
 
     /// Makes the device of a new export.
@@ -62,6 +72,7 @@ impl Exports {
             pending: false,
             blocked: false,
             touched: false,
+            live: false,
         };
         self.exports.insert(id, export);
         id
@@ -173,21 +184,45 @@ impl Exports {
     }
 
     /// Does what devices ask for, and signals guests. Last in a turn.
-    pub(crate) fn finish_turn(&mut self, reactor: &mut Reactor) {
+    pub(crate) fn finish_turn(&mut self, reactor: &mut Reactor, told: &mpsc::Sender<Told>) {
+        let mut stopped = false;
         for (id, export) in &mut self.exports {
             if !std::mem::take(&mut export.touched) {
                 continue;
             }
             while let Some(event) = export.device.poll_event() {
-                export.event(reactor, *id, event);
+                if let Some(event) = export.event(reactor, *id, event) {
+                    stopped |= !export.live;
+                    // Nobody listens any more only when everything ends.
+                    let _ = told.send(event);
+                }
             }
             export.device.flush_notifications();
         }
+        if stopped {
+            self.note_unused();
+        }
+    }
+
+    /// Finds the volumes whose guests have all stopped.
+    fn note_unused(&mut self) {
+        let live = |volume: VolumeId| {
+            self.exports.values().any(|export| export.spec.volume == volume && export.live)
+        };
+        let volumes = self.exports.values().map(|export| export.spec.volume);
+        self.unused = volumes.filter(|volume| !live(*volume)).collect();
+    }
+
+    /// The next volume that no guest uses since some guest has stopped.
+    pub(crate) fn next_unused(&mut self) -> Option<VolumeId> {
+        self.unused.pop()
     }
 }
 
 impl Export {
-    fn event(&mut self, reactor: &mut Reactor, id: ExportId, event: Event) {
+    /// Does what the device asks for; what the control plane wants to hear.
+    fn event(&mut self, reactor: &mut Reactor, id: ExportId, event: Event) -> Option<Told> {
+        let (volume, socket) = (self.spec.volume, &self.spec.socket);
         match event {
             Event::WatchKick { queue, fd } => {
                 if let Some(old) = self.watches.remove(&queue) {
@@ -218,15 +253,20 @@ impl Export {
                 }
             }
             Event::Started => {
-                tracing::info!(socket = %self.spec.socket.display(), "the guest uses the disk");
+                tracing::info!(socket = %socket.display(), "the guest uses the disk");
+                self.live = true;
+                return Some(Told::RingsStarted { volume, socket: socket.clone() });
             }
-            Event::Stopped => {
-                tracing::info!(socket = %self.spec.socket.display(), "the guest stopped the disk");
+            Event::Stopped { by_front_end } => {
+                tracing::info!(socket = %socket.display(), by_front_end, "the guest stopped the disk");
+                self.live = false;
+                return Some(Told::RingsStopped { volume, socket: socket.clone(), by_front_end });
             }
             Event::Superseded => tracing::info!(
                 socket = %self.spec.socket.display(),
                 "requests wait: this process is no longer the volume's head"
             ),
         }
+        None
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use base::{Epoch, ReplicaKey, ShardRecord, VolumeId};
+use base::{Epoch, ReplicaKey, ServerId, ShardRecord, VolumeId};
 use ring::{Sender, TrySendError};
 use vhost_blk::DeviceConfig;
 
@@ -36,6 +36,7 @@ pub(crate) enum Message {
         answer: Answer<Result<(), ControlError>>,
     },
     SetServers(Vec<ServerAddress>),
+    KeepConnected(Vec<ServerId>),
     OpenHead {
         spec: Box<HeadSpec>,
         answer: Answer<Result<Opening, OpenError>>,

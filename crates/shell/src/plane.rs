@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use base::{BufferPool, Epoch, ReplicaKey, ShardRecord, VolumeId};
+use base::{BufferPool, Epoch, ReplicaKey, ServerId, ShardRecord, VolumeId};
 use node::{Node, NodeConfig, ServerConfig};
 use nvme::TargetConfig;
 use ring::{Reactor, SocketAddress, SocketOptions};
@@ -269,6 +269,11 @@ impl DataPlane for Plane {
         self.mail.send("set the servers' addresses", message, STATUS_WAIT)
     }
 
+    fn keep_connected(&self, servers: &[ServerId]) -> Result<(), ControlError> {
+        let message = Message::KeepConnected(servers.to_vec());
+        self.mail.send("keep sessions with servers", message, STATUS_WAIT)
+    }
+
     fn open_head(&self, spec: &HeadSpec, wait: Duration) -> Result<Opening, OpenError> {
         let volume = spec.volume.id;
         let spec = Box::new(spec.clone());
@@ -284,11 +289,6 @@ impl DataPlane for Plane {
     }
 
     fn close_head(&self, volume: VolumeId, drain: Duration) -> Result<(), ControlError> {
-        let of_volume: Vec<Served> =
-            self.served().extract_if(.., |served| served.spec.volume == volume).collect();
-        for served in of_volume {
-            self.stop_served(served)?;
-        }
         let wait = drain + STATUS_WAIT;
         self.mail.ask("close the head", wait, |answer| Message::CloseHead {
             volume,

@@ -134,7 +134,8 @@ impl Worker {
                 self.exports.poll(&mut self.node, &mut self.reactor);
                 self.drain_node();
             }
-            self.exports.finish_turn(&mut self.reactor);
+            self.exports.finish_turn(&mut self.reactor, &self.events);
+            self.rest_unused();
         }
         let _ = self.events.send(Event::Stopped);
     }
@@ -316,6 +317,7 @@ impl Worker {
                 self.node.handle(now, Input::DeleteReplica { tag, key });
             }
             Message::SetServers(servers) => self.set_servers(&servers),
+            Message::KeepConnected(servers) => self.node.keep_connected(now, &servers),
             Message::OpenHead { spec, answer } => self.open_head(*spec, answer),
             Message::CloseHead { volume, drain, answer } => self.close_head(volume, drain, answer),
             Message::ChangeMembers { volume, epoch, shard, answer } => {
@@ -402,12 +404,10 @@ impl Worker {
             let source = std::io::Error::from(std::io::ErrorKind::AddrInUse);
             return Err(ControlError::Socket { path: spec.socket, source });
         }
-        let head = self.heads.get(&spec.volume).ok_or(ControlError::NoHead(spec.volume))?;
-        let record = &head.spec.volume;
-        let serial = record.id.to_string().replace('-', "");
-        let mut config = DeviceConfig::new(record.blocks(), record.block_size, &serial);
+        let serial = spec.volume.to_string().replace('-', "");
+        let mut config = DeviceConfig::new(spec.blocks, spec.block_size, &serial);
         config.queues = spec.queues;
-        config.read_only = spec.read_only || record.policy.read_only;
+        config.read_only = spec.read_only;
         if let Err(error) = config.check() {
             let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, error);
             return Err(ControlError::Socket { path: spec.socket, source });
@@ -417,6 +417,21 @@ impl Worker {
     }
 
     // Heads.
+
+    /// Lets the heads rest whose guests have all stopped. The next request ends that.
+    fn rest_unused(&mut self) {
+        let now = self.reactor.now();
+        let mut rested = false;
+        while let Some(volume) = self.exports.next_unused() {
+            if let Some(head) = self.heads.get(&volume).filter(|head| head.closing.is_none()) {
+                self.node.handle(now, Input::RestHead(head.handle));
+                rested = true;
+            }
+        }
+        if rested {
+            self.drain_node();
+        }
+    }
 
     fn open_head(&mut self, spec: HeadSpec, answer: Answer<Result<Opening, OpenError>>) {
         let volume = spec.volume.id;

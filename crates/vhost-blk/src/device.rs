@@ -40,7 +40,11 @@ pub enum Event {
     Started,
     /// No ring runs any more and nothing is under way: drained (the source of a live migration
     /// may mark its lease yieldable).
-    Stopped,
+    Stopped {
+        /// The front end stopped or disabled its rings. Not so if it is gone without a word: its
+        /// guest was killed, or will be back and send its requests again.
+        by_front_end: bool,
+    },
     /// A request came back with [`base::Status::Superseded`]. The device holds it and all later
     /// ones; the guest sees a pause. When the volume is open again, call [`Device::resume`].
     Superseded,
@@ -78,6 +82,8 @@ pub struct Device {
     live: bool,
     /// Mappings that were lost in this process when we last looked at ours.
     lost_seen: u64,
+    /// The rings that ran last were left by their front end, not stopped.
+    left: bool,
 }
 
 /// What one step of a queue came to.
@@ -116,6 +122,7 @@ impl Device {
             quiesce: None,
             live: false,
             lost_seen: fault::lost(),
+            left: false,
         }
     }
 
@@ -412,6 +419,7 @@ impl Device {
             }
             orphans += queue.detach(self.config.queue_size_max);
         }
+        self.left |= self.live;
         self.orphans = orphans;
         self.attached = false;
         self.features = 0;
@@ -592,7 +600,12 @@ impl Device {
         let live = self.orphans > 0 || self.queues.iter().any(Queue::is_live);
         if live != self.live {
             self.live = live;
-            self.events.push_back(if live { Event::Started } else { Event::Stopped });
+            let by_front_end = !core::mem::take(&mut self.left);
+            self.events.push_back(if live {
+                Event::Started
+            } else {
+                Event::Stopped { by_front_end }
+            });
         }
     }
 }

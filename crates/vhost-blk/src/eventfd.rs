@@ -41,12 +41,18 @@ pub(crate) fn checked_eventfd(file: File) -> io::Result<OwnedFd> {
         ));
     }
     let fd = OwnedFd::from(file);
+    make_nonblocking(fd.as_fd())?;
+    Ok(fd)
+}
+
+/// What reads of the descriptor would wait for, they fail with `WouldBlock` instead.
+pub(crate) fn make_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: F_GETFL on an open descriptor has no memory effects.
-    let flags = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) };
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
     if flags < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: F_SETFL on an open descriptor has no memory effects.
     let set = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
-    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(fd) }
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

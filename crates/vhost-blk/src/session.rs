@@ -5,7 +5,8 @@
 
 use core::time::Duration;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -18,7 +19,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use crate::config::CONFIG_BYTES;
 use crate::control::{Request, ask};
 use crate::dirty::DirtyLog;
-use crate::eventfd::checked_eventfd;
+use crate::eventfd::{checked_eventfd, make_nonblocking};
 use crate::inflight::{self, InflightBuffer};
 use crate::memory::{GuestMemory, Mapping, REGIONS_MAX, Region};
 use crate::ring::RingAddresses;
@@ -34,6 +35,9 @@ pub(crate) struct Session {
     config: DeviceConfig,
     sink: Box<dyn ControlSink>,
     regions: Vec<Region>,
+    /// Where a front end writes the state that this device shall load: to be looked at when it says
+    /// that it is done.
+    loading: Option<File>,
 }
 
 /// Turns an error of ours into one that ends the connection with its reason.
@@ -47,13 +51,14 @@ fn unsupported(what: &'static str) -> Error {
 
 impl Session {
     pub(crate) fn new(config: DeviceConfig, sink: Box<dyn ControlSink>) -> Self {
-        Self { config, sink, regions: Vec::new() }
+        Self { config, sink, regions: Vec::new(), loading: None }
     }
 
     /// Starts serving a new connection.
     pub(crate) fn connected(&mut self) -> Result<()> {
         self.ask(Request::Connected)?;
         self.regions.clear();
+        self.loading = None;
         Ok(())
     }
 
@@ -70,6 +75,7 @@ impl Session {
         // Only now, so that unmapping, which takes a while for a large guest, happens here and
         // not on the reactor thread.
         self.regions.clear();
+        self.loading = None;
     }
 
     fn ask(&mut self, request: Request) -> Result<()> {
@@ -91,6 +97,17 @@ impl Session {
 fn map(region: &VhostUserMemoryRegion, file: &File) -> Result<Region> {
     let mapping = Mapping::new(file, region.mmap_offset, region.memory_size).map_err(refuse)?;
     Ok(Region { gpa: region.guest_phys_addr, user: region.user_addr, mapping: Arc::new(mapping) })
+}
+
+/// Reads the state that a front end has written, which must be none. It has closed its end before it
+/// asks, so nothing is waited for.
+fn empty_state(file: &mut File) -> Result<()> {
+    make_nonblocking(file.as_fd()).map_err(Error::ReqHandlerError)?;
+    match file.read(&mut [0]) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(unsupported("the state of another kind of device")),
+        Err(error) => Err(Error::ReqHandlerError(error)),
+    }
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
@@ -188,6 +205,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
@@ -290,17 +308,30 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.send_memory(regions)
     }
 
+    /// There is no state: rings are drained whole before a pause is acknowledged, and what the guest
+    /// sees of the disk is the volume. So what is saved is empty, and only that is loaded.
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(unsupported("DEVICE_STATE was not offered"))
+        match phase {
+            VhostTransferStatePhase::STOPPED => {}
+        }
+        match direction {
+            // Closed without a byte: the end of the state.
+            VhostTransferStateDirection::SAVE => drop(fd),
+            VhostTransferStateDirection::LOAD => self.loading = Some(fd),
+        }
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(unsupported("DEVICE_STATE was not offered"))
+        match self.loading.take() {
+            None => Ok(()),
+            Some(mut file) => empty_state(&mut file),
+        }
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

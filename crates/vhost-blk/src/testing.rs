@@ -468,7 +468,7 @@ impl Rig {
                     assert!(self.watched.remove(&queue).is_some(), "queue {queue} was watched");
                 }
                 Event::Started => self.lives.push(true),
-                Event::Stopped => self.lives.push(false),
+                Event::Stopped { .. } => self.lives.push(false),
                 Event::Superseded => self.superseded += 1,
             }
         }

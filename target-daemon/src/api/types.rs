@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use crate::daemon::Parts;
 use crate::drain;
 use crate::exports::ExportView;
+use crate::follow::LeaseState;
 
 /// An error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -35,6 +36,10 @@ pub struct ExportRequest {
     /// The guest sees a read-only disk.
     #[serde(default)]
     pub read_only: bool,
+    /// The lease is taken when a guest starts its rings, and not now: for the destination of a live
+    /// migration.
+    #[serde(default)]
+    pub standby: bool,
     /// How long to wait for the volume to be open before answering that it is still opening, in
     /// milliseconds; 5000 if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -45,8 +50,13 @@ pub struct ExportRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportState {
-    /// It is not served; `reason` says why. It is tried again every second.
+    /// It is not served, or its guest waits for the lease; `reason` says why. It is tried again.
     Waiting,
+    /// The socket is there, no guest uses it, and the lease is not taken: a live migration may come.
+    Standby,
+    /// The guest stopped the disk; another holder may take the lease. With a `reason`: it may not
+    /// yet, since the cluster store does not say so.
+    Yielded,
     /// The socket is there; requests wait for the head to open.
     Opening,
     /// It is served.
@@ -70,6 +80,9 @@ pub struct ExportReply {
     pub queues: u16,
     /// The guest sees a read-only disk.
     pub read_only: bool,
+    /// Its lease is taken when a guest starts its rings.
+    #[serde(default)]
+    pub standby: bool,
     /// It is in the configuration, so it comes back with every start, not only until a reboot.
     pub configured: bool,
     /// How it is.
@@ -413,16 +426,15 @@ fn member_reply(member: &MemberStatus, servers: &BTreeMap<ServerId, &str>) -> Me
 pub(super) fn export_reply(view: &ExportView, plane: &Status) -> ExportReply {
     let served = plane.exports.iter().find(|export| export.spec.socket == view.wanted.socket);
     let head = plane.heads.iter().find(|head| Some(head.volume) == view.volume);
-    let (state, reason) = match (&view.waiting, head.map(|head| &head.phase)) {
-        (Some(reason), _) => (ExportState::Waiting, Some(reason.clone())),
-        (None, Some(HeadPhase::Open)) => (ExportState::Open, None),
-        (None, Some(HeadPhase::Opening { reason })) => (ExportState::Opening, Some(reason.clone())),
-        (None, Some(HeadPhase::Stalled { reason, .. })) => {
-            (ExportState::Stalled, Some(reason.clone()))
+    let (state, reason) = match (&view.waiting, &view.lease) {
+        (Some(reason), _) | (None, Some(LeaseState::Waiting { reason })) => {
+            (ExportState::Waiting, Some(reason.clone()))
         }
-        (None, Some(HeadPhase::Draining | HeadPhase::Superseded { .. }) | None) => {
-            (ExportState::Stopping, None)
+        (None, Some(LeaseState::Standby)) => (ExportState::Standby, None),
+        (None, Some(LeaseState::Yielded { pending, .. })) => {
+            (ExportState::Yielded, pending.clone())
         }
+        (None, Some(LeaseState::Held { .. }) | None) => head_state(head.map(|head| &head.phase)),
     };
     ExportReply {
         volume: view.wanted.volume.clone(),
@@ -430,10 +442,23 @@ pub(super) fn export_reply(view: &ExportView, plane: &Status) -> ExportReply {
         socket: view.wanted.socket.display().to_string(),
         queues: view.wanted.queues,
         read_only: served.map_or(view.wanted.read_only, |export| export.spec.read_only),
+        standby: view.wanted.standby,
         configured: view.configured,
         state,
         reason,
         connected: served.is_some_and(|export| export.connected),
         in_flight: served.map_or(0, |export| export.in_flight),
+    }
+}
+
+/// How an export is whose head is in this phase; `None`: there is no head any more.
+fn head_state(phase: Option<&HeadPhase>) -> (ExportState, Option<String>) {
+    match phase {
+        Some(HeadPhase::Open) => (ExportState::Open, None),
+        Some(HeadPhase::Opening { reason }) => (ExportState::Opening, Some(reason.clone())),
+        Some(HeadPhase::Stalled { reason, .. }) => (ExportState::Stalled, Some(reason.clone())),
+        Some(HeadPhase::Draining | HeadPhase::Superseded { .. }) | None => {
+            (ExportState::Stopping, None)
+        }
     }
 }

@@ -257,8 +257,12 @@ fn a_volume_that_nobody_has_attached_is_repaired_and_given_to_whoever_wants_it()
     let mut others = Others::new(&bench, &["b"]);
     let id = others.volume(&bench, 2);
     // Used once, so that there is something to keep.
-    let guest =
-        Holder { id: HolderId::from_bytes([9; 16]), name: "guest".to_owned(), repair: false };
+    let guest = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "guest".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
     let store = bench.store.as_ref();
     lease::acquire(store, id, &guest, Acquire::default()).unwrap();
     lease::release(store, id, guest.id, Epoch(1)).unwrap();
@@ -318,8 +322,12 @@ fn a_repair_ends_by_itself_and_gives_the_volume_back() {
     let running = bench.start(AT_ONCE);
     let mut others = Others::new(&bench, &["b"]);
     let id = others.volume(&bench, 2);
-    let guest =
-        Holder { id: HolderId::from_bytes([9; 16]), name: "guest".to_owned(), repair: false };
+    let guest = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "guest".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
     let store = bench.store.as_ref();
     lease::acquire(store, id, &guest, Acquire::default()).unwrap();
     lease::release(store, id, guest.id, Epoch(1)).unwrap();

@@ -87,6 +87,7 @@ fn a_volume_held_elsewhere_is_refused_by_name_and_ones_own_is_taken_again() {
         id: HolderId::from_bytes([9; 16]),
         name: "attach on host7".to_owned(),
         repair: false,
+        yieldable: false,
     };
     let store = bench.store.as_ref();
     lease::acquire(store, id, &other, Acquire::default()).unwrap();
@@ -100,6 +101,7 @@ fn a_volume_held_elsewhere_is_refused_by_name_and_ones_own_is_taken_again() {
         id: HolderId::from_bytes(bench.server.bytes()),
         name: "server a".to_owned(),
         repair: false,
+        yieldable: false,
     };
     lease::acquire(store, id, &own, Acquire::default()).unwrap();
     assert_eq!(running.export(&bench, "v", "v.sock").0, 201);
@@ -125,6 +127,7 @@ fn a_deposed_head_ends_and_is_served_again_when_the_volume_is_free() {
         id: HolderId::from_bytes([9; 16]),
         name: "attach on host7".to_owned(),
         repair: false,
+        yieldable: false,
     };
     let force = Acquire { force: true, ..Acquire::default() };
     let taken = lease::acquire(bench.store.as_ref(), id, &other, force).unwrap().volume.epoch;

@@ -19,7 +19,7 @@ mod harness;
 
 fn holder(number: u8) -> Holder {
     let id = HolderId::from_bytes([number; 16]);
-    Holder { id, name: format!("holder {number}"), repair: false }
+    Holder { id, name: format!("holder {number}"), repair: false, yieldable: false }
 }
 
 /// A new volume, never opened.
@@ -249,7 +249,7 @@ fn an_old_backup_is_noticed_and_its_epochs_are_left_behind() {
     assert!(noticed < seen, "the picture is another one");
     assert_eq!(store.volume(id).unwrap(), Some(stale), "that of the backup");
     // Members have sealed up to old + 5: whoever opens is told, and goes above.
-    let how = Acquire { force: true, above: Epoch(old.0 + 5) };
+    let how = Acquire { force: true, above: Epoch(old.0 + 5), ..Acquire::default() };
     let taken = lease::acquire(&store, id, &holder(1), how).unwrap();
     assert_eq!(taken.volume.epoch, Epoch(old.0 + 6));
 }

@@ -679,7 +679,7 @@ fn unserved_volumes_are_repaired_by_a_member_that_runs() {
     assert!(repair.cause.contains("server s1: silent"), "{}", repair.cause);
     let holder = |repair| {
         let id = base::HolderId::from_bytes([2; 16]);
-        Some(base::Holder { id, name: "server s2".to_owned(), repair })
+        Some(base::Holder { id, name: "server s2".to_owned(), repair, yieldable: false })
     };
     world.entry.volume.holder = holder(true);
     assert!(wants(&world).is_some(), "the repairing one goes on");

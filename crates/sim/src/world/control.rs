@@ -106,7 +106,8 @@ impl World {
         if process != self.desired || self.processes[process].head.is_some() {
             return;
         }
-        let holder = Holder { id, name: format!("process {process}"), repair: false };
+        let holder =
+            Holder { id, name: format!("process {process}"), repair: false, yieldable: false };
         let acquired = Box::new(records.acquired(holder));
         self.processes[process].lease = Lease::Swapping { won: acquired.clone() };
         self.call_store(process, Caller::Lease, Call::Swap(acquired));

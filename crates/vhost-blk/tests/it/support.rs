@@ -148,7 +148,7 @@ impl Reactor {
                     Event::WatchKick { queue, fd } => drop(self.kicks.insert(queue, fd)),
                     Event::UnwatchKick { queue } => drop(self.kicks.remove(&queue)),
                     Event::Started => self.shared.live.store(true, Ordering::Release),
-                    Event::Stopped => self.shared.live.store(false, Ordering::Release),
+                    Event::Stopped { .. } => self.shared.live.store(false, Ordering::Release),
                     Event::Superseded => unreachable!("this back end supersedes nothing"),
                 }
             }
