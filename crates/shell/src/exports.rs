@@ -155,6 +155,7 @@ impl Exports {
             }
             let Some(head) = node.head_of(export.spec.volume) else {
                 export.blocked = true;
+                export.touched |= export.device.without_head();
                 continue;
             };
             let budget = TURN_BUDGET.min(node.room(head));

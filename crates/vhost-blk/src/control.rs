@@ -29,6 +29,8 @@ pub(crate) enum Request {
     Disconnected,
     /// Take no new requests; answered when none is under way.
     Quiesce,
+    /// Whether every paused ring was drained of all that was available.
+    Drained,
     Features(u64),
     Memory(Arc<GuestMemory>),
     Log(Arc<DirtyLog>),
@@ -79,6 +81,8 @@ pub(crate) enum ControlError {
     RingSize { queue: u16, size: u16, max: u16 },
     #[error("queue {queue} is running: its size and base cannot change")]
     Running { queue: u16 },
+    #[error("queue {queue} was paused with requests in it: there was nobody to answer them")]
+    Undrained { queue: u16 },
     #[error("the device's reactor is gone")]
     Closed,
     #[error("no answer in time")]

@@ -145,6 +145,11 @@ impl Device {
                 self.detach();
                 reply.send(Ok(0));
             }
+            Request::Drained => {
+                let cut = self.queues.iter().find(|queue| queue.cut_short);
+                let undrained = |queue: &Queue| ControlError::Undrained { queue: queue.index };
+                reply.send(cut.map_or(Ok(0), |queue| Err(undrained(queue))));
+            }
             Request::Quiesce => {
                 self.quiescing = true;
                 self.quiesce = Some(reply);
@@ -279,6 +284,24 @@ impl Device {
         self.polling = on;
     }
 
+    /// No head of the volume is there to answer requests, and nobody knows when one will be. A front end
+    /// that disables its rings is not kept waiting for what they still hold: it stays there, and is
+    /// taken when the rings go on, here or where they are moved to. Call it instead of [`Device::poll`];
+    /// true if there are events.
+    pub fn without_head(&mut self) -> bool {
+        if self.starts_wanted {
+            self.start_rings();
+        }
+        let mut cut = false;
+        for queue in &mut self.queues {
+            cut |= queue.cut_drain();
+        }
+        if cut {
+            self.settle();
+        }
+        !self.events.is_empty()
+    }
+
     /// Sends what [`Event::Superseded`] held back again, and goes on with the rings, at the next
     /// [`Device::poll`].
     pub fn resume(&mut self) {
@@ -378,6 +401,7 @@ impl Device {
             Request::Connected
             | Request::Disconnected
             | Request::Quiesce
+            | Request::Drained
             | Request::Features(_)
             | Request::Memory(_)
             | Request::Log(_)

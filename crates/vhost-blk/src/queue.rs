@@ -82,6 +82,9 @@ pub(crate) struct Queue {
     pub(crate) emitting: Option<u16>,
     inflight: Option<InflightQueue>,
     counter: u64,
+    /// It was paused before all that was available had been taken: its indices say so, but a front end
+    /// that does not ask for them must not take it for drained.
+    pub(crate) cut_short: bool,
     /// Who waits for this queue to be drained, and how it rests then.
     pub(crate) parked: Option<(Reply, Rest)>,
 }
@@ -109,6 +112,7 @@ impl Queue {
             emitting: None,
             inflight: None,
             counter: 0,
+            cut_short: false,
             parked: None,
         }
     }
@@ -156,6 +160,7 @@ impl Queue {
         let (true, Some(_), Some(addresses)) = (self.enabled, &self.kick, &self.addresses) else {
             return;
         };
+        self.cut_short = false;
         if fresh {
             // Not mapped yet is no error: the memory table may follow.
             let Some(ring) = Ring::resolve(memory, self.size, addresses) else { return };
@@ -322,6 +327,23 @@ impl Queue {
                 }
             }
             State::Stopped | State::Paused | State::Broken => {}
+        }
+    }
+
+    /// Nobody answers requests for now: a drain takes no more of what is available. True if that ends
+    /// it.
+    pub(crate) fn cut_drain(&mut self) -> bool {
+        match self.state {
+            State::Draining { until } if until != self.next_available && self.under_way == 0 => {
+                self.state = State::Draining { until: self.next_available };
+                self.cut_short = true;
+                true
+            }
+            State::Stopped
+            | State::Paused
+            | State::Running
+            | State::Draining { .. }
+            | State::Broken => false,
         }
     }
 

@@ -38,6 +38,8 @@ pub(crate) struct Session {
     /// Where a front end writes the state that this device shall load: to be looked at when it says
     /// that it is done.
     loading: Option<File>,
+    /// A front end has asked for the state and not yet whether it is good.
+    saving: bool,
 }
 
 /// Turns an error of ours into one that ends the connection with its reason.
@@ -51,14 +53,14 @@ fn unsupported(what: &'static str) -> Error {
 
 impl Session {
     pub(crate) fn new(config: DeviceConfig, sink: Box<dyn ControlSink>) -> Self {
-        Self { config, sink, regions: Vec::new(), loading: None }
+        Self { config, sink, regions: Vec::new(), loading: None, saving: false }
     }
 
     /// Starts serving a new connection.
     pub(crate) fn connected(&mut self) -> Result<()> {
         self.ask(Request::Connected)?;
         self.regions.clear();
-        self.loading = None;
+        (self.loading, self.saving) = (None, false);
         Ok(())
     }
 
@@ -75,7 +77,7 @@ impl Session {
         // Only now, so that unmapping, which takes a while for a large guest, happens here and
         // not on the reactor thread.
         self.regions.clear();
-        self.loading = None;
+        (self.loading, self.saving) = (None, false);
     }
 
     fn ask(&mut self, request: Request) -> Result<()> {
@@ -321,13 +323,20 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         match direction {
             // Closed without a byte: the end of the state.
-            VhostTransferStateDirection::SAVE => drop(fd),
+            VhostTransferStateDirection::SAVE => {
+                drop(fd);
+                self.saving = true;
+            }
             VhostTransferStateDirection::LOAD => self.loading = Some(fd),
         }
         Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
+        if core::mem::take(&mut self.saving) {
+            // Without this the destination would start behind requests that nobody has answered.
+            self.ask(Request::Drained)?;
+        }
         match self.loading.take() {
             None => Ok(()),
             Some(mut file) => empty_state(&mut file),

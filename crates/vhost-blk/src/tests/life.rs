@@ -470,3 +470,33 @@ fn a_front_end_that_shrinks_its_memory_loses_its_queues_and_harms_nobody_else() 
     rig.run(&mut disk);
     assert_eq!(again.reap(0), [(0, 513)]);
 }
+
+/// A destination of a migration that waits for its lease.
+#[test]
+fn without_a_head_rings_start_and_stop_and_keep_what_they_hold() {
+    let (mut guest, mut rig, mut disk) = setup(1);
+    offer_read(&mut guest, 0, 0, 0, 512);
+    assert!(rig.device.without_head());
+    rig.take_events();
+    assert_eq!(rig.lives, [true], "the guest wants the volume");
+    // Nobody would answer what is available, so nobody is kept waiting for it.
+    let paused = rig.ask_later(Request::RingEnable { queue: 0, enable: false });
+    assert_eq!(paused.try_recv(), Err(TryRecvError::Empty));
+    assert!(rig.device.without_head());
+    rig.take_events();
+    assert_eq!(paused.try_recv(), Ok(Ok(0)));
+    assert_eq!(rig.lives, [true, false]);
+    assert_eq!(rig.ask(Request::Drained), Some(Err(ControlError::Undrained { queue: 0 })));
+    // It goes on, and a head opens.
+    rig.must(Request::RingEnable { queue: 0, enable: true });
+    rig.run(&mut disk);
+    assert_eq!(guest.reap(0), [(0, 513)]);
+    rig.must(Request::Drained);
+    // A front end that asks for the index is told the right one.
+    offer_read(&mut guest, 0, 3, 0, 512);
+    let paused = rig.ask_later(Request::RingEnable { queue: 0, enable: false });
+    rig.device.without_head();
+    rig.take_events();
+    assert!(paused.try_recv().is_ok());
+    assert_eq!(rig.ask(Request::RingStop { queue: 0 }), Some(Ok(1)));
+}

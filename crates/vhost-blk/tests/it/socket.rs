@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -11,10 +11,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::front_end::{
-    ADD_MEM_REG, FrontEnd, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD, GET_MAX_MEM_SLOTS,
-    GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE, REM_MEM_REG, SET_FEATURES,
-    SET_INFLIGHT_FD, SET_LOG_BASE, SET_MEM_TABLE, SET_PROTOCOL_FEATURES, SET_VRING_ADDR,
-    SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM, halves, message, words,
+    ADD_MEM_REG, CHECK_DEVICE_STATE, FrontEnd, GET_CONFIG, GET_FEATURES, GET_INFLIGHT_FD,
+    GET_MAX_MEM_SLOTS, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_VRING_BASE, REM_MEM_REG,
+    SET_DEVICE_STATE_FD, SET_FEATURES, SET_INFLIGHT_FD, SET_LOG_BASE, SET_MEM_TABLE,
+    SET_PROTOCOL_FEATURES, SET_VRING_ADDR, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK,
+    SET_VRING_NUM, halves, message, words,
 };
 use crate::support::{Backend, wait_for};
 use base::BlockSize;
@@ -87,9 +88,10 @@ fn the_handshake_offers_what_qemu_and_cloud_hypervisor_need() {
     // EVENT_IDX, PROTOCOL_FEATURES, VERSION_1; neither RO nor SIZE_MAX.
     let bits = [2, 6, 9, 10, 12, 13, 14, 26, 28, 29, 30, 32];
     assert_eq!(features, bits.iter().map(|bit| 1_u64 << bit).sum::<u64>());
-    // MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS; never STATUS (16).
+    // MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, DEVICE_STATE; never
+    // STATUS (16).
     let protocol = front_end.get_u64(GET_PROTOCOL_FEATURES);
-    assert_eq!(protocol, [0, 1, 3, 9, 12, 15].iter().map(|bit| 1_u64 << bit).sum::<u64>());
+    assert_eq!(protocol, [0, 1, 3, 9, 12, 15, 19].iter().map(|bit| 1_u64 << bit).sum::<u64>());
     assert_eq!(front_end.get_u64(GET_QUEUE_NUM), 2);
     assert_eq!(front_end.get_u64(GET_MAX_MEM_SLOTS), 256);
     for size in [57_u32, 60, 96] {
@@ -366,6 +368,61 @@ fn requests_in_flight_survive_a_new_back_end() {
         assert!(disk[sector * 512..][..512].iter().all(|byte| *byte == fill), "sector {sector}");
     }
     drop(front_end);
+    backend.stop();
+}
+
+/// Passes one end of a pipe in a SET_DEVICE_STATE_FD message and keeps the other.
+fn state_pipe(front_end: &mut FrontEnd, load: bool) -> File {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let (theirs, ours) = if load {
+        (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
+    } else {
+        (File::from(OwnedFd::from(writer)), File::from(OwnedFd::from(reader)))
+    };
+    let body = halves(&[load.into(), 0]);
+    assert!(front_end.raw(&message(SET_DEVICE_STATE_FD, 1, &body), &[theirs.as_raw_fd()]));
+    assert_eq!(front_end.reply().unwrap().0, words(&[0x100]), "taken, and no other descriptor");
+    ours
+}
+
+/// As Cloud Hypervisor moves a guest: rings are disabled and never stopped, a state is saved here and
+/// loaded there.
+#[test]
+fn a_pause_by_disabling_drains_the_whole_ring_and_leaves_no_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let backend = Backend::start(&dir.path().join("disk"), &config());
+    let mut driver = Driver::new();
+    let (mut front_end, _) = driver.set_up(&backend.path, 0, None);
+    wait_for("the ring to start", || backend.shared.live.load(Ordering::Acquire));
+    for head in [0, 3, 6, 9] {
+        driver.write(head, head.into(), 5);
+    }
+    assert!(front_end.set(SET_VRING_ENABLE, &halves(&[0, 0]), &[]));
+    // Whatever was available is done before the pause is acknowledged: a destination starts there.
+    let mut used = driver.used();
+    used.sort_unstable();
+    assert_eq!(used, [0, 3, 6, 9]);
+    wait_for("the stop to be told", || !backend.shared.live.load(Ordering::Acquire));
+
+    let mut saved = Vec::new();
+    state_pipe(&mut front_end, false).read_to_end(&mut saved).unwrap();
+    assert!(saved.is_empty(), "the state is empty");
+    assert_eq!(front_end.get_u64(CHECK_DEVICE_STATE), 0);
+    drop(state_pipe(&mut front_end, true));
+    assert_eq!(front_end.get_u64(CHECK_DEVICE_STATE), 0);
+    let mut foreign = state_pipe(&mut front_end, true);
+    foreign.write_all(b"x").unwrap();
+    drop(foreign);
+    assert_eq!(front_end.get_u64(CHECK_DEVICE_STATE), 1, "some other device's state");
+    let open = state_pipe(&mut front_end, true);
+    assert_eq!(front_end.get_u64(CHECK_DEVICE_STATE), 1, "not waited for");
+    drop(open);
+
+    // The migration is given up: the guest goes on here.
+    assert!(front_end.set(SET_VRING_ENABLE, &halves(&[0, 1]), &[]));
+    wait_for("the ring to go on", || backend.shared.live.load(Ordering::Acquire));
+    driver.write(0, 1, 5);
+    wait_for("the next write", || driver.used().len() == 5);
     backend.stop();
 }
 
