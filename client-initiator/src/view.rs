@@ -1,9 +1,10 @@
 //! A volume as people and programs are shown it: what the cluster store says, and what its holder
 //! has published.
 
-use base::{Durability, Role, ServerId};
+use base::{Durability, Role, ServerId, VolumeId};
 use cluster::{
-    FillReport, MemberReport, Rates, ServerEntry, VolumeEntry, VolumeStatus, servers, unix_ms,
+    Event, EventKind, FillReport, MemberReport, Rates, ServerEntry, VolumeEntry, VolumeStatus,
+    servers, unix_ms,
 };
 use serde::Serialize;
 use target_daemon::size::format_size;
@@ -34,6 +35,10 @@ pub(crate) struct VolumeView {
     pub(crate) epoch: u64,
     /// Who holds its lease.
     pub(crate) holder: Option<String>,
+    /// The holder's guest has stopped the disk: a standby takes the lease when a guest starts there.
+    pub(crate) yieldable: bool,
+    /// Where a guest has been waiting for the lease lately, and why; only in `volume show`.
+    pub(crate) waiting: Option<String>,
     pub(crate) members: Vec<MemberView>,
     /// The names of the servers that can take a lost member's place, best first.
     pub(crate) failover: Vec<String>,
@@ -148,6 +153,11 @@ pub(crate) fn pending(entry: &VolumeEntry) -> impl Iterator<Item = &base::Member
     entry.shard.members.iter().filter(|member| member.role == Role::Provisioning)
 }
 
+/// What was told longer ago than this of a guest that waits says nothing about now: it is told again
+/// every [`target_daemon::follow::TELL_AGAIN`].
+const WAITING_MS: u64 = 45_000;
+const _: () = assert!(WAITING_MS > target_daemon::follow::TELL_AGAIN.as_millis() as u64);
+
 /// A volume as it is shown. `status` is what its holder published.
 pub(crate) fn view(
     entry: &VolumeEntry,
@@ -180,10 +190,22 @@ pub(crate) fn view(
         problems,
         epoch: volume.epoch.0,
         holder: volume.holder.as_ref().map(|holder| holder.name.clone()),
+        yieldable: volume.holder.as_ref().is_some_and(|holder| holder.yieldable),
+        waiting: None,
         members,
         failover: entry.shard.failover.iter().map(|id| servers::name_of(all, *id)).collect(),
         head: status.map(|status| head_view(status, entry, now_ms)),
     }
+}
+
+/// Who told lately that a guest waits for the volume's lease, if nobody has opened the volume since.
+pub(crate) fn waiting(events: &[(u64, Event)], volume: VolumeId, now_ms: u64) -> Option<String> {
+    let of_volume = events.iter().rev().map(|(_, event)| event);
+    let last = of_volume
+        .filter(|event| event.volume == Some(volume))
+        .find(|event| matches!(event.kind, EventKind::Waiting | EventKind::Opened))?;
+    let lately = now_ms.saturating_sub(last.at_ms) <= WAITING_MS;
+    (last.kind == EventKind::Waiting && lately).then(|| format!("{}: {}", last.text, last.cause))
 }
 
 fn state(entry: &VolumeEntry) -> &'static str {
@@ -398,7 +420,9 @@ pub(crate) fn text(view: &VolumeView) -> String {
     ];
     lines.extend(view.problems.iter().map(|problem| format!("            {problem}")));
     lines.push(format!("epoch       {}", view.epoch));
-    lines.push(format!("holder      {}", view.holder.as_deref().unwrap_or("none")));
+    let note = if view.yieldable { " (yieldable: its guest has stopped the disk)" } else { "" };
+    lines.push(format!("holder      {}{note}", view.holder.as_deref().unwrap_or("none")));
+    lines.extend(view.waiting.iter().map(|waiting| format!("waiting     {waiting}")));
     if let Some(head) = &view.head {
         lines.extend(head_lines(head));
     }

@@ -158,11 +158,17 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
     Ok(())
 }
 
+/// Events that are searched for guests that wait: those of the last minute, unless very much happens.
+const EVENTS_LOOKED_AT: u64 = 500;
+
 pub(crate) fn show(store: &StoreArgument, volume: &str, output: &Output) -> Result<(), Failure> {
     let store = cluster::open(store.address()?, Create::Never)?;
     let entry = volumes::find(store.as_ref(), volume)?;
     let status = status_of(&store.statuses()?, &entry);
-    let view = view(&entry, &store.servers()?, status.as_ref());
+    let mut view = view(&entry, &store.servers()?, status.as_ref());
+    let first = store.last_event()?.saturating_sub(EVENTS_LOOKED_AT);
+    let events = store.events(first, usize::try_from(EVENTS_LOOKED_AT).unwrap_or(usize::MAX))?;
+    view.waiting = view::waiting(&events, entry.volume.id, cluster::unix_ms());
     output.print(&view, || view::text(&view));
     Ok(())
 }

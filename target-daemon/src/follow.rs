@@ -36,6 +36,8 @@ const SOON: Duration = Duration::from_millis(3);
 const LATER: Duration = Duration::from_millis(500);
 /// Whoever waits for longer than this says so to the cluster.
 const TELL_AFTER: Duration = Duration::from_millis(500);
+/// And again so often as long as it waits.
+pub const TELL_AGAIN: Duration = Duration::from_secs(30);
 
 /// How a volume's lease is here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +98,8 @@ struct Volume {
     stale: Option<VolumeEntry>,
     /// Since when a guest waits for the lease.
     waits_since: Option<Instant>,
-    told_cluster: bool,
+    /// When the cluster was told last that it does.
+    told_cluster: Option<Instant>,
     /// Why the last try failed.
     trouble: Option<String>,
     /// A thread works for it.
@@ -200,7 +203,7 @@ impl Follow {
             mark: Mark::Firm,
             stale: None,
             waits_since: None,
-            told_cluster: false,
+            told_cluster: None,
             trouble: None,
             busy: false,
             leaving: false,
@@ -363,7 +366,7 @@ impl Shared {
             volume.waits_since.get_or_insert_with(Instant::now);
         } else {
             volume.waits_since = None;
-            volume.told_cluster = false;
+            volume.told_cluster = None;
         }
         self.say(volume, id);
         self.news.notify_all();
@@ -484,14 +487,14 @@ impl Shared {
         }
     }
 
-    /// Tells the cluster, once, that a guest waits here and for whom.
+    /// Tells the cluster that a guest waits here and for whom.
     fn tell_cluster(&self, volumes: &mut BTreeMap<VolumeId, Volume>, id: VolumeId) {
         let Some(volume) = volumes.get_mut(&id) else { return };
         let waited = volume.waits_since.is_some_and(|since| since.elapsed() >= TELL_AFTER);
-        if !waited || volume.told_cluster {
+        if !waited || volume.told_cluster.is_some_and(|told| told.elapsed() < TELL_AGAIN) {
             return;
         }
-        volume.told_cluster = true;
+        volume.told_cluster = Some(Instant::now());
         let holder = &self.heads.holder().name;
         let event = Told {
             at_ms: cluster::unix_ms(),

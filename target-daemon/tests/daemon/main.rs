@@ -7,3 +7,4 @@ mod fake;
 mod flaky;
 mod healing;
 mod life;
+mod moving;
