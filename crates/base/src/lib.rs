@@ -10,6 +10,7 @@ pub mod chunks;
 pub mod ids;
 pub mod limits;
 pub mod membership;
+pub mod packed;
 pub mod planted;
 pub mod record;
 pub mod replica;

@@ -57,6 +57,16 @@ pub enum CommandBody {
         /// Where header and payload go.
         buffer: BufferMut,
     },
+    /// The records from `seq` on, as many as fit and at most `records`. Answered by
+    /// [`ReplyBody::Records`], empty if the first one does not fit: it is to be scanned by itself.
+    ScanRun {
+        /// The first record.
+        seq: Seq,
+        /// How many at most.
+        records: u32,
+        /// Where they go.
+        buffer: BufferMut,
+    },
     /// Forget every record after `keep`, which is at or above the replica's commit seq.
     /// Answered by [`ReplyBody::Truncated`].
     Truncate {
@@ -145,6 +155,7 @@ impl CommandBody {
             Self::Read { .. } => "Read",
             Self::Flush => "Flush",
             Self::Scan { .. } => "Scan",
+            Self::ScanRun { .. } => "ScanRun",
             Self::Truncate { .. } => "Truncate",
             Self::Trim => "Trim",
             Self::Release => "Release",
@@ -200,6 +211,8 @@ pub struct FillProgress {
     pub copied_bytes: u64,
     /// Payload bytes that will have come when it is done, as far as is known.
     pub total_bytes: u64,
+    /// While it copies the log's tail: the last record that is here. Zero otherwise.
+    pub log_end: Seq,
 }
 
 /// What a filling does.
@@ -249,6 +262,8 @@ pub enum ReplyBody {
     Filling(FillProgress),
     /// To List: encoded as [`crate::chunks`] says.
     Chunks(Buffer),
+    /// To ScanRun: one after the other, as [`crate::packed`] says.
+    Records(Buffer),
 }
 
 /// Why a replica refused or failed a command.

@@ -177,7 +177,9 @@ fn replica_answer(bytes: &mut Bytes<'_>, body: CommandBody) -> Result<ReplyBody,
             phase: FillPhase::Log,
             copied_bytes: 1,
             total_bytes: 2,
+            log_end: base::Seq(3),
         }),
         CommandBody::List { buffer, .. } => ReplyBody::Chunks(whole(buffer, 32)),
+        CommandBody::ScanRun { buffer, .. } => ReplyBody::Records(whole(buffer, 4000)),
     })
 }

@@ -259,9 +259,10 @@ impl ReplicaService {
                 ..
             }
             | CommandBody::HealthOf { .. } => true,
-            CommandBody::List { .. } | CommandBody::Fetch { .. } | CommandBody::Scan { .. } => {
-                self.is_reader(command.key, command.epoch, origin)
-            }
+            CommandBody::List { .. }
+            | CommandBody::Fetch { .. }
+            | CommandBody::Scan { .. }
+            | CommandBody::ScanRun { .. } => self.is_reader(command.key, command.epoch, origin),
             CommandBody::Seal
             | CommandBody::Append { .. }
             | CommandBody::Read { .. }

@@ -139,7 +139,7 @@ const COMMON: &str = "40 0000 05000000 1100000000000000 2200000000000000";
 
 #[test]
 fn replica_commands() {
-    let pool = BufferPool::heap(2, 2);
+    let pool = BufferPool::heap(2, 3);
     let key = command(CommandBody::Flush).key;
     let header = RecordHeader {
         key,
@@ -154,6 +154,7 @@ fn replica_commands() {
     let record = Record::encode(header, pool.take(4096).unwrap());
     let small = pool.take(4096).unwrap();
     let large = pool.take(128 * 1024).unwrap();
+    let several = pool.take(128 * 1024).unwrap();
     let answer = "0000000000000000";
     let table = [
         (
@@ -183,6 +184,12 @@ fn replica_commands() {
         (
             CommandBody::Scan { seq: Seq(0x33), buffer: large },
             format!("d2 {COMMON} {answer} 00100200 0000005a (00*8) 3300000000000000 (00*8)"),
+        ),
+        (
+            CommandBody::ScanRun { seq: Seq(0x33), records: 16, buffer: several },
+            format!(
+                "d2 {COMMON} {answer} 00000200 0000005a (00*8) 3300000000000000 10000000 00000000"
+            ),
         ),
         (
             CommandBody::Truncate { keep: Seq(0x33) },

@@ -193,6 +193,19 @@ pub enum Command {
         /// Where it goes; dropped on an error.
         buffer: BufferMut,
     },
+    /// Reads records from the log, from `seq` on: as many as fit into the buffer's payload and as one
+    /// read of the log brings. Answered `Records`, with nothing in it if the first one does not fit;
+    /// `Behind` or `Trimmed` if that is not there.
+    ScanRun {
+        /// Which replica.
+        key: ReplicaKey,
+        /// The first record.
+        seq: Seq,
+        /// How many at most.
+        records: u32,
+        /// Where they go; dropped on an error.
+        buffer: BufferMut,
+    },
     /// Forgets every record after `keep`, durably. Appends not started are answered
     /// `OutOfOrder`. Answered `Truncated`; `Invalid` if `keep` is below the commit seq.
     Truncate {
@@ -310,6 +323,7 @@ impl Command {
             | Self::Read { key, .. }
             | Self::Flush { key }
             | Self::Scan { key, .. }
+            | Self::ScanRun { key, .. }
             | Self::Truncate { key, .. }
             | Self::Commit { key, .. }
             | Self::List { key, .. }

@@ -378,7 +378,7 @@ impl Store {
             self.done(answer.tag, Err(ReplicaError::OutOfOrder { last: keep }));
         }
         // A segment after the kept one may have been looked at by a scan.
-        self.replica_mut(slot).scan_hint = crate::replica::ScanHint::default();
+        self.replica_mut(slot).scan_hints = crate::replica::ScanHints::default();
         self.done(tag, Ok(ReplyBody::Truncated { last: keep }));
         self.settle(slot);
     }

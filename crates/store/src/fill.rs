@@ -13,7 +13,7 @@ use base::{BlockCount, Position, ReplicaError, ReplicaKey, ReplyBody, Seq};
 
 use crate::journal::After;
 use crate::metadata::{ChunkPlace, Entry, KEPT};
-use crate::replica::{Exclusive, ScanHint};
+use crate::replica::{Exclusive, ScanHints};
 use crate::segments::SegmentState;
 use crate::store::{Phase, Store};
 
@@ -118,7 +118,7 @@ impl Store {
         replica.exclusive = Exclusive::None;
         replica.restarts.clear();
         replica.undurable.clear();
-        replica.scan_hint = ScanHint::default();
+        replica.scan_hints = ScanHints::default();
         let answers = core::mem::take(&mut replica.answers);
         let flushes = core::mem::take(&mut replica.flushes);
         let parked = core::mem::take(&mut replica.parked);

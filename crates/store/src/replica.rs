@@ -110,7 +110,7 @@ pub(crate) struct Replica {
     /// In the store's list of replicas with something to append.
     pub(crate) ready: bool,
     /// Where the next scan probably finds its record.
-    pub(crate) scan_hint: ScanHint,
+    pub(crate) scan_hints: ScanHints,
 }
 
 /// The batch that follows a scanned record's, or is it.
@@ -119,6 +119,30 @@ pub(crate) struct ScanHint {
     pub(crate) ordinal: u64,
     pub(crate) page: u32,
     pub(crate) first_seq: Seq,
+}
+
+/// Of a few scans that go on at the same time, each finds its own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ScanHints {
+    hints: [ScanHint; 8],
+    oldest: usize,
+}
+
+impl ScanHints {
+    /// The page of the last known batch of segment `ordinal` that begins at or before `seq`.
+    pub(crate) fn page(&self, ordinal: u64, seq: Seq) -> Option<u32> {
+        let fits = |hint: &&ScanHint| hint.ordinal == ordinal && hint.first_seq <= seq;
+        self.hints.iter().filter(fits).max_by_key(|hint| hint.first_seq).map(|hint| hint.page)
+    }
+
+    pub(crate) fn put(&mut self, hint: ScanHint) {
+        let same = |other: &ScanHint| other.ordinal == hint.ordinal && other.page == hint.page;
+        if self.hints.iter().any(same) {
+            return;
+        }
+        self.hints[self.oldest] = hint;
+        self.oldest = (self.oldest + 1) % self.hints.len();
+    }
 }
 
 impl Replica {
@@ -166,7 +190,7 @@ impl Replica {
             damaged: false,
             exclusive: Exclusive::None,
             ready: false,
-            scan_hint: ScanHint::default(),
+            scan_hints: ScanHints::default(),
         }
     }
 

@@ -504,7 +504,10 @@ impl Store {
                 self.start_read(tag, key, lba, blocks, covers, buffer);
             }
             Command::Flush { key } => self.flush_command(tag, key),
-            Command::Scan { key, seq, buffer } => self.start_scan(tag, key, seq, buffer),
+            Command::Scan { key, seq, buffer } => self.start_scan(tag, key, (seq, 0), buffer),
+            Command::ScanRun { key, seq, records, buffer } => {
+                self.start_scan(tag, key, (seq, records), buffer);
+            }
             Command::Truncate { key, keep } => self.truncate(tag, key, keep),
             Command::Commit { key, commit } => match self.find(key) {
                 Ok(slot) => {

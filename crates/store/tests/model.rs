@@ -90,6 +90,7 @@ enum Asked {
     Flush(usize, u64),
     Seal(usize, u64),
     Scan(usize, u64),
+    Run(usize, u64, u32),
     Truncate(usize, u64),
     Commit,
 }
@@ -243,6 +244,39 @@ impl Test {
         self.ask(Asked::Read(at, lba, blocks, covers), command);
     }
 
+    fn check_record(&self, at: usize, seq: u64, record: &Record) {
+        let (seed, model) = (self.seed, &self.models[at]);
+        let done = model.log[seq as usize - 1];
+        let header = record.header();
+        assert_eq!(header.position, done.position, "seed {seed}");
+        assert_eq!(header.previous_epoch, done.previous, "seed {seed}");
+        assert_eq!((header.kind, header.lba.0), (done.kind, done.lba), "seed {seed}");
+        let size = model.block_size.bytes() as usize;
+        for (number, block) in record.payload().bytes().chunks_exact(size).enumerate() {
+            assert!(holds(block, done.id, done.lba + number as u64), "seed {seed}: scan");
+        }
+    }
+
+    /// A run is of the log's records, one after the other from `seq` on, and of no others.
+    fn check_run(&self, at: usize, seq: u64, most: u32, bytes: &[u8]) {
+        let (seed, model) = (self.seed, &self.models[at]);
+        let size = model.block_size.bytes() as usize;
+        let (mut offset, mut number) = (0, seq);
+        while offset < bytes.len() {
+            let header = base::packed::header_at(bytes, offset).expect("a record");
+            let done = model.log[number as usize - 1];
+            assert_eq!(header.position, done.position, "seed {seed}");
+            assert_eq!((header.kind, header.lba.0), (done.kind, done.lba), "seed {seed}");
+            let payload = offset + header.header_bytes();
+            offset += base::packed::packed_bytes(&header);
+            for (block, data) in bytes[payload..offset].chunks_exact(size).enumerate() {
+                assert!(holds(data, done.id, done.lba + block as u64), "seed {seed}: run");
+            }
+            number += 1;
+        }
+        assert!(number - seq <= u64::from(most), "seed {seed}");
+    }
+
     fn check_read(&self, at: usize, lba: u64, blocks: u32, covers: u64, bytes: &[u8]) {
         let model = &self.models[at];
         let size = model.block_size.bytes() as usize;
@@ -323,18 +357,15 @@ impl Test {
                 assert_eq!(state.last.seq.0, model.last().seq.0, "seed {seed}: sealed at the end");
             }
             (Asked::Scan(at, seq), Ok(ReplyBody::Record(record))) => {
-                let model = &self.models[at];
-                let done = model.log[seq as usize - 1];
-                let header = record.header();
-                assert_eq!(header.position, done.position, "seed {seed}");
-                assert_eq!(header.previous_epoch, done.previous, "seed {seed}");
-                assert_eq!((header.kind, header.lba.0), (done.kind, done.lba), "seed {seed}");
-                let size = model.block_size.bytes() as usize;
-                for (number, block) in record.payload().bytes().chunks_exact(size).enumerate() {
-                    assert!(holds(block, done.id, done.lba + number as u64), "seed {seed}: scan");
-                }
+                self.check_record(at, seq, &record);
             }
-            (Asked::Scan(..), Err(ReplicaError::Trimmed { .. } | ReplicaError::Behind { .. })) => {}
+            (Asked::Run(at, seq, most), Ok(ReplyBody::Records(records))) => {
+                self.check_run(at, seq, most, records.bytes());
+            }
+            (
+                Asked::Scan(..) | Asked::Run(..),
+                Err(ReplicaError::Trimmed { .. } | ReplicaError::Behind { .. }),
+            ) => {}
             (Asked::Truncate(at, keep), Ok(ReplyBody::Truncated { last })) => {
                 let model = &mut self.models[at];
                 model.log.truncate(keep as usize);
@@ -517,7 +548,15 @@ impl Test {
                 if let (1.., Some(buffer)) = (length, buffer) {
                     let seq = 1 + self.world.random.below(length);
                     let key = model.key;
-                    self.ask(Asked::Scan(at, seq), Command::Scan { key, seq: Seq(seq), buffer });
+                    let records = u32::try_from(self.world.random.below(30)).expect("a few");
+                    let asked = Seq(seq);
+                    if records == 0 {
+                        let scan = Command::Scan { key, seq: asked, buffer };
+                        self.ask(Asked::Scan(at, seq), scan);
+                    } else {
+                        let scan = Command::ScanRun { key, seq: asked, records, buffer };
+                        self.ask(Asked::Run(at, seq, records), scan);
+                    }
                 }
             }
             85..=88 => {

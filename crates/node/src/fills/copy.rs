@@ -1,11 +1,13 @@
 //! One pass over the chunks: lists are compared, what differs is fetched and put in.
 
 use base::chunks::ListEntry;
+use base::limits::PAYLOAD_BYTES_MAX;
 use base::{CommandBody, Lba, Position, RecordKind, ReplicaError, ReplyBody};
 use store::FILL_CHUNKS_MAX;
 
 use super::compare::{Comparison, Next};
 use super::line::{Line, Trouble, entries, list, mismatch, own_trouble, source_trouble};
+use super::pace::Reserved;
 use super::{Shared, Step};
 
 /// Chunks that are being forgotten, at most.
@@ -23,7 +25,7 @@ struct Slot {
     at: u64,
     end: u64,
     begun: bool,
-    fetching: bool,
+    fetching: Option<Reserved>,
     storing: usize,
     committing: bool,
 }
@@ -104,7 +106,7 @@ impl Copy {
             at,
             end,
             begun: false,
-            fetching: false,
+            fetching: None,
             storing: 0,
             committing: false,
         });
@@ -114,12 +116,12 @@ impl Copy {
 
     fn advance_slot(&mut self, index: usize, line: &mut Line, shared: &mut Shared) {
         let Some(slot) = &mut self.slots[index] else { return };
-        if !slot.begun || slot.fetching || slot.committing {
+        if !slot.begun || slot.fetching.is_some() || slot.committing {
             return;
         }
         if slot.at < slot.end && slot.storing < STORING_MAX {
-            if let Some(buffer) = line.paced_buffer(shared) {
-                slot.fetching = true;
+            if let Some((buffer, reserved)) = line.paced_buffer(shared, PAYLOAD_BYTES_MAX) {
+                slot.fetching = Some(reserved);
                 let body = CommandBody::Fetch { lba: Lba(slot.at), end: Lba(slot.end), buffer };
                 line.ask(shared, Step::Fetch { slot: index }, body);
             }
@@ -165,11 +167,11 @@ impl Copy {
         shared: &mut Shared,
     ) -> Result<(), Trouble> {
         let slot = self.slots[index].as_mut().expect("an answer for a chunk that is copied");
-        slot.fetching = false;
+        let reserved = slot.fetching.take().expect("an answer to what was asked");
         let record = match answer {
             Ok(ReplyBody::Record(record)) => record,
             other => {
-                line.pace.finish(0);
+                line.pace.finish(reserved, 0);
                 return match other {
                     Ok(ReplyBody::Done) => {
                         slot.at = slot.end;
@@ -181,7 +183,7 @@ impl Copy {
             }
         };
         let bytes = record.payload().len();
-        line.pace.finish(bytes);
+        line.pace.finish(reserved, bytes);
         let header = record.header();
         let after = header.lba.0.saturating_add(u64::from(header.blocks.0));
         let asked_for = header.kind == RecordKind::Write
@@ -234,6 +236,7 @@ impl Copy {
             | Step::List
             | Step::Fetch { .. }
             | Step::Scan { .. }
+            | Step::Run { .. }
             | Step::News
             | Step::Begin
             | Step::End

@@ -276,6 +276,7 @@ impl Fill {
         if self.line.outstanding > 0 {
             return;
         }
+        self.line.pace.settle();
         match then {
             Then::Again => self.connect(shared),
             Then::Fail => {
@@ -326,12 +327,7 @@ impl Fill {
     ) -> Result<(), Trouble> {
         let line = &mut self.line;
         match (&mut self.phase, step) {
-            (Phase::Draining(_), _) => {
-                if let Step::Fetch { .. } | Step::Scan { .. } = step {
-                    line.pace.finish(0);
-                }
-                Ok(())
-            }
+            (Phase::Draining(_), _) => Ok(()),
             (Phase::Greeting, Step::Hello) => match answer {
                 Ok(_) => {
                     self.greeted(shared);
@@ -359,7 +355,9 @@ impl Fill {
                 self.follow(shared);
                 Ok(())
             }
-            (Phase::Following(tail), Step::Scan { seq }) => tail.scanned(seq, answer, line, shared),
+            (Phase::Following(tail), Step::Scan { seq } | Step::Run { seq }) => {
+                tail.scanned(seq, answer, line)
+            }
             (Phase::Following(tail), Step::News) => tail.news(answer, line, shared),
             (Phase::Following(tail), Step::Append) => tail.appended(&answer),
             (Phase::Following(_), Step::CommitNews) => answer.map(|_| ()).map_err(own_trouble),
@@ -471,7 +469,19 @@ impl Fill {
             Phase::Done => (FillPhase::Done, 0),
             Phase::Draining(Then::Fail) | Phase::Failed { .. } => (FillPhase::Failed, 0),
         };
-        FillProgress { phase, copied_bytes, total_bytes: copied_bytes + more }
+        let log_end = match &self.phase {
+            Phase::Following(tail) => tail.end().seq,
+            Phase::Queued
+            | Phase::Connecting { .. }
+            | Phase::Greeting
+            | Phase::Beginning
+            | Phase::Copying(_)
+            | Phase::Ending { .. }
+            | Phase::Draining(_)
+            | Phase::Done
+            | Phase::Failed { .. } => Seq::ZERO,
+        };
+        FillProgress { phase, copied_bytes, total_bytes: copied_bytes + more, log_end }
     }
 
     /// When to look at it again if nothing happens.

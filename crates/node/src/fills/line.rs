@@ -8,7 +8,7 @@ use base::{
     ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId,
 };
 
-use super::pace::Pace;
+use super::pace::{Pace, Reserved};
 use super::{FillFailure, FillOutput, Shared, Step};
 
 /// What a head wants.
@@ -101,18 +101,28 @@ impl Line {
 
     /// A buffer for an answer; `None`: one comes free soon.
     pub(super) fn buffer(&mut self, shared: &Shared) -> Option<BufferMut> {
-        let buffer = shared.buffers.take(PAYLOAD_BYTES_MAX);
+        self.buffer_of(shared, PAYLOAD_BYTES_MAX)
+    }
+
+    /// A buffer for so many bytes of payload.
+    pub(super) fn buffer_of(&mut self, shared: &Shared, bytes: usize) -> Option<BufferMut> {
+        let buffer = shared.buffers.take(bytes);
         if buffer.is_none() {
             self.retry_at = earliest(self.retry_at, Some(shared.now + super::STARVED_RETRY));
         }
         buffer
     }
 
-    /// A buffer for data of the source, if it may be asked for any now. Paid for.
-    pub(super) fn paced_buffer(&mut self, shared: &Shared) -> Option<BufferMut> {
+    /// A buffer for data of the source, if it may be asked for any now. Paid for as far as is
+    /// `expected`.
+    pub(super) fn paced_buffer(
+        &mut self,
+        shared: &Shared,
+        expected: usize,
+    ) -> Option<(BufferMut, Reserved)> {
         let buffer = self.buffer(shared)?;
-        if self.pace.start(shared.now) {
-            return Some(buffer);
+        if let Some(reserved) = self.pace.start(shared.now, expected) {
+            return Some((buffer, reserved));
         }
         self.retry_at = earliest(self.retry_at, self.pace.ready_at());
         None

@@ -43,8 +43,10 @@ use self::pace::Pace;
 
 /// Fills that work at the same time, at most; others wait for their turn.
 const ACTIVE_MAX: usize = 4;
-/// Buffers of 128 KiB for each of them.
+/// Buffers of 128 KiB for each of them,
 const BUFFERS: usize = 20;
+/// and of 4 KiB, for the records of a log.
+const SMALL_BUFFERS: usize = 64;
 /// How soon to look for a buffer again.
 const STARVED_RETRY: Duration = Duration::from_millis(2);
 
@@ -122,6 +124,10 @@ pub(crate) enum Step {
     },
     /// The source: a record.
     Scan {
+        seq: Seq,
+    },
+    /// The source: records.
+    Run {
         seq: Seq,
     },
     /// The source: what is settled.
@@ -239,7 +245,8 @@ impl Fills {
         self.shared.now = now;
         if !self.prepared {
             self.prepared = true;
-            self.shared.buffers = BufferPool::heap(0, ACTIVE_MAX * BUFFERS);
+            self.shared.buffers =
+                BufferPool::heap(ACTIVE_MAX * SMALL_BUFFERS, ACTIVE_MAX * BUFFERS);
         }
         let line = |id: u64| Line {
             id,

@@ -5,23 +5,30 @@ use core::time::Duration;
 use base::Instant;
 use base::limits::PAYLOAD_BYTES_MAX;
 
-/// What is set aside for a command whose answer has not come.
+/// The most that is set aside for a command whose answer has not come.
 const RESERVED_BYTES: i64 = 128 * 1024;
 const _: () = assert!(RESERVED_BYTES.unsigned_abs() == PAYLOAD_BYTES_MAX as u64);
 const NANOS_PER_SECOND: i128 = 1_000_000_000;
 
+/// What a command that was started was taken to bring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reserved(i64);
+
 /// The bucket. A command may start while there is anything in it, and is paid for at once as if its
-/// answer were as large as can be; what it was smaller comes back with the answer.
+/// answer were as large as its caller expects; the difference comes back, or is paid, with the
+/// answer.
 #[derive(Debug)]
 pub(super) struct Pace {
     bytes_per_second: u64,
     tokens: i64,
+    /// Of commands whose answers have not come.
+    reserved: i64,
     at: Instant,
 }
 
 impl Pace {
     pub(super) fn new(now: Instant, bytes_per_second: u64) -> Self {
-        Self { bytes_per_second, tokens: RESERVED_BYTES, at: now }
+        Self { bytes_per_second, tokens: RESERVED_BYTES, reserved: 0, at: now }
     }
 
     pub(super) fn set_rate(&mut self, now: Instant, bytes_per_second: u64) {
@@ -41,20 +48,28 @@ impl Pace {
         self.tokens = self.tokens.saturating_add(earned).min(most.max(RESERVED_BYTES));
     }
 
-    /// Whether a command may start now; if so, it is paid for.
-    pub(super) fn start(&mut self, now: Instant) -> bool {
+    /// Whether a command may start now that is expected to bring so many bytes; if so, it is paid for.
+    pub(super) fn start(&mut self, now: Instant, expected: usize) -> Option<Reserved> {
         self.refill(now);
-        let may = self.bytes_per_second > 0 && self.tokens > 0;
-        if may {
-            self.tokens -= RESERVED_BYTES;
+        if self.bytes_per_second == 0 || self.tokens <= 0 {
+            return None;
         }
-        may
+        let expected = i64::try_from(expected).unwrap_or(RESERVED_BYTES).min(RESERVED_BYTES);
+        self.tokens -= expected;
+        self.reserved += expected;
+        Some(Reserved(expected))
     }
 
     /// A command that was started has brought so many bytes, or none.
-    pub(super) fn finish(&mut self, bytes: usize) {
+    pub(super) fn finish(&mut self, reserved: Reserved, bytes: usize) {
         let bytes = i64::try_from(bytes).unwrap_or(RESERVED_BYTES);
-        self.tokens = self.tokens.saturating_add(RESERVED_BYTES - bytes);
+        self.reserved -= reserved.0;
+        self.tokens = self.tokens.saturating_add(reserved.0 - bytes);
+    }
+
+    /// Nothing is under way any more.
+    pub(super) fn settle(&mut self) {
+        self.tokens = self.tokens.saturating_add(core::mem::take(&mut self.reserved));
     }
 
     /// When a command may start, if one could not just now. `None`: not before the rate changes.
@@ -82,8 +97,8 @@ mod tests {
             let mut bytes = 0;
             while now < end {
                 // Answers come at once, and are of half the size that they could have.
-                while pace.start(now) {
-                    pace.finish(PAYLOAD_BYTES_MAX / 2);
+                while let Some(reserved) = pace.start(now, PAYLOAD_BYTES_MAX) {
+                    pace.finish(reserved, PAYLOAD_BYTES_MAX / 2);
                     bytes += PAYLOAD_BYTES_MAX as u64 / 2;
                 }
                 now = pace.ready_at().unwrap_or(end).max(now);
@@ -98,13 +113,16 @@ mod tests {
     fn what_is_under_way_counts() {
         let now = Instant::ZERO + Duration::from_secs(1);
         let mut pace = Pace::new(now, 1 << 20);
-        assert!(pace.start(now));
-        assert!(!pace.start(now), "the rate does not allow for two at once");
-        pace.finish(100);
-        assert!(pace.start(now));
+        let first = pace.start(now, PAYLOAD_BYTES_MAX).expect("the first one may start");
+        assert_eq!(pace.start(now, 1), None, "the rate does not allow for two at once");
+        pace.finish(first, 100);
+        let second = pace.start(now, 4096).expect("that one was small");
+        assert!(pace.start(now, 4096).is_some(), "as many as are expected to fit");
         pace.set_rate(now, 0);
-        pace.finish(0);
-        assert!(!pace.start(now + Duration::from_secs(9)));
+        pace.finish(second, 0);
+        assert_eq!(pace.start(now + Duration::from_secs(9), 1), None);
         assert_eq!(pace.ready_at(), None);
+        pace.settle();
+        assert_eq!((pace.reserved, pace.tokens), (0, RESERVED_BYTES - 100), "all came back");
     }
 }

@@ -1,25 +1,54 @@
-//! The log's tail: records are scanned from the source and appended here, until its end.
+//! The log's tail: runs of records are read from the source and appended here, until its end.
+//!
+//! Several runs are asked for at a time, each a fixed number of records after the one before. An
+//! answer holds as many as fit; for the rest the same place asks again. A record that does not
+//! fit with others is scanned by itself.
 
 use core::time::Duration;
 use std::collections::VecDeque;
 
-use base::{CommandBody, Instant, Position, Record, ReplicaError, ReplyBody, Seq};
+use base::limits::PAYLOAD_BYTES_MAX;
+use base::packed;
+use base::{Buffer, CommandBody, Instant, Position, Record, ReplicaError, ReplyBody, Seq};
 
 use super::line::{Line, Trouble, list, mismatch, own_trouble, source_trouble};
+use super::pace::Reserved;
 use super::{Shared, Step};
 
-/// Records under way, from the source or into the own log, at most.
-const DEPTH: usize = 16;
+/// Records of a run, at most: with 4 KiB each, and batches of one, they are what the source reads in one
+/// piece.
+const RUN_RECORDS: u32 = 16;
+/// Runs under way, from the source or on their way into the own log, at most.
+const RUNS: usize = 8;
+/// Records on their way into the own log, at most.
+const APPENDS: usize = 48;
+const _: () = assert!(APPENDS < super::SMALL_BUFFERS, "some are left for the next run");
 /// How often the source is asked what is settled: without that a full log would never empty.
 const NEWS_INTERVAL: Duration = Duration::from_millis(50);
 
 type Answer = Result<ReplyBody, ReplicaError>;
 
-/// A record that was asked for.
+/// Records that were asked for.
+#[derive(Debug)]
+struct Run {
+    /// The next one that is not here.
+    next: Seq,
+    /// The first one that is another run's.
+    end: Seq,
+    place: Place,
+}
+
+/// Where they are.
 #[derive(Debug)]
 enum Place {
-    Asked,
-    Here(Record),
+    /// To be asked for: several, or one by itself.
+    Wanted {
+        alone: bool,
+    },
+    Asked(Reserved),
+    /// Packed, from this offset on.
+    Here(Buffer, usize),
+    One(Record),
     /// The source's log ended before it.
     Past,
 }
@@ -32,7 +61,9 @@ pub(super) struct Tail {
     /// Records that were given to the own store, in order.
     appending: VecDeque<Position>,
     /// What comes after them.
-    window: VecDeque<Place>,
+    window: VecDeque<Run>,
+    /// What a run brought last: what the next one is expected to bring.
+    run_bytes: usize,
     /// What the source said is settled.
     commit: Seq,
     /// The own log is known to be the beginning of the source's.
@@ -46,8 +77,9 @@ impl Tail {
     pub(super) fn new(now: Instant, end: Position, matches: bool) -> Self {
         Self {
             end,
-            appending: VecDeque::with_capacity(DEPTH),
-            window: VecDeque::with_capacity(DEPTH),
+            appending: VecDeque::with_capacity(APPENDS),
+            window: VecDeque::with_capacity(RUNS),
+            run_bytes: PAYLOAD_BYTES_MAX,
             commit: Seq::ZERO,
             matches,
             asking_news: false,
@@ -72,7 +104,7 @@ impl Tail {
 
     /// The source's log has ended.
     fn ends(&self) -> bool {
-        self.window.iter().any(|place| matches!(place, Place::Past))
+        self.window.iter().any(|run| matches!(run.place, Place::Past))
     }
 
     /// The position that the next record to scan must have its seq after.
@@ -86,28 +118,91 @@ impl Tail {
         line: &mut Line,
         shared: &mut Shared,
     ) -> Result<bool, Trouble> {
-        while let Some(Place::Here(_)) = self.window.front() {
-            let Some(Place::Here(record)) = self.window.pop_front() else { unreachable!() };
-            self.append(record, line, shared)?;
-        }
-        if self.ends() {
+        self.append_runs(line, shared)?;
+        let over = self.window.front().is_some_and(|run| matches!(run.place, Place::Past));
+        if over {
             if line.outstanding > 0 {
                 return Ok(false);
             }
             // What was copied is of a time that the source has since been at, or it lies.
             return if self.end.seq >= line.seen { Ok(true) } else { Err(mismatch()) };
         }
-        while self.window.len() + self.appending.len() < DEPTH {
-            let Some(buffer) = line.paced_buffer(shared) else { break };
-            let ahead = self.window.len() as u64 + 1;
-            let seq = Seq(self.handed().seq.0.saturating_add(ahead));
-            self.window.push_back(Place::Asked);
-            line.ask(shared, Step::Scan { seq }, CommandBody::Scan { seq, buffer });
-        }
-        if !self.asking_news && self.news_at <= shared.now {
+        self.ask_runs(line, shared);
+        if !self.asking_news && !self.ends() && self.news_at <= shared.now {
             self.ask_news(line, shared);
         }
         Ok(false)
+    }
+
+    /// Gives the own store what is here, in order.
+    fn append_runs(&mut self, line: &mut Line, shared: &mut Shared) -> Result<(), Trouble> {
+        while let Some(run) = self.window.front_mut() {
+            if self.appending.len() == APPENDS {
+                return Ok(());
+            }
+            let record = match &mut run.place {
+                Place::Wanted { .. } | Place::Asked(_) | Place::Past => return Ok(()),
+                Place::Here(bytes, at) => {
+                    let damaged =
+                        |_| Trouble::Failed(super::FillFailure::Source(ReplicaError::Damaged));
+                    let header = packed::header_at(bytes.bytes(), *at).map_err(damaged)?;
+                    let Some(buffer) = line.buffer_of(shared, header.payload_bytes()) else {
+                        return Ok(());
+                    };
+                    let record = packed::unpack(bytes.bytes(), *at, buffer).map_err(damaged)?;
+                    *at += packed::packed_bytes(&header);
+                    let over = *at == bytes.len();
+                    run.next = run.next.next();
+                    if over {
+                        run.place = Place::Wanted { alone: false };
+                    }
+                    record
+                }
+                Place::One(_) => {
+                    run.next = run.next.next();
+                    let again = Place::Wanted { alone: false };
+                    let Place::One(record) = core::mem::replace(&mut run.place, again) else {
+                        unreachable!("it was looked at just now")
+                    };
+                    record
+                }
+            };
+            if run.next >= run.end {
+                if !matches!(run.place, Place::Wanted { .. }) {
+                    return Err(mismatch());
+                }
+                self.window.pop_front();
+            }
+            self.append(record, line, shared)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for what is wanted, and for more.
+    fn ask_runs(&mut self, line: &mut Line, shared: &mut Shared) {
+        for index in 0..RUNS {
+            if index == self.window.len() {
+                if self.ends() {
+                    return;
+                }
+                let next = self.window.back().map_or(self.handed().seq.next(), |run| run.end);
+                let end = Seq(next.0.saturating_add(u64::from(RUN_RECORDS)));
+                self.window.push_back(Run { next, end, place: Place::Wanted { alone: false } });
+            }
+            let run = &mut self.window[index];
+            let Place::Wanted { alone } = run.place else { continue };
+            let expected = if alone { PAYLOAD_BYTES_MAX } else { self.run_bytes };
+            let Some((buffer, reserved)) = line.paced_buffer(shared, expected) else { return };
+            run.place = Place::Asked(reserved);
+            let seq = run.next;
+            if alone {
+                line.ask(shared, Step::Scan { seq }, CommandBody::Scan { seq, buffer });
+            } else {
+                let records = u32::try_from(run.end.0 - seq.0).expect("a run's records");
+                let body = CommandBody::ScanRun { seq, records, buffer };
+                line.ask(shared, Step::Run { seq }, body);
+            }
+        }
     }
 
     fn ask_news(&mut self, line: &mut Line, shared: &mut Shared) {
@@ -140,6 +235,8 @@ impl Tail {
             return Err(own_trouble(ReplicaError::OutOfOrder { last: before }));
         }
         shared.counters.records += 1;
+        shared.counters.log_bytes += record.payload().len() as u64;
+        line.copied_bytes += record.payload().len() as u64;
         self.appending.push_back(header.position);
         let commit = if self.matches { self.commit } else { Seq::ZERO };
         let key = line.key;
@@ -148,31 +245,42 @@ impl Tail {
         Ok(())
     }
 
-    /// A record of the source, or that there is none.
+    /// Records of the source, or that there are none.
     pub(super) fn scanned(
         &mut self,
         seq: Seq,
         answer: Answer,
         line: &mut Line,
-        shared: &mut Shared,
     ) -> Result<(), Trouble> {
-        let bytes =
-            if let Ok(ReplyBody::Record(record)) = &answer { record.payload().len() } else { 0 };
-        line.pace.finish(bytes);
-        let place = match answer {
+        let asked = |run: &&mut Run| run.next == seq && matches!(run.place, Place::Asked(_));
+        let run = self.window.iter_mut().find(asked).expect("an answer to what was asked");
+        let Place::Asked(reserved) = run.place else { unreachable!("it was found so") };
+        let (place, bytes) = match answer {
             Ok(ReplyBody::Record(record)) => {
-                line.copied_bytes += bytes as u64;
-                shared.counters.log_bytes += bytes as u64;
-                Place::Here(record)
+                let bytes = record.payload().len();
+                (Place::One(record), bytes)
             }
-            Ok(_) => return Err(mismatch()),
-            Err(ReplicaError::Behind { .. }) => Place::Past,
-            Err(ReplicaError::Trimmed { .. }) => return Err(Trouble::Trimmed),
-            Err(error) => return Err(source_trouble(error)),
+            Ok(ReplyBody::Records(records)) if records.is_empty() => {
+                (Place::Wanted { alone: true }, 0)
+            }
+            Ok(ReplyBody::Records(records)) => {
+                let bytes = records.len();
+                self.run_bytes = bytes;
+                (Place::Here(records, 0), bytes)
+            }
+            other => {
+                line.pace.finish(reserved, 0);
+                run.place = Place::Past;
+                return match other {
+                    Err(ReplicaError::Behind { .. }) => Ok(()),
+                    Err(ReplicaError::Trimmed { .. }) => Err(Trouble::Trimmed),
+                    Err(error) => Err(source_trouble(error)),
+                    Ok(_) => Err(mismatch()),
+                };
+            }
         };
-        let first = self.handed().seq.next();
-        let index = usize::try_from(seq.0 - first.0).expect("a window of a few records");
-        self.window[index] = place;
+        run.place = place;
+        line.pace.finish(reserved, bytes);
         Ok(())
     }
 

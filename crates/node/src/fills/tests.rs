@@ -1,6 +1,7 @@
 //! Sources that lie, stores that fail: a fill ends with the reason, and with nothing under way.
 
 use base::chunks::{self, ListEntry, ListHeader, NO_MORE};
+use base::packed;
 use base::{
     BlockCount, BlockSize, Buffer, CommandBody, Epoch, FillPhase, Lba, Position, Record,
     RecordHeader, RecordKind, ShardIndex, VolumeId,
@@ -48,14 +49,29 @@ fn record(position: (u64, u64), previous: u64, lba: u64, blocks: u32) -> ReplyBo
     ReplyBody::Record(Record::encode(header, buffer))
 }
 
+/// Records of one block each, one after the other; record 11 follows epoch 1, the others their own.
+fn packed_run(positions: &[(u64, u64)]) -> ReplyBody {
+    let mut bytes = vec![0; 128 * 1024];
+    let mut end = 0;
+    for position in positions {
+        let previous = if position.1 == 11 { 1 } else { 5 };
+        let ReplyBody::Record(record) = record(*position, previous, 0, 1) else { unreachable!() };
+        let (header, payload) = (record.header_bytes().bytes(), record.payload().bytes());
+        end = packed::pack(header, payload, &mut bytes, end).unwrap().expect("there is room");
+    }
+    ReplyBody::Records(Buffer::copied_from(&bytes[..end]))
+}
+
 /// An honest source of one chunk with one block, as of seq 10, and a log of one more record.
 fn honest(body: &CommandBody) -> Answer {
     match body {
         CommandBody::List { first: 0, .. } => Ok(list(10, NO_MORE, &[1])),
         CommandBody::List { .. } => Ok(list(10, NO_MORE, &[])),
         CommandBody::Fetch { lba: Lba(16), .. } => Ok(record((5, 10), 5, 20, 1)),
-        CommandBody::Scan { seq: Seq(11), .. } => Ok(record((5, 11), 1, 0, 1)),
-        CommandBody::Scan { .. } => Err(ReplicaError::Behind { last: Position::ZERO }),
+        CommandBody::ScanRun { seq: Seq(11), .. } => Ok(packed_run(&[(5, 11)])),
+        CommandBody::ScanRun { .. } | CommandBody::Scan { .. } => {
+            Err(ReplicaError::Behind { last: Position::ZERO })
+        }
         _ => Ok(ReplyBody::Done),
     }
 }
@@ -65,11 +81,20 @@ fn run(
     mut source: impl FnMut(&CommandBody) -> Answer,
     mut store: impl FnMut(Step) -> Answer,
 ) -> (FillProgress, Vec<FillEvent>) {
-    let now = Instant::ZERO + Duration::from_secs(1);
+    let mut now = Instant::ZERO + Duration::from_secs(1);
     let mut fills = Fills::new();
     fills.install(now, KEY, order(), shape(), RATE);
     let mut events = Vec::new();
-    while let Some(output) = fills.poll_output() {
+    loop {
+        let Some(output) = fills.poll_output() else {
+            // The rate is high: nothing takes long.
+            let Some(at) = fills.next_deadline().filter(|at| at.since(now).as_secs() < 1) else {
+                break;
+            };
+            now = now.max(at);
+            fills.tick(now);
+            continue;
+        };
         match output {
             FillOutput::Retain { fill, source } => fills.retained(now, fill, source, true),
             FillOutput::Peer { fill, step, command, .. } => {
@@ -106,7 +131,7 @@ fn an_honest_source_is_believed() {
 #[test]
 fn a_source_that_lies_is_not_believed() {
     type Lie = fn(&CommandBody) -> Option<Answer>;
-    let lies: [(&str, Lie); 9] = [
+    let lies: [(&str, Lie); 12] = [
         ("a list that is none", |body| {
             matches!(body, CommandBody::List { .. })
                 .then(|| Ok(ReplyBody::Chunks(Buffer::copied_from(b"nothing"))))
@@ -127,14 +152,25 @@ fn a_source_that_lies_is_not_believed() {
             matches!(body, CommandBody::Fetch { .. }).then(|| Ok(record((6, 10), 5, 20, 1)))
         }),
         ("a record of another seq", |body| {
-            matches!(body, CommandBody::Scan { .. }).then(|| Ok(record((5, 12), 5, 0, 1)))
+            matches!(body, CommandBody::ScanRun { .. }).then(|| Ok(packed_run(&[(5, 12)])))
+        }),
+        ("a record after a gap", |body| {
+            matches!(body, CommandBody::ScanRun { .. }).then(|| Ok(packed_run(&[(5, 11), (5, 13)])))
+        }),
+        ("more records than were asked for", |body| {
+            let many: [(u64, u64); 6] = core::array::from_fn(|at| (5, 11 + at as u64));
+            matches!(body, CommandBody::ScanRun { seq: Seq(11), .. })
+                .then(|| Ok(packed_run(&many.repeat(3))))
+        }),
+        ("one record where several were asked for", |body| {
+            matches!(body, CommandBody::ScanRun { .. }).then(|| Ok(record((5, 12), 5, 0, 1)))
         }),
         ("blocks newer than its log", |body| {
             matches!(body, CommandBody::Fetch { lba: Lba(16), .. })
                 .then(|| Ok(record((5, 100), 5, 20, 1)))
         }),
         ("something else", |body| {
-            let other = matches!(body, CommandBody::Scan { .. } | CommandBody::Fetch { .. });
+            let other = matches!(body, CommandBody::ScanRun { .. } | CommandBody::Fetch { .. });
             other.then(|| Ok(ReplyBody::Flushed { durable: Seq(1) }))
         }),
     ];
@@ -149,7 +185,7 @@ fn a_source_that_lies_is_not_believed() {
 #[test]
 fn a_failure_names_its_place() {
     let scan_damaged = |body: &CommandBody| match body {
-        CommandBody::Scan { .. } => Err(ReplicaError::Damaged),
+        CommandBody::ScanRun { .. } => Err(ReplicaError::Damaged),
         other => honest(other),
     };
     let (progress, events) = run(scan_damaged, DONE);
@@ -188,4 +224,35 @@ fn four_work_and_the_others_wait() {
     assert_eq!(fills.progress().count(), 4);
     fills.stop(now);
     assert_eq!(fills.progress().count(), 0);
+}
+
+#[test]
+fn a_log_comes_in_runs_and_what_does_not_fit_by_itself() {
+    const LAST: u64 = 100;
+    let mut alone = 0;
+    let source = |body: &CommandBody| match body {
+        CommandBody::ScanRun { seq, .. } | CommandBody::Scan { seq, .. } if seq.0 > LAST => {
+            Err(ReplicaError::Behind { last: Position::ZERO })
+        }
+        CommandBody::ScanRun { seq, records, .. } => {
+            assert!(*records >= 1);
+            // At most three at a time, and one in ten does not fit with others.
+            let end = (seq.0 + u64::from(*records).min(3)).min(LAST + 1);
+            let end = (seq.0..end).find(|seq| seq % 10 == 0).unwrap_or(end);
+            let run: Vec<_> = (seq.0..end).map(|seq| (5, seq)).collect();
+            if run.is_empty() {
+                return Ok(ReplyBody::Records(Buffer::copied_from(&[])));
+            }
+            Ok(packed_run(&run))
+        }
+        CommandBody::Scan { seq, .. } => {
+            alone += 1;
+            Ok(record((5, seq.0), if seq.0 == 11 { 1 } else { 5 }, 0, 1))
+        }
+        other => honest(other),
+    };
+    let (progress, events) = run(source, DONE);
+    assert_eq!(progress.phase, FillPhase::Done, "{events:?}");
+    assert_eq!(progress.copied_bytes, (1 + LAST - 10) * 4096);
+    assert_eq!(alone, 9, "20 to 100");
 }

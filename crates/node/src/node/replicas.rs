@@ -70,6 +70,7 @@ impl Node {
             | CommandBody::Read { .. }
             | CommandBody::Flush
             | CommandBody::Scan { .. }
+            | CommandBody::ScanRun { .. }
             | CommandBody::Truncate { .. }
             | CommandBody::Trim
             | CommandBody::Release
@@ -90,6 +91,9 @@ impl Node {
             }
             CommandBody::Flush => store::Command::Flush { key },
             CommandBody::Scan { seq, buffer } => store::Command::Scan { key, seq, buffer },
+            CommandBody::ScanRun { seq, records, buffer } => {
+                store::Command::ScanRun { key, seq, records, buffer }
+            }
             CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
             CommandBody::Trim | CommandBody::Release => store::Command::Commit { key, commit },
             CommandBody::List { unit, first, buffer } => {

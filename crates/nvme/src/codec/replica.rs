@@ -107,6 +107,12 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out.sgl = answer(base::limits::HEADER_BYTES + base::limits::PAYLOAD_BYTES_MAX);
             out.with_wide(1, seq.0)
         }
+        CommandBody::ScanRun { seq, records, buffer } => {
+            out.opcode = opcode::SCAN;
+            out.sgl = answer(buffer.capacity().min(base::limits::PAYLOAD_BYTES_MAX));
+            out.cdw10[4] = *records;
+            out.with_wide(1, seq.0)
+        }
         CommandBody::Truncate { keep } => {
             out.opcode = opcode::TRUNCATE;
             out.with_wide(1, keep.0)
@@ -177,6 +183,7 @@ fn encode_more(command: &ReplicaCommand, mut out: Command) -> Command {
         | CommandBody::Read { .. }
         | CommandBody::Flush
         | CommandBody::Scan { .. }
+        | CommandBody::ScanRun { .. }
         | CommandBody::Truncate { .. }
         | CommandBody::Trim
         | CommandBody::Release => unreachable!("encoded by the caller"),
@@ -229,7 +236,7 @@ pub fn is_read_length(blocks: BlockCount, bytes: usize) -> bool {
     bytes == blocks.bytes(BlockSize::B512) || bytes == blocks.bytes(BlockSize::B4096)
 }
 
-/// DW0 and DW1 of a successful Read or List: CRC32C of the data, and a bit that says so. Such data
+/// DW0 and DW1 of a successful Read, List or Scan of several records: CRC32C of the data, and a bit that says so. Such data
 /// is not a record, which would carry its own checksums.
 pub fn read_result(crc: u32) -> u64 {
     u64::from(crc) | (1 << 32)
@@ -273,6 +280,15 @@ pub enum Request {
     Scan {
         /// Which record.
         seq: Seq,
+    },
+    /// Scan of several records.
+    ScanRun {
+        /// The first.
+        seq: Seq,
+        /// How many at most.
+        records: u32,
+        /// Bytes that the initiator has room for.
+        bytes: usize,
     },
     /// Truncate.
     Truncate {
@@ -346,7 +362,12 @@ pub fn decode(command: &Command) -> Result<Request, StatusCode> {
             Request::Read { lba: Lba(command.wide(0)), blocks, covers, bytes: length }
         }
         opcode::FLUSH => Request::Flush,
-        opcode::SCAN => Request::Scan { seq: Seq(command.wide(1)) },
+        opcode::SCAN if command.cdw10[4] == 0 => Request::Scan { seq: Seq(command.wide(1)) },
+        opcode::SCAN => Request::ScanRun {
+            seq: Seq(command.wide(1)),
+            records: command.cdw10[4],
+            bytes: length.min(base::limits::PAYLOAD_BYTES_MAX),
+        },
         opcode::TRUNCATE => Request::Truncate { keep: Seq(command.wide(1)) },
         opcode::TRIM => Request::Trim,
         opcode::RELEASE => Request::Release,
@@ -376,6 +397,7 @@ pub fn decode(command: &Command) -> Result<Request, StatusCode> {
         }
         Request::Install { .. } => PROGRESS_BYTES,
         Request::List { .. } => LIST_BYTES_MIN,
+        Request::ScanRun { .. } => base::record::FIXED_BYTES,
         Request::Flush
         | Request::Truncate { .. }
         | Request::Trim
@@ -484,6 +506,7 @@ pub fn encode_progress(progress: &FillProgress) -> [u8; PROGRESS_BYTES] {
     put(&mut out, 0, &phase.to_le_bytes());
     put(&mut out, 8, &progress.copied_bytes.to_le_bytes());
     put(&mut out, 16, &progress.total_bytes.to_le_bytes());
+    put(&mut out, 24, &progress.log_end.0.to_le_bytes());
     out
 }
 
@@ -498,7 +521,7 @@ pub fn decode_progress(bytes: &[u8]) -> Option<FillProgress> {
         _ => return None,
     };
     let (copied_bytes, total_bytes) = (u64_at(bytes, 8), u64_at(bytes, 16));
-    Some(FillProgress { phase, copied_bytes, total_bytes })
+    Some(FillProgress { phase, copied_bytes, total_bytes, log_end: Seq(u64_at(bytes, 24)) })
 }
 
 /// DW0 of a successful Health-of.

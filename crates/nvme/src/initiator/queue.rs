@@ -32,6 +32,7 @@ pub(super) enum Answer {
     Progress,
     Health,
     Chunks,
+    Records,
     Done,
 }
 

@@ -96,6 +96,7 @@ impl Initiator {
             }
             CommandBody::Flush => (Answer::Flushed, None, None),
             CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
+            CommandBody::ScanRun { buffer, .. } => (Answer::Records, Some(buffer), None),
             CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
             CommandBody::Trim
             | CommandBody::Release
@@ -118,6 +119,7 @@ impl Initiator {
             | Answer::Progress
             | Answer::Health
             | Answer::Chunks
+            | Answer::Records
             | Answer::Done => capacity,
         };
         let work = Work::Replica(Replica { tag, key, epoch, answer });
@@ -211,13 +213,17 @@ fn body(
             }
             ReplyBody::Data(data)
         }
-        Answer::Chunks => {
+        Answer::Chunks | Answer::Records => {
             let bytes = entry.received;
             let data = entry.buffer.ok_or(incomplete)?.freeze().payload(bytes);
             if replica::read_result(crc32c(data.bytes())) != result {
                 return Err(DownReason::Protocol("a list was corrupted on the way"));
             }
-            ReplyBody::Chunks(data)
+            if answer == Answer::Records {
+                ReplyBody::Records(data)
+            } else {
+                ReplyBody::Chunks(data)
+            }
         }
         Answer::Run if entry.received == 0 => ReplyBody::Done,
         Answer::Record | Answer::Run => {

@@ -80,6 +80,7 @@ pub(super) enum Answer {
     Progress,
     Health,
     Chunks,
+    Records,
     Done,
 }
 

@@ -36,7 +36,9 @@ pub(super) fn on_command(
     }
     let buffer_bytes = match request {
         Request::Append { payload_bytes, .. } => Some(payload_bytes),
-        Request::Read { bytes, .. } | Request::List { bytes, .. } => Some(bytes),
+        Request::Read { bytes, .. }
+        | Request::List { bytes, .. }
+        | Request::ScanRun { bytes, .. } => Some(bytes),
         Request::Scan { .. } | Request::Fetch { .. } => Some(base::limits::PAYLOAD_BYTES_MAX),
         Request::Seal { .. }
         | Request::Flush
@@ -100,6 +102,9 @@ fn run(
         (Request::Scan { seq }, Some(buffer)) => {
             (CommandBody::Scan { seq, buffer }, Answer::Record)
         }
+        (Request::ScanRun { seq, records, bytes: _ }, Some(buffer)) => {
+            (CommandBody::ScanRun { seq, records, buffer }, Answer::Records)
+        }
         (Request::Flush, _) => (CommandBody::Flush, Answer::Flushed),
         (Request::Truncate { keep }, _) => (CommandBody::Truncate { keep }, Answer::Truncated),
         (Request::Trim, _) => (CommandBody::Trim, Answer::Done),
@@ -122,6 +127,7 @@ fn run(
             Request::Append { .. }
             | Request::Read { .. }
             | Request::Scan { .. }
+            | Request::ScanRun { .. }
             | Request::List { .. }
             | Request::Fetch { .. },
             _,
@@ -241,9 +247,11 @@ pub(super) fn reply(
         (ReplyBody::Health(health), Answer::Health) => {
             connection.complete(outbox, id, success, replica::health_code(health));
         }
-        (ReplyBody::Chunks(list), Answer::Chunks) => {
+        (ReplyBody::Chunks(list), Answer::Chunks) | (ReplyBody::Records(list), Answer::Records) => {
             let crc = crc32c(list.bytes());
-            connection.send_data(outbox, id, 0, FLAG_LAST, Data::Parts(&[&list]), list.len());
+            if !list.is_empty() {
+                connection.send_data(outbox, id, 0, FLAG_LAST, Data::Parts(&[&list]), list.len());
+            }
             connection.complete(outbox, id, success, replica::read_result(crc));
         }
         (body, answer) => panic!("{body:?} is not an answer to a command that wants {answer:?}"),

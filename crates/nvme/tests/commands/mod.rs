@@ -65,6 +65,7 @@ pub(crate) fn summary(command: &ReplicaCommand) -> String {
             format!("Read {lba} {blocks:?} {covers}")
         }
         CommandBody::Scan { seq, .. } => format!("Scan {seq}"),
+        CommandBody::ScanRun { seq, records, .. } => format!("ScanRun {records} from {seq}"),
         CommandBody::Truncate { keep } => format!("Truncate {keep}"),
         CommandBody::Hello { reason, acknowledged } => format!("Hello {reason:?} {acknowledged}"),
         CommandBody::HealthOf { server } => format!("HealthOf {server}"),
@@ -86,6 +87,9 @@ pub(crate) fn result_summary(result: &Result<ReplyBody, ReplicaError>) -> String
         Ok(ReplyBody::Chunks(list)) => {
             format!("Chunks {} {:08x}", list.len(), base::checksum::crc32c(list.bytes()))
         }
+        Ok(ReplyBody::Records(records)) => {
+            format!("Records {} {:08x}", records.len(), base::checksum::crc32c(records.bytes()))
+        }
         Ok(ReplyBody::Record(record)) => format!(
             "Record {:?} {:08x}",
             record.header(),
@@ -103,7 +107,7 @@ pub(crate) fn random_command(random: &mut Random, pool: &BufferPool) -> Option<R
     let key = key(random.below(5));
     let epoch = Epoch(3 + random.below(4));
     let commit = Seq(random.next() >> 20);
-    let body = match random.below(22) {
+    let body = match random.below(23) {
         0..6 => CommandBody::Append {
             record: record(random, pool, key, epoch),
             media: random.chance(2),
@@ -145,6 +149,11 @@ pub(crate) fn random_command(random: &mut Random, pool: &BufferPool) -> Option<R
         20 => CommandBody::Fetch {
             lba: Lba(random.next()),
             end: Lba(random.next()),
+            buffer: pool.take(128 * 1024)?,
+        },
+        21 => CommandBody::ScanRun {
+            seq: Seq(random.next()),
+            records: 1 + u32::try_from(random.below(100)).unwrap(),
             buffer: pool.take(128 * 1024)?,
         },
         _ => CommandBody::Seal,
@@ -216,12 +225,18 @@ pub(crate) fn random_result(
                 phase: all[usize::try_from(random.below(4)).unwrap()],
                 copied_bytes: random.next(),
                 total_bytes: random.next(),
+                log_end: Seq(random.next()),
             })
         }
         CommandBody::List { mut buffer, .. } => {
             let bytes = 32 + usize::try_from(random.below(300)).unwrap() * 12;
             buffer.payload_mut()[..bytes].fill(u8::try_from(random.below(256)).unwrap());
             ReplyBody::Chunks(buffer.freeze().payload(bytes))
+        }
+        CommandBody::ScanRun { mut buffer, .. } => {
+            let bytes = usize::try_from(random.below(2) * (17 + random.below(100_000))).unwrap();
+            buffer.payload_mut()[..bytes].fill(u8::try_from(random.below(256)).unwrap());
+            ReplyBody::Records(buffer.freeze().payload(bytes))
         }
         CommandBody::Fetch { .. } if random.chance(3) => ReplyBody::Done,
         CommandBody::Scan { .. } | CommandBody::Fetch { .. } => {

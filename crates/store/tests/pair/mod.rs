@@ -219,6 +219,33 @@ impl Node {
         }
     }
 
+    /// The record at `seq`, for `target`, found in a run of one or more; `None`: it is trimmed.
+    fn scan_some(&mut self, seq: Seq, target: &Node) -> Option<Record> {
+        let records = 1 + u32::try_from(seq.0 % 5).expect("a few");
+        let buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
+        let found = match self.ask(Command::ScanRun { key: key(), seq, records, buffer }) {
+            Ok(ReplyBody::Records(found)) => found,
+            Err(ReplicaError::Trimmed { .. }) => return None,
+            other => panic!("{other:?}"),
+        };
+        if found.is_empty() {
+            return Some(resent(target, &self.scan(seq.0)));
+        }
+        let (mut at, mut first) = (0, None);
+        for expected in seq.0.. {
+            if at == found.len() {
+                break;
+            }
+            assert!(expected < seq.0 + u64::from(records), "no more than were asked for");
+            let buffer = target.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
+            let record = base::packed::unpack(found.bytes(), at, buffer).expect("intact");
+            assert_eq!(record.header().position.seq, Seq(expected));
+            at += base::packed::packed_bytes(record.header());
+            first.get_or_insert(record);
+        }
+        first
+    }
+
     /// Appends another one's record.
     pub fn adopt_record(&mut self, record: &Record, commit: u64) {
         let record = resent(self, record);
@@ -451,12 +478,7 @@ pub fn copy_log(source: &mut Node, target: &mut Node) -> Option<bool> {
         if seq > source.last().seq {
             return Some(true);
         }
-        let buffer = source.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
-        let record = match source.ask(Command::Scan { key: key(), seq, buffer }) {
-            Ok(ReplyBody::Record(record)) => resent(target, &record),
-            Err(ReplicaError::Trimmed { .. }) => return Some(false),
-            other => panic!("{other:?}"),
-        };
+        let Some(record) = source.scan_some(seq, target) else { return Some(false) };
         let commit = Seq(source.commit);
         let append = Command::Append { key: key(), record, commit, media: false };
         let answer = target.try_ask(append)?;

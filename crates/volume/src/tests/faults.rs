@@ -35,7 +35,8 @@ impl World {
             | CommandBody::HealthOf { .. }
             | CommandBody::Install { .. }
             | CommandBody::List { .. }
-            | CommandBody::Fetch { .. } => Some(ReplicaError::NotSealed),
+            | CommandBody::Fetch { .. }
+            | CommandBody::ScanRun { .. } => Some(ReplicaError::NotSealed),
         }
     }
 

@@ -44,7 +44,8 @@ impl Model {
         let ended = matches!(fill.phase, FillPhase::Done | FillPhase::Failed);
         self.fill = (!ended).then_some(fill);
         let (copied_bytes, total_bytes) = (fill.steps * 512, fill.steps * 512 + 512);
-        let progress = FillProgress { phase: fill.phase, copied_bytes, total_bytes };
+        let progress =
+            FillProgress { phase: fill.phase, copied_bytes, total_bytes, log_end: self.written };
         Effect::Fill { progress, begun }
     }
 

@@ -214,9 +214,10 @@ impl Model {
             | CommandBody::Release
             | CommandBody::Renew
             | CommandBody::Hello { .. } => Effect::Answer(Ok(ReplyBody::Done)),
-            CommandBody::HealthOf { .. } | CommandBody::List { .. } | CommandBody::Fetch { .. } => {
-                Effect::Answer(Err(ReplicaError::Invalid))
-            }
+            CommandBody::HealthOf { .. }
+            | CommandBody::List { .. }
+            | CommandBody::Fetch { .. }
+            | CommandBody::ScanRun { .. } => Effect::Answer(Err(ReplicaError::Invalid)),
         }
     }
 
