@@ -319,12 +319,18 @@ pub(crate) fn opening_reason(status: &volume::HeadStatus) -> String {
 }
 
 fn note(member: &volume::MemberStatus) -> Option<String> {
-    match (member.mode, member.lag) {
+    let note = match (member.mode, member.lag) {
         (volume::MemberMode::Live, None | Some(0)) => None,
         (volume::MemberMode::Live, Some(lag)) => Some(format!("{lag} records behind")),
         (mode, Some(lag)) => Some(format!("{mode}, {lag} records behind")),
         (mode, None) => Some(mode.to_string()),
-    }
+    };
+    let Some(held) = member.held_back else { return note };
+    let held = format!(
+        "guests are held back to {} writes a second until it has caught up",
+        held.writes_per_second
+    );
+    Some(note.map_or_else(|| held.clone(), |note| format!("{note}; {held}")))
 }
 
 /// A duration that a caller may wait for a status.

@@ -22,6 +22,9 @@ use crate::sessions::Answer;
 use crate::status::MemberMode;
 use crate::tag::Kind;
 
+/// Bytes of a record while nothing is known of the size.
+const RECORD_BYTES_ASSUMED: u128 = 4096;
+
 /// A member that another one fills.
 #[derive(Debug)]
 pub(crate) struct Filling {
@@ -36,6 +39,8 @@ pub(crate) struct Filling {
     /// When to ask next.
     at: Instant,
     pub(crate) progress: Option<FillProgress>,
+    /// Where the log's tail began, and what had been copied by then.
+    log_from: Option<(Seq, u64)>,
 }
 
 impl Filling {
@@ -46,6 +51,40 @@ impl Filling {
 
     pub(crate) fn copies_chunks(&self) -> bool {
         self.chunks
+    }
+
+    /// The last record that is there, while the log's tail is copied.
+    pub(crate) fn log_end(&self) -> Option<Seq> {
+        let progress = self.progress.filter(|progress| progress.phase == FillPhase::Log)?;
+        (progress.log_end > Seq::ZERO).then_some(progress.log_end)
+    }
+
+    fn learn(&mut self, progress: FillProgress) {
+        self.progress = Some(progress);
+        if let Some(end) = self.log_end() {
+            self.log_from.get_or_insert((end, progress.copied_bytes));
+        }
+    }
+
+    /// How far it is. Of the log's tail only the head knows how much there is: `last` is its end.
+    pub(crate) fn estimate(&self, last: Seq) -> Option<FillProgress> {
+        let mut progress = self.progress?;
+        if let (Some(end), Some((from, copied_before))) = (self.log_end(), self.log_from) {
+            let (came, left) = (end.0.saturating_sub(from.0), last.0.saturating_sub(end.0));
+            let bytes = u128::from(progress.copied_bytes.saturating_sub(copied_before));
+            let left = match came {
+                0 => u128::from(left) * RECORD_BYTES_ASSUMED,
+                _ => u128::from(left) * bytes / u128::from(came),
+            };
+            let left = u64::try_from(left).unwrap_or(u64::MAX);
+            progress.total_bytes = progress.copied_bytes.saturating_add(left);
+        }
+        Some(progress)
+    }
+
+    /// Its server says that something has changed: ask it at once.
+    pub(crate) fn ask_now(&mut self, now: Instant) {
+        self.at = now;
     }
 
     /// For people: why it is filled, until somebody does it.
@@ -100,11 +139,20 @@ impl Head {
         let member = &mut self.members[index];
         member.heard = false;
         let at = now.max(member.fill_after);
-        let filling = Filling { why, chunks, beyond, source: None, tried: 0, at, progress: None };
+        let filling = Filling {
+            why,
+            chunks,
+            beyond,
+            source: None,
+            tried: 0,
+            at,
+            progress: None,
+            log_from: None,
+        };
         member.enter(Mode::Filling(filling), now);
     }
 
-    fn filling(&mut self, index: usize) -> Option<&mut Filling> {
+    pub(crate) fn filling(&mut self, index: usize) -> Option<&mut Filling> {
         match &mut self.members[index].mode {
             Mode::Filling(filling) => Some(filling),
             Mode::Down
@@ -183,7 +231,7 @@ impl Head {
         match result {
             Ok(ReplyBody::Filling(progress)) => match progress.phase {
                 FillPhase::Connecting | FillPhase::Chunks | FillPhase::Log => {
-                    filling.progress = Some(*progress);
+                    filling.learn(*progress);
                 }
                 FillPhase::Done => {
                     self.members[index].fill_after = now + interval;

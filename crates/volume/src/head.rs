@@ -14,6 +14,7 @@ use crate::ending::Unanswered;
 use crate::flush::FlushWaiter;
 use crate::grants::Grants;
 use crate::health::Polls;
+use crate::holdback::Holdback;
 use crate::log::Log;
 use crate::member::Member;
 use crate::membership::FailStop;
@@ -171,6 +172,8 @@ pub struct Head {
     pub(crate) settle_everywhere: Option<Seq>,
     /// How fast members are filled.
     pub(crate) pace: Pace,
+    /// Guests are held back for a member that would not catch up otherwise.
+    pub(crate) holdback: Holdback,
     /// Commit news goes out then.
     pub(crate) trim_at: Option<Instant>,
     /// Requests past the stall deadline are looked for then.
@@ -256,6 +259,7 @@ impl Head {
             settle_target: None,
             settle_everywhere: None,
             pace: Pace::new(tunables.fill_bytes_per_second),
+            holdback: Holdback::new(now),
             trim_at: None,
             expire_at: now,
             stall: None,
@@ -325,6 +329,7 @@ impl Head {
         self.advance_polls();
         self.advance_speeds();
         self.advance_rest();
+        self.advance_holdback();
         self.watch_for_stall();
     }
 
@@ -354,6 +359,7 @@ impl Head {
         deadline = earliest(deadline, self.polls_deadline());
         deadline = earliest(deadline, self.phase_deadline());
         deadline = earliest(deadline, self.stall_deadline());
+        deadline = earliest(deadline, self.holdback_deadline());
         if self.policy.stall_deadline_ms.is_some() && self.unanswered() > 0 {
             deadline = earliest(deadline, Some(self.expire_at));
         }

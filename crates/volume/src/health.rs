@@ -146,10 +146,14 @@ impl Head {
                 health.draining = None;
                 health.degraded = None;
             }
+            StateMessage::InSync => {
+                if let Some(filling) = self.filling(index) {
+                    filling.ask_now(now);
+                }
+            }
             // The head sees a filling's progress by itself; which servers could take a lost
             // member's place, and the size, are in the records.
             StateMessage::CatchingUp { .. }
-            | StateMessage::InSync
             | StateMessage::FailoverServer { .. }
             | StateMessage::FailoverUnavailable { .. }
             | StateMessage::Resized { .. } => {}

@@ -11,7 +11,7 @@ use base::{
 use crate::gate::Grounds;
 use crate::head::{Head, Output, Phase, Queued};
 use crate::log::Entry;
-use crate::member::Mode;
+use crate::member::{Member, Mode};
 use crate::quorum::Bits;
 use crate::sessions::Answer;
 use crate::tag::NUMBER_MASK;
@@ -69,7 +69,7 @@ impl Head {
         let BlockRequest { id, lba, blocks, operation } = request;
         let give_back = |operation| Err(BlockRequest { id, lba, blocks, operation });
         // After a stall deadline, undecided records outlive their requests.
-        let room = self.log.undecided() < HEAD_REQUESTS_MAX;
+        let room = self.log.undecided() < HEAD_REQUESTS_MAX && self.holdback.may_begin(self.now);
         let (kind, buffer, fua) = match operation {
             Operation::Read { buffer } if self.reads.room() => {
                 self.begin_read(arrived, id, lba, blocks, buffer);
@@ -110,6 +110,7 @@ impl Head {
         self.pace.wrote(header.header_bytes() + header.payload_bytes());
         self.log.push(Entry { record, request: Some(id), arrived, media });
         self.writes += 1;
+        self.holdback.begun(self.now);
         Ok(())
     }
 
@@ -201,7 +202,9 @@ impl Head {
             // What is not settled can be lost with the members' power; while it is here, it can
             // be sent again.
             let wanted = first > self.log.durable
-                || self.members.iter().any(|m| m.follows() && m.next_send <= first);
+                || self.members.iter().any(|m| m.follows() && m.next_send <= first)
+                // Who is about to follow needs no other's log if it is still here then.
+                || self.members.iter().any(Member::comes_soon);
             let over = records > self.tunables.backlog_records_max
                 || bytes > self.tunables.backlog_bytes_max;
             if wanted && !over {

@@ -48,6 +48,7 @@ mod head;
 mod health;
 mod hedge;
 mod hello;
+mod holdback;
 mod inflight;
 mod log;
 mod matching;
@@ -69,5 +70,6 @@ mod unreadable;
 
 pub use config::{HeadConfig, HeadError, Tunables};
 pub use head::{Head, Input, Output};
+pub use holdback::HeldBack;
 pub use membership::{FailStop, MembershipError};
 pub use status::{Draining, HeadPhase, HeadStatus, MemberMode, MemberStatus, Stall, StallReason};

@@ -188,6 +188,23 @@ impl Member {
         }
     }
 
+    /// Its log's end is being looked at, or is brought to it: it follows soon.
+    pub(crate) fn comes_soon(&self) -> bool {
+        match &self.mode {
+            Mode::Resting { error: None, .. }
+            | Mode::Sealing
+            | Mode::Sealed(_)
+            | Mode::Matching(_)
+            | Mode::Truncating { .. } => true,
+            Mode::Filling(filling) => filling.log_end().is_some(),
+            Mode::Down
+            | Mode::Resting { error: Some(_), .. }
+            | Mode::CatchingUp(_)
+            | Mode::Live
+            | Mode::Parked { .. } => false,
+        }
+    }
+
     /// Enters `mode`.
     pub(crate) fn enter(&mut self, mode: Mode, now: Instant) {
         self.mode = mode;

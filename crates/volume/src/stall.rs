@@ -153,7 +153,7 @@ impl Head {
                 caught_up: follows && member.acked >= self.log.commit(),
                 damaged: member.damaged,
                 fill: match &member.mode {
-                    Mode::Filling(filling) => filling.progress,
+                    Mode::Filling(filling) => filling.estimate(last.seq),
                     Mode::Down
                     | Mode::Resting { .. }
                     | Mode::Sealing
@@ -169,6 +169,7 @@ impl Head {
                 draining: member.health.draining,
                 degraded: member.health.degraded,
                 throttled: member.health.throttled,
+                held_back: self.holdback.held().filter(|held| held.server == member.server),
                 slow_since: member.speed.slow_since,
                 read_latency: member.speed.reads.mean(self.now),
                 append_latency: member.speed.appends.mean(self.now),

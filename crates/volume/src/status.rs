@@ -6,6 +6,7 @@ use core::time::Duration;
 use base::membership::Role;
 use base::{DegradedReason, Epoch, FillProgress, Health, Instant, Position, Seq, ServerId};
 
+use crate::holdback::HeldBack;
 use crate::membership::FailStop;
 
 /// Where a head is in its life.
@@ -214,6 +215,8 @@ pub struct MemberStatus {
     pub degraded: Option<DegradedReason>,
     /// Its server limits the volume to so many bytes per second.
     pub throttled: Option<u64>,
+    /// Guests are held back so that it catches up.
+    pub held_back: Option<HeldBack>,
     /// Since when it is far slower than the others.
     pub slow_since: Option<Instant>,
     /// How long it takes to answer a read: a smoothed mean; `None` while unknown.
