@@ -437,6 +437,7 @@ impl Attached {
             Event::MemberDown { .. }
             | Event::MemberUp { .. }
             | Event::MemberSlow { .. }
+            | Event::Mended { .. }
             | Event::PoolFailed { .. } => {}
         }
         Ok(())

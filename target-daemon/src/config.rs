@@ -26,6 +26,11 @@ const BUFFER_BYTES_DEFAULT: u64 = 128 << 20;
 const BUFFER_BYTES_MIN: u64 = 16 << 20;
 /// The most payload memory that a configuration may ask for, in bytes.
 const BUFFER_BYTES_MAX: u64 = 64 << 30;
+/// How fast home is read for rot if the configuration does not say, in bytes per second: a terabyte
+/// in six days.
+const SCRUB_DEFAULT: u64 = 2 << 20;
+/// The fastest that it may be asked for.
+const SCRUB_MAX: u64 = 1 << 30;
 /// Request queues of an export if the configuration does not say.
 pub const QUEUES_DEFAULT: u16 = 4;
 /// How long a member must have been silent before it is replaced, in milliseconds.
@@ -56,6 +61,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Payload memory, in bytes.
     pub buffer_bytes: u64,
+    /// Home is read for rot at this rate, at most; 0: not at all. In bytes per second.
+    pub scrub_bytes_per_second: u64,
     /// Volumes to serve from the start.
     pub exports: Vec<ExportConfig>,
     /// How lost members are replaced.
@@ -157,6 +164,7 @@ struct RawLog {
 #[serde(deny_unknown_fields)]
 struct RawLimits {
     buffers: Option<Spanned<String>>,
+    scrub: Option<Spanned<String>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -242,6 +250,7 @@ impl Check<'_> {
         }
         let pool = self.pool(raw.pool);
         let buffer_bytes = self.buffers(raw.limits.buffers.as_ref());
+        let scrub_bytes_per_second = self.scrub(raw.limits.scrub.as_ref());
         let exports = self.exports(raw.exports, raw.api.get_ref());
         let heal = self.heal(&raw.heal);
         Some(Config {
@@ -255,6 +264,7 @@ impl Check<'_> {
             log_level: raw.log.level,
             log_format: raw.log.format,
             buffer_bytes,
+            scrub_bytes_per_second,
             exports,
             heal,
             state_messages: raw.test.state_messages.unwrap_or(true),
@@ -321,6 +331,22 @@ impl Check<'_> {
             Err(error) => self.problem(raw, format!("limits.buffers: {error}")),
         }
         BUFFER_BYTES_DEFAULT
+    }
+
+    fn scrub(&mut self, raw: Option<&Spanned<String>>) -> u64 {
+        let Some(raw) = raw else { return SCRUB_DEFAULT };
+        if raw.get_ref() == "off" {
+            return 0;
+        }
+        match parse_size(raw.get_ref()) {
+            Ok(bytes) if (1..=SCRUB_MAX).contains(&bytes) => return bytes,
+            Ok(_) => {
+                let text = "limits.scrub: it must be at most 1G (per second), or \"off\"";
+                self.problem(raw, text.to_owned());
+            }
+            Err(error) => self.problem(raw, format!("limits.scrub: {error}")),
+        }
+        SCRUB_DEFAULT
     }
 
     fn heal(&mut self, raw: &RawHeal) -> HealSettings {
@@ -419,6 +445,12 @@ delay_ms = 2500
         assert_eq!((config.exports[0].queues, config.exports[0].read_only), (2, false));
         assert_eq!(config.heal, HealSettings { delay_ms: 2500, ..HealSettings::default() });
         assert_eq!((config.log_level, config.log_format), (LogLevel::Debug, LogFormat::Json));
+        assert_eq!(config.scrub_bytes_per_second, SCRUB_DEFAULT);
+        for (scrub, rate) in [("8M", 8 << 20), ("off", 0)] {
+            let text = GOOD.replace("[[exports]]", &format!("scrub = \"{scrub}\"\n[[exports]]"));
+            let config = Config::parse(Path::new("h.toml"), &text).unwrap();
+            assert_eq!(config.scrub_bytes_per_second, rate);
+        }
     }
 
     #[test]
@@ -444,7 +476,7 @@ delay_ms = 2500
                 .replace("sqlite:", "mysql:")
                 .replace("127.0.0.1:4420", "localhost:4420")
                 .replace("/dev/sda", "sda")
-                .replace("256M", "1M")
+                .replace("256M", "1M\"\nscrub = \"2G")
                 .replace("queues = 2", "queues = 0")
                 .replace("2500", "5\nfills_max = 0"),
         );
@@ -454,9 +486,10 @@ delay_ms = 2500
             "h.toml:3: listen: 'localhost:4420'",
             "h.toml:7: pool: 'sda' is not an absolute path",
             "h.toml:14: limits.buffers:",
-            "h.toml:18: exports.queues:",
-            "h.toml:20: heal.delay_ms: it must be 100",
-            "h.toml:21: heal.fills_max:",
+            "h.toml:15: limits.scrub:",
+            "h.toml:19: exports.queues:",
+            "h.toml:21: heal.delay_ms: it must be 100",
+            "h.toml:22: heal.fills_max:",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }

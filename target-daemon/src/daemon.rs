@@ -210,6 +210,7 @@ impl Daemon {
                 server: found.server,
                 pool: found.pool,
                 devices: config.pool.clone(),
+                scrub_bytes_per_second: config.scrub_bytes_per_second,
             }),
             listen: Some(config.listen),
             buffer_bytes: config.buffer_bytes,
@@ -413,6 +414,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
                 Event::MemberDown { .. }
                 | Event::MemberUp { .. }
                 | Event::MemberSlow { .. }
+                | Event::Mended { .. }
                 | Event::RingsStarted { .. }
                 | Event::RingsStopped { .. },
             )

@@ -281,6 +281,7 @@ impl Exports {
             | Event::MemberDown { .. }
             | Event::MemberUp { .. }
             | Event::MemberSlow { .. }
+            | Event::Mended { .. }
             | Event::PoolFailed { .. }
             | Event::Stopped => {}
         }

@@ -188,6 +188,10 @@ impl Healer {
                     repair::close(&self.heads, volume, epoch);
                 }
             }
+            Event::Mended { volume, server, blocks, lba } => {
+                let happened = watch::mended(&self.view, volume, server, blocks, lba);
+                self.tell_later(vec![happened]);
+            }
             // They wake the healer, which looks at everything anyway.
             Event::Opened { .. }
             | Event::MemberSlow { .. }

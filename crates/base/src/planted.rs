@@ -58,6 +58,7 @@ bugs! {
     HomeBeforeData = "a chunk's metadata is written before its data is on media",
     HomeBeforeMeta = "a chunk is named by the journal before its metadata is on media",
     HomeMetaInPlace = "a chunk's metadata is overwritten where it stands",
+    MendedOverNewer = "a damaged block is mended with what it held before a newer write",
     DiscardForgotten = "a discard does not reach home",
     UncommittedHome = "what may yet be cut from the log is flushed home",
     TrimBeforeHome = "a log is trimmed before what it holds is home",

@@ -5,6 +5,7 @@ use core::fmt;
 
 use crate::ids::{Epoch, ServerId};
 use crate::replica::Health;
+use crate::units::{BlockCount, Lba};
 
 /// Why a replica is degraded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,6 +34,13 @@ pub enum StateMessage {
     Degraded {
         /// Why.
         reason: DegradedReason,
+    },
+    /// A scrub has found blocks of this replica that cannot be read here.
+    DamagedBlocks {
+        /// First block.
+        lba: Lba,
+        /// Number of blocks.
+        blocks: BlockCount,
     },
     /// A higher epoch was sealed.
     Superseded {

@@ -50,6 +50,8 @@ pub enum EventKind {
     MemberBack,
     /// A member is slow, or refuses some work.
     Degraded,
+    /// Blocks that a member could not read were written again.
+    Mended,
     /// A server was given a replica.
     MemberAdded,
     /// A member's filling began.
@@ -93,6 +95,7 @@ impl fmt::Display for EventKind {
             Self::MemberLost => "member lost",
             Self::MemberBack => "member back",
             Self::Degraded => "degraded",
+            Self::Mended => "mended",
             Self::MemberAdded => "member added",
             Self::FillStarted => "fill started",
             Self::InSync => "in sync",

@@ -4,8 +4,8 @@ use core::net::SocketAddr;
 use std::io::ErrorKind;
 
 use base::{
-    BlockReply, BlockRequest, BlockSize, Buffer, BufferMut, Epoch, Instant, Position, ReplicaError,
-    ReplicaKey, ServerId, VolumeId,
+    BlockCount, BlockReply, BlockRequest, BlockSize, Buffer, BufferMut, Epoch, Instant, Lba,
+    Position, ReplicaError, ReplicaKey, ServerId, VolumeId,
 };
 use nvme::ReceiveRegion;
 use volume::{FailStop, StallReason};
@@ -229,6 +229,15 @@ pub enum HeadEvent {
     },
     /// They no longer wait.
     Resumed,
+    /// Blocks that a member could not read were written again with another member's copy.
+    Mended {
+        /// The member's server.
+        server: ServerId,
+        /// First block.
+        lba: Lba,
+        /// Number of blocks.
+        blocks: BlockCount,
+    },
     /// A member is far slower than the others, or is no longer.
     MemberSlow {
         /// Its server.

@@ -302,7 +302,8 @@ impl Peers {
             | StateMessage::FailoverServer { .. }
             | StateMessage::FailoverUnavailable { .. }
             | StateMessage::Throttled { .. }
-            | StateMessage::Resized { .. } => {}
+            | StateMessage::Resized { .. }
+            | StateMessage::DamagedBlocks { .. } => {}
         }
     }
 

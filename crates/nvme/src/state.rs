@@ -7,7 +7,7 @@
 
 pub use base::{DegradedReason, Health, StateMessage};
 
-use base::{Epoch, ReplicaKey, ServerId, ShardIndex, VolumeId};
+use base::{BlockCount, Epoch, Lba, ReplicaKey, ServerId, ShardIndex, VolumeId};
 
 use crate::codec::{put, take, u16_at, u32_at, u64_at};
 
@@ -101,6 +101,11 @@ fn parts(message: StateMessage) -> (u16, u64, ServerId) {
         StateMessage::Throttled { bytes_per_second } => (8, bytes_per_second, nil),
         StateMessage::Resized { size_bytes } => (9, size_bytes, nil),
         StateMessage::Back => (10, 0, nil),
+        StateMessage::DamagedBlocks { lba, blocks } => {
+            let mut id = [0; 16];
+            put(&mut id, 0, &blocks.0.to_le_bytes());
+            (11, lba.0, ServerId::from_bytes(id))
+        }
     }
 }
 
@@ -123,6 +128,10 @@ fn from_parts(kind: u16, value: u64, server: ServerId) -> Option<StateMessage> {
         8 => Some(StateMessage::Throttled { bytes_per_second: value }),
         9 => Some(StateMessage::Resized { size_bytes: value }),
         10 => Some(StateMessage::Back),
+        11 => {
+            let blocks = BlockCount(u32_at(&server.bytes(), 0));
+            Some(StateMessage::DamagedBlocks { lba: Lba(value), blocks })
+        }
         _ => None,
     }
 }
@@ -193,6 +202,7 @@ mod tests {
             StateMessage::Throttled { bytes_per_second: 1 << 30 },
             StateMessage::Resized { size_bytes: 1 << 40 },
             StateMessage::Back,
+            StateMessage::DamagedBlocks { lba: Lba(1 << 30), blocks: BlockCount(77) },
         ]
     }
 

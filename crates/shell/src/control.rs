@@ -49,6 +49,8 @@ pub struct PoolConfig {
     pub pool: PoolId,
     /// Its devices.
     pub devices: PoolDevices,
+    /// Home is read for rot at this rate, at most; 0: not at all.
+    pub scrub_bytes_per_second: u64,
 }
 
 /// The devices of a pool: files or block devices, in the order they were formatted.
@@ -325,6 +327,17 @@ pub enum Event {
     MemberUp {
         /// The server.
         server: ServerId,
+    },
+    /// Blocks that a member could not read were written again with another member's copy.
+    Mended {
+        /// The volume.
+        volume: VolumeId,
+        /// The member's server.
+        server: ServerId,
+        /// How many blocks.
+        blocks: u32,
+        /// The first.
+        lba: u64,
     },
     /// A member answers far later than the others, or no longer does.
     MemberSlow {

@@ -27,9 +27,6 @@ use crate::worker::{Parts, Worker};
 /// caught up has within a few round trips.
 const CHANGE_RETRY: Duration = Duration::from_millis(5);
 
-/// What a pool reads of its home in the background to find damage: a terabyte in six days.
-const SCRUB_BYTES_PER_SECOND: u64 = 2 << 20;
-
 /// How long a message of a vhost-user control thread may wait for a full mailbox.
 const VHOST_WAIT: Duration = Duration::from_secs(5);
 
@@ -139,7 +136,7 @@ fn prepare(
                         2 * StoreConfig::LARGE_BUFFERS_MIN,
                     ),
                     flush: FlushPolicy::default(),
-                    scrub_bytes_per_second: SCRUB_BYTES_PER_SECOND,
+                    scrub_bytes_per_second: pool.scrub_bytes_per_second,
                 },
                 devices: infos,
                 target,

@@ -122,6 +122,12 @@ impl Worker {
         let mut families = self.request_metrics();
         families.extend(self.pool_metrics());
         families.extend(self.replication_metrics());
+        let mended = self.node.heads().map(|(_, _, status, _)| status.mended_blocks).sum::<u64>();
+        families.push(gauge(
+            "holdfast_mended_blocks",
+            "Blocks that the heads here wrote again because a member could not read them.",
+            mended,
+        ));
         families.push(gauge("holdfast_heads", "Heads that run in this process.", self.heads.len()));
         families.push(gauge(
             "holdfast_connections",
@@ -197,8 +203,20 @@ impl Worker {
 
     fn pool_metrics(&self) -> Vec<MetricFamily> {
         let Some(store) = self.node.store() else { return Vec::new() };
-        let usage = store.usage();
+        let (usage, scrubbed) = (store.usage(), store.scrubbed());
         vec![
+            counter("holdfast_scrub_rounds_total", "Times all of home was read.", scrubbed.rounds),
+            counter("holdfast_scrub_bytes_total", "Bytes read to find damage.", scrubbed.bytes),
+            counter(
+                "holdfast_scrub_damaged_blocks_total",
+                "Blocks that a scrub could not read.",
+                scrubbed.damaged_blocks,
+            ),
+            counter(
+                "holdfast_damaged_answers_total",
+                "Reads that were answered with damage.",
+                usage.damaged_answers,
+            ),
             gauge("holdfast_log_bytes", "Bytes of log space.", usage.log_bytes),
             gauge("holdfast_log_used_bytes", "Bytes of log in use.", usage.log_used_bytes),
             gauge("holdfast_log_dirty_bytes", "Bytes of log not home yet.", usage.log_dirty_bytes),

@@ -518,6 +518,14 @@ impl Worker {
                 tracing::warn!(%volume, %epoch, "requests wait: {reason}");
             }
             HeadEvent::Resumed => tracing::info!(%volume, %epoch, "requests go on"),
+            HeadEvent::Mended { server, lba, blocks } => {
+                tracing::warn!(
+                    %volume, %epoch, %server, lba = lba.0, blocks = blocks.0,
+                    "blocks that a member could not read were written again with another's copy"
+                );
+                let (lba, blocks) = (lba.0, blocks.0);
+                let _ = self.events.send(Event::Mended { volume, server, blocks, lba });
+            }
             HeadEvent::MemberSlow { server, slow } => {
                 if slow {
                     tracing::warn!(%volume, %epoch, %server, "a member is far slower than others");
@@ -600,7 +608,7 @@ fn pool_notice(notice: store::Notice) {
             replica = %key,
             lba = lba.0,
             blocks = blocks.0,
-            "blocks of a replica cannot be read; they answer so until they are written again"
+            "blocks of a replica cannot be read here; the volume's head writes them again"
         ),
     }
 }

@@ -61,6 +61,7 @@ places! {
     ReplicaDeleted = "a member that had left deleted its replica",
     JointChange = "a head agreed to other members",
     ChangeLost = "a change of members that a head had begun did not come true",
+    BlocksMended = "blocks that a member could not read were written again",
 }
 
 /// How often each place was reached.

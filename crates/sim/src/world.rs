@@ -662,6 +662,7 @@ impl World {
             }
             HeadEvent::Failed { reason } => self.fail(&format!("a head ended itself: {reason}")),
             HeadEvent::MemberSlow { .. } => {}
+            HeadEvent::Mended { .. } => places.reach(Place::BlocksMended),
             HeadEvent::Stalled { .. } => places.reach(Place::HeadStalled),
             HeadEvent::Resumed => places.reach(Place::HeadResumed),
             HeadEvent::Released => places.reach(Place::HeadReleased),

@@ -182,7 +182,7 @@ impl Head {
     }
 
     /// A payload in a writable buffer: its own if nobody shares it any more, else a copy.
-    fn writable(&self, payload: Buffer) -> Result<BufferMut, Buffer> {
+    pub(crate) fn writable(&self, payload: Buffer) -> Result<BufferMut, Buffer> {
         payload.try_into_mut().or_else(|payload| {
             let Some(mut copy) = self.buffers.take(payload.len()) else { return Err(payload) };
             copy.payload_mut()[..payload.len()].copy_from_slice(payload.bytes());

@@ -5,8 +5,9 @@ use std::collections::VecDeque;
 use base::limits::HEAD_REQUESTS_MAX;
 use base::time::earliest;
 use base::{
-    BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Policy, Position,
-    ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId, StateMessage,
+    BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Lba,
+    Policy, Position, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, Seq, ServerId,
+    StateMessage,
 };
 
 use crate::config::{DEPTH_EXPECTED, HeadConfig, HeadError, Tunables};
@@ -18,6 +19,7 @@ use crate::holdback::Holdback;
 use crate::log::Log;
 use crate::member::Member;
 use crate::membership::FailStop;
+use crate::mend::Mends;
 use crate::overlap::Newest;
 use crate::pace::Pace;
 use crate::quorum::{Bits, Sets, bit};
@@ -117,6 +119,15 @@ pub enum Output {
     },
     /// The stall is over.
     Resumed,
+    /// Blocks that a member could not read were written again with another member's copy.
+    Mended {
+        /// The member's server.
+        server: ServerId,
+        /// First block.
+        lba: Lba,
+        /// Number of blocks.
+        blocks: BlockCount,
+    },
     /// A member is far slower than the others, or is no longer. Said once per change.
     MemberSlow {
         /// Its server.
@@ -156,6 +167,7 @@ pub struct Head {
     pub(crate) reads: Reads,
     pub(crate) grants: Grants,
     pub(crate) polls: Polls,
+    pub(crate) mends: Mends,
     /// The members' latencies are compared then.
     pub(crate) speeds_at: Instant,
     pub(crate) flushes: VecDeque<FlushWaiter>,
@@ -190,6 +202,9 @@ pub struct Head {
     /// Planted by tests: who may hold what cannot be read is not counted.
     #[cfg(test)]
     pub(crate) drops_blindly: bool,
+    /// Worlds whose oracle knows a write by its value alone leave damage as it is.
+    #[cfg(test)]
+    pub(crate) mends_nothing: bool,
 }
 
 /// Where a head is in its life.
@@ -250,6 +265,7 @@ impl Head {
             reads: Reads::new(),
             grants: Grants::new(),
             polls: Polls::new(),
+            mends: Mends::new(),
             speeds_at: now,
             flushes: VecDeque::with_capacity(DEPTH_EXPECTED),
             queue: VecDeque::with_capacity(DEPTH_EXPECTED),
@@ -271,6 +287,8 @@ impl Head {
             trusts_blindly: false,
             #[cfg(test)]
             drops_blindly: false,
+            #[cfg(test)]
+            mends_nothing: false,
         })
     }
 
@@ -319,6 +337,7 @@ impl Head {
         self.advance_flushes();
         self.advance_reads();
         self.advance_hedges();
+        self.advance_mends();
         self.advance_grants();
         self.send_commit_news();
         self.expire();
@@ -357,6 +376,7 @@ impl Head {
         deadline = earliest(deadline, self.hedge_deadline());
         deadline = earliest(deadline, self.speeds_deadline());
         deadline = earliest(deadline, self.polls_deadline());
+        deadline = earliest(deadline, self.mends_deadline());
         deadline = earliest(deadline, self.phase_deadline());
         deadline = earliest(deadline, self.stall_deadline());
         deadline = earliest(deadline, self.holdback_deadline());

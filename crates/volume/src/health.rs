@@ -139,6 +139,7 @@ impl Head {
                 health.draining = Some(Draining { until, successor });
             }
             StateMessage::Degraded { reason } => health.degraded = Some(reason),
+            StateMessage::DamagedBlocks { lba, blocks } => self.note_damage(index, lba, blocks),
             StateMessage::Throttled { bytes_per_second } => {
                 health.throttled = (bytes_per_second > 0).then_some(bytes_per_second);
             }

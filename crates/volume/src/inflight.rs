@@ -4,8 +4,8 @@
 use base::limits::{HEAD_REQUESTS_MAX, PAYLOAD_BYTES_MAX, RANGE_BLOCKS_MAX};
 use base::planted::{self, Bug};
 use base::{
-    BlockRequest, BufferMut, Durability, Operation, Position, Record, RecordHeader, RecordKind,
-    ReplicaError, ReplyBody, Seq, Status,
+    BlockCount, BlockRequest, BufferMut, Durability, Lba, Operation, Position, Record,
+    RecordHeader, RecordKind, ReplicaError, ReplyBody, RequestId, Seq, Status,
 };
 
 use crate::gate::Grounds;
@@ -15,6 +15,15 @@ use crate::member::{Member, Mode};
 use crate::quorum::Bits;
 use crate::sessions::Answer;
 use crate::tag::NUMBER_MASK;
+
+/// What a record is to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewRecord {
+    pub(crate) kind: RecordKind,
+    pub(crate) lba: Lba,
+    pub(crate) blocks: BlockCount,
+    pub(crate) fua: bool,
+}
 
 impl Head {
     /// Takes a request in: answers it if it is not valid, queues it, or gives it back.
@@ -93,6 +102,21 @@ impl Head {
             | Operation::Discard
             | Operation::WriteZeroes { .. } => return give_back(operation),
         };
+        self.push_record(arrived, Some(id), NewRecord { kind, lba, blocks, fua }, buffer);
+        self.writes += 1;
+        self.holdback.begun(self.now);
+        Ok(())
+    }
+
+    /// Gives a record its seq: from here on it is written, whatever happens.
+    pub(crate) fn push_record(
+        &mut self,
+        arrived: base::Instant,
+        request: Option<RequestId>,
+        new: NewRecord,
+        buffer: BufferMut,
+    ) -> Seq {
+        let NewRecord { kind, lba, blocks, fua } = new;
         let last = self.log.last();
         let header = RecordHeader {
             key: self.key,
@@ -108,10 +132,8 @@ impl Head {
         let media = fua || self.policy.durability == Durability::Durable;
         self.newest.note(lba, blocks, header.position.seq);
         self.pace.wrote(header.header_bytes() + header.payload_bytes());
-        self.log.push(Entry { record, request: Some(id), arrived, media });
-        self.writes += 1;
-        self.holdback.begun(self.now);
-        Ok(())
+        self.log.push(Entry { record, request, arrived, media });
+        header.position.seq
     }
 
     fn header_buffer(&mut self) -> Option<BufferMut> {

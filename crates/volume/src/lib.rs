@@ -54,6 +54,7 @@ mod log;
 mod matching;
 mod member;
 mod membership;
+mod mend;
 mod opening;
 mod overlap;
 mod pace;

@@ -400,6 +400,12 @@ impl Head {
 
     /// A member could not answer a read.
     fn read_failed(&mut self, slot: u16, index: usize, failure: ReplicaError) {
+        if failure == ReplicaError::Damaged
+            && let Some(Read { lba, blocks, .. }) = self.reads.at(slot)
+        {
+            let (lba, blocks) = (*lba, *blocks);
+            self.note_damage(index, lba, blocks);
+        }
         let mut again = false;
         if let Some(read) = self.reads.at_mut(slot)
             && matches!(read.state, ReadState::Asked)

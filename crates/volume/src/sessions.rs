@@ -54,6 +54,7 @@ impl Head {
         member.speed.session_over();
         member.enter(Mode::Down, now);
         self.reads_lost(index);
+        self.copy_lost(index);
         self.donor_lost(index);
     }
 
@@ -147,6 +148,7 @@ impl Head {
             }
             Kind::Read => self.read_answered(index, tag, number, result),
             Kind::Flush => self.flush_answered(index, &result),
+            Kind::Mend => self.copy_answered(index, tag, result),
             Kind::Scan => self.scan_answered(index, tag, result),
             Kind::Truncate => self.truncate_answered(index, &result),
             Kind::Trim => self.trim_answered(index, &result),

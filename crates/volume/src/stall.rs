@@ -185,6 +185,7 @@ impl Head {
             queued: self.queue.len(),
             members: self.members.iter().filter(|m| m.role.is_served()).map(member).collect(),
             change_open: self.sets.change_open(),
+            mended_blocks: self.mends.blocks,
             stall: self.stall,
         }
     }

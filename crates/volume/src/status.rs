@@ -255,6 +255,8 @@ pub struct HeadStatus {
     pub members: Vec<MemberStatus>,
     /// A change of the in-sync set was begun and its outcome is not known.
     pub change_open: bool,
+    /// Blocks that a member could not read and that were written again with another's copy.
+    pub mended_blocks: u64,
     /// Why and since when I/O waits, if it does.
     pub stall: Option<Stall>,
 }

@@ -16,6 +16,8 @@ pub(crate) enum Kind {
     Hello,
     HealthOf,
     Install,
+    /// A read of what another member cannot read.
+    Mend,
 }
 
 const KIND_SHIFT: u32 = 60;
@@ -44,6 +46,7 @@ impl Kind {
             Self::Hello => 10,
             Self::HealthOf => 11,
             Self::Install => 12,
+            Self::Mend => 13,
         }
     }
 
@@ -61,6 +64,7 @@ impl Kind {
             10 => Some(Self::Hello),
             11 => Some(Self::HealthOf),
             12 => Some(Self::Install),
+            13 => Some(Self::Mend),
             _ => None,
         }
     }

@@ -50,6 +50,22 @@ pub(super) fn event(
     Event { at_ms: cluster::unix_ms(), kind, volume, server, text, cause: cause.into() }
 }
 
+/// A head here has written again what a member could not read.
+pub(super) fn mended(
+    view: &View,
+    volume: VolumeId,
+    server: ServerId,
+    blocks: u32,
+    lba: u64,
+) -> Event {
+    let (name, at) = (view.volume_name(volume), view.server_name(server));
+    let plural = if blocks == 1 { "block" } else { "blocks" };
+    let text = format!("{blocks} {plural} of volume {name} on {at} at LBA {lba} are whole again");
+    let cause =
+        "the server could not read them; they were written again with another member's copy";
+    event(EventKind::Mended, Some(volume), Some(server), text, cause)
+}
+
 impl Watch {
     /// A session to a server has ended.
     pub(super) fn note_down(&mut self, server: ServerId, reason: String) {

@@ -111,6 +111,7 @@ impl Bench {
                 server: self.server,
                 pool: self.pool,
                 devices: self.devices(),
+                scrub_bytes_per_second: 2 << 20,
             }),
             listen: None,
             buffer_bytes: 1 << 24,

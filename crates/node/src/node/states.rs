@@ -71,7 +71,8 @@ impl Node {
                 | StateMessage::FailoverServer { .. }
                 | StateMessage::FailoverUnavailable { .. }
                 | StateMessage::Throttled { .. }
-                | StateMessage::Resized { .. } => {}
+                | StateMessage::Resized { .. }
+                | StateMessage::DamagedBlocks { .. } => {}
             }
         }
         self.tell(audience, key, message);
@@ -142,8 +143,12 @@ impl Node {
         let (key, reason) = match notice {
             store::Notice::Stalled(_) => (None, DegradedReason::LogFull),
             store::Notice::Damaged(key) => (Some(key), DegradedReason::Damage),
-            // A few blocks, which answer so when they are read: the member is no worse otherwise.
-            store::Notice::DamagedBlocks { .. } => return,
+            // A few blocks, which answer so when they are read: the member is no worse otherwise, and
+            // the head has them written again.
+            store::Notice::DamagedBlocks { key, lba, blocks } => {
+                let message = StateMessage::DamagedBlocks { lba, blocks };
+                return self.tell(Audience::Heads, Some(key), message);
+            }
             store::Notice::Resumed => {
                 if let Some(server) = &mut self.server {
                     server.standing.stalled = false;

@@ -111,6 +111,9 @@ impl Node {
                     self.head_event(tag, HeadEvent::Stalled { reason, since });
                 }
                 volume::Output::Resumed => self.head_event(tag, HeadEvent::Resumed),
+                volume::Output::Mended { server, lba, blocks } => {
+                    self.head_event(tag, HeadEvent::Mended { server, lba, blocks });
+                }
                 volume::Output::MemberSlow { server, slow } => {
                     self.head_event(tag, HeadEvent::MemberSlow { server, slow });
                 }

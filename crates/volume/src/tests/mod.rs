@@ -9,6 +9,7 @@ mod faults;
 mod fill;
 mod latency;
 mod membership;
+mod mend;
 mod model;
 mod news;
 mod oracle;

@@ -310,6 +310,7 @@ impl World {
         let mut head = Head::new(self.config(), now).expect("the configuration is valid");
         head.trusts_blindly = self.settings.untrue_head;
         head.drops_blindly = self.settings.drops_blindly;
+        head.mends_nothing = true;
         let links = vec![Link::default(); self.servers.len()];
         let running = Running {
             head,
@@ -418,6 +419,7 @@ impl World {
             Output::Failed { reason } => panic!("a head ended itself: {reason}"),
             Output::Stalled { .. } => self.count("stalled"),
             Output::Resumed => self.count("resumed"),
+            Output::Mended { .. } => unreachable!("worlds leave damage as it is"),
             Output::MemberSlow { slow: true, .. } => self.count("member slow"),
             Output::MemberSlow { slow: false, .. } => self.count("member fast"),
         }
