@@ -125,8 +125,13 @@ impl Run {
                 }
                 Output::Reply { .. } if self.noisy => self.answered += 1,
                 Output::Reply { tag, result } => {
-                    let expected = self.expected.remove(&tag).expect("answered once");
-                    assert_eq!(result_summary(&result), expected);
+                    let expected = self.expected.remove(&tag);
+                    // A record that was damaged on the way is refused, or found damaged.
+                    let damaged =
+                        matches!(result, Err(ReplicaError::Invalid | ReplicaError::Damaged));
+                    if !(self.lossy && damaged) {
+                        assert_eq!(Some(result_summary(&result)), expected, "answered once");
+                    }
                     self.answered += 1;
                     // The initiator forgets handles of replicas that are lost to it.
                     if let Err(ReplicaError::Superseded { .. } | ReplicaError::NoReplica) = result {
@@ -432,18 +437,19 @@ fn commands_before_up_are_answered_at_once() {
     net.finish();
 }
 
-/// With both digests on, a flipped bit anywhere loses the session at most.
+/// A flipped bit anywhere loses the session at most: with data digests, and without, as between
+/// our servers, where the data vouches for itself.
 #[test]
 fn corruption_is_detected_or_harmless() {
     let mut lost = 0;
-    for seed in 0..60 {
+    for seed in 0..150 {
         println!("seed {seed}");
         let mut net = Net::with(
             seed,
             Subsystem::Replica(SERVER),
             |_| {},
             |initiator| {
-                initiator.data_digest = true;
+                initiator.data_digest = seed % 3 == 0;
                 initiator.queue_entries = 33;
             },
             (256, 64),

@@ -236,9 +236,9 @@ pub fn is_read_length(blocks: BlockCount, bytes: usize) -> bool {
     bytes == blocks.bytes(BlockSize::B512) || bytes == blocks.bytes(BlockSize::B4096)
 }
 
-/// DW0 and DW1 of a successful Read, List or Scan of several records: CRC32C of the data, and a bit that says so. Such data
-/// is not a record, which would carry its own checksums.
-pub fn read_result(crc: u32) -> u64 {
+/// DW0 and DW1 of a completion whose data is not a record, which would carry its own checksums: the
+/// data's CRC32C, and a bit that says so.
+pub fn data_result(crc: u32) -> u64 {
     u64::from(crc) | (1 << 32)
 }
 

@@ -41,7 +41,9 @@ pub struct InitiatorConfig {
     pub queue_entries: u16,
     /// Ask for header digests. On by default for replica subsystems.
     pub header_digest: bool,
-    /// Ask for data digests. Off by default: records carry their own checksums.
+    /// Ask for data digests on the I/O connection, too. Off by default: records carry their own
+    /// checksums, other answers one in their completion. The admin connection to a replica
+    /// subsystem always has them.
     pub data_digest: bool,
     /// A peer that is silent for this long is given up, and gives us up.
     pub keep_alive: Duration,
@@ -442,7 +444,10 @@ impl Initiator {
     fn open(&mut self, side: Side) {
         self.last_connection += 1;
         let id = ConnectionId(self.last_connection);
-        let mut wire = Wire::new(id);
+        // What the admin connection carries (state messages among it) has no other checksum.
+        let replica = matches!(self.config.subsystem, Subsystem::Replica(_));
+        let data_digest = self.config.data_digest || (replica && side == Side::Admin);
+        let mut wire = Wire::new(id, self.config.header_digest, data_digest);
         if side == Side::Io {
             wire.link.staging_bytes = base::limits::PAYLOAD_BYTES_MAX;
         }
@@ -456,7 +461,7 @@ impl Initiator {
             Ok(()) => {
                 self.last_heard = self.now;
                 if let Some(wire) = &mut self.wires[side.index()] {
-                    wire.initialize(&self.config, &mut self.outbox);
+                    wire.initialize(&mut self.outbox);
                 }
                 self.process(side);
             }

@@ -248,7 +248,7 @@ impl Initiator {
                 Err(DownReason::Protocol("the peer terminated the connection").into())
             }
             PduType::IcResp if !wire.initialized => {
-                wire.on_initialized(&self.config, &pdu.header).map_err(DownReason::Unsupported)?;
+                wire.on_initialized(&pdu.header).map_err(DownReason::Unsupported)?;
                 self.connect_io(wire);
                 Ok(Some(Sink::Discard))
             }

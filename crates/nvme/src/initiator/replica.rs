@@ -153,11 +153,12 @@ impl Initiator {
             Err(DownReason::Protocol("a data digest is wrong at the peer"))
         } else {
             let detail = &entry.small[..entry.small_bytes];
-            let position =
-                (detail.len() == POSITION_BYTES).then(|| replica::decode_position(detail));
+            let intact = replica::data_result(crc32c(detail)) == completion.result;
+            let position = (intact && detail.len() == POSITION_BYTES)
+                .then(|| replica::decode_position(detail));
             match replica::decode_error(completion.status, completion.result, position) {
                 Some(error) => Ok(Err(error)),
-                None => Err(DownReason::Protocol("an error without its position")),
+                None => Err(DownReason::Protocol("an error without its position, whole")),
             }
         };
         let result = match result {
@@ -186,6 +187,10 @@ fn body(
     let incomplete = DownReason::Protocol("an answer is incomplete");
     let small = &entry.small[..entry.small_bytes];
     let result = completion.result;
+    let small_answer = matches!(answer, Answer::Sealed | Answer::Truncated | Answer::Progress);
+    if small_answer && !small.is_empty() && replica::data_result(crc32c(small)) != result {
+        return Err(DownReason::Protocol("an answer was corrupted on the way"));
+    }
     let body = match answer {
         Answer::Sealed if small.len() >= STATE_BYTES => {
             ReplyBody::Sealed(replica::decode_state(small))
@@ -207,7 +212,7 @@ fn body(
                 return Err(incomplete);
             }
             let data = entry.buffer.ok_or(incomplete)?.freeze().payload(bytes);
-            let intact = replica::read_result(crc32c(data.bytes())) == result;
+            let intact = replica::data_result(crc32c(data.bytes())) == result;
             if !intact && !planted::is(Bug::AnswerUnverified) {
                 return Err(DownReason::Protocol("read data was corrupted on the way"));
             }
@@ -216,7 +221,7 @@ fn body(
         Answer::Chunks | Answer::Records => {
             let bytes = entry.received;
             let data = entry.buffer.ok_or(incomplete)?.freeze().payload(bytes);
-            if replica::read_result(crc32c(data.bytes())) != result {
+            if replica::data_result(crc32c(data.bytes())) != result {
                 return Err(DownReason::Protocol("a list was corrupted on the way"));
             }
             if answer == Answer::Records {

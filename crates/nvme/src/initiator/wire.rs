@@ -1,6 +1,6 @@
 //! One connection of an initiator.
 
-use super::{InitiatorConfig, Output};
+use super::Output;
 use crate::codec::command::Command;
 use crate::codec::pdu::{Initialize, PduType, encode_terminate};
 use crate::io::ConnectionId;
@@ -18,12 +18,17 @@ pub(super) struct Wire {
     pub(super) open: bool,
     /// ICResp has come.
     pub(super) initialized: bool,
+    /// Digests to ask for.
+    header_digest: bool,
+    data_digest: bool,
 }
 
 impl Wire {
-    pub(super) fn new(id: ConnectionId) -> Self {
+    pub(super) fn new(id: ConnectionId, header_digest: bool, data_digest: bool) -> Self {
         Self {
             id,
+            header_digest,
+            data_digest,
             link: Link::new(Role::Host),
             framing: Framing::default(),
             data_bytes_max: 0,
@@ -33,13 +38,13 @@ impl Wire {
     }
 
     /// Sends ICReq.
-    pub(super) fn initialize(&mut self, config: &InitiatorConfig, outbox: &mut Outbox<Output>) {
+    pub(super) fn initialize(&mut self, outbox: &mut Outbox<Output>) {
         self.open = true;
         let request = Initialize {
             version: 0,
             alignment: 0,
-            header_digest: config.header_digest,
-            data_digest: config.data_digest,
+            header_digest: self.header_digest,
+            data_digest: self.data_digest,
             max: 0,
         };
         let body = request.encode();
@@ -47,19 +52,15 @@ impl Wire {
     }
 
     /// Takes ICResp in; an error says what the peer cannot do.
-    pub(super) fn on_initialized(
-        &mut self,
-        config: &InitiatorConfig,
-        header: &[u8],
-    ) -> Result<(), &'static str> {
+    pub(super) fn on_initialized(&mut self, header: &[u8]) -> Result<(), &'static str> {
         let response = Initialize::decode(header);
         if response.version != 0 {
             return Err("this version of NVMe/TCP PDUs");
         }
-        if response.header_digest != config.header_digest {
+        if response.header_digest != self.header_digest {
             return Err("header digests as asked for");
         }
-        if response.data_digest != config.data_digest {
+        if response.data_digest != self.data_digest {
             return Err("data digests as asked for");
         }
         if response.alignment > 31 || response.max < 4096 {

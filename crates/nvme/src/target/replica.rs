@@ -188,12 +188,13 @@ fn check_record(append: &Append, buffer: BufferMut) -> Result<(ReplicaKey, Recor
 /// Completes `id` with an error.
 fn refuse(connection: &mut Connection, core: &mut Core, id: u16, error: ReplicaError) {
     let (status, result, position) = replica::encode_error(error);
-    if let Some(position) = position {
-        let bytes = replica::encode_position(position);
-        let outbox = &mut core.outbox;
-        connection.send_data(outbox, id, 0, FLAG_LAST, Data::Inline(&bytes), bytes.len());
+    let outbox = &mut core.outbox;
+    match position {
+        Some(position) => {
+            connection.complete_with_bytes(outbox, id, status, &replica::encode_position(position));
+        }
+        None => connection.complete(outbox, id, status, result),
     }
-    connection.complete(&mut core.outbox, id, status, result);
 }
 
 /// The replica's answer.
@@ -214,7 +215,7 @@ pub(super) fn reply(
     let success = StatusCode::SUCCESS;
     match (body, answer) {
         (ReplyBody::Sealed(state), Answer::Sealed) => {
-            connection.complete_with_bytes(outbox, id, &replica::encode_state(&state));
+            connection.complete_with_bytes(outbox, id, success, &replica::encode_state(&state));
         }
         (ReplyBody::Appended { durable }, Answer::Appended)
         | (ReplyBody::Flushed { durable }, Answer::Flushed) => {
@@ -225,7 +226,7 @@ pub(super) fn reply(
                 let crc = crc32c(data.bytes());
                 let parts = Data::Parts(&[&data]);
                 connection.send_data(outbox, id, 0, FLAG_LAST, parts, data.len());
-                connection.complete(outbox, id, success, replica::read_result(crc));
+                connection.complete(outbox, id, success, replica::data_result(crc));
             } else {
                 // The head has room for smaller blocks than this volume's.
                 refuse(connection, core, id, ReplicaError::Invalid);
@@ -236,13 +237,18 @@ pub(super) fn reply(
             connection.complete_with_parts(outbox, id, &parts);
         }
         (ReplyBody::Truncated { last }, Answer::Truncated) => {
-            connection.complete_with_bytes(outbox, id, &replica::encode_position(last));
+            connection.complete_with_bytes(outbox, id, success, &replica::encode_position(last));
         }
         (ReplyBody::Done, Answer::Done | Answer::Run) => {
             connection.complete(outbox, id, success, 0);
         }
         (ReplyBody::Filling(progress), Answer::Progress) => {
-            connection.complete_with_bytes(outbox, id, &replica::encode_progress(&progress));
+            connection.complete_with_bytes(
+                outbox,
+                id,
+                success,
+                &replica::encode_progress(&progress),
+            );
         }
         (ReplyBody::Health(health), Answer::Health) => {
             connection.complete(outbox, id, success, replica::health_code(health));
@@ -252,7 +258,7 @@ pub(super) fn reply(
             if !list.is_empty() {
                 connection.send_data(outbox, id, 0, FLAG_LAST, Data::Parts(&[&list]), list.len());
             }
-            connection.complete(outbox, id, success, replica::read_result(crc));
+            connection.complete(outbox, id, success, replica::data_result(crc));
         }
         (body, answer) => panic!("{body:?} is not an answer to a command that wants {answer:?}"),
     }
