@@ -192,6 +192,7 @@ impl From<ControlError> for Failure {
             ControlError::Socket { .. } => Exit::Conflict,
             ControlError::Deadline { .. }
             | ControlError::Stopped
+            | ControlError::HandedOver
             | ControlError::NoPool
             | ControlError::PoolFailed { .. }
             | ControlError::NoSpace { .. }

@@ -104,6 +104,7 @@ impl From<ControlError> for Failure {
         let (status, code) = match &error {
             ControlError::Deadline { .. } => (StatusCode::GATEWAY_TIMEOUT, "deadline"),
             ControlError::Stopped => (StatusCode::SERVICE_UNAVAILABLE, "stopped"),
+            ControlError::HandedOver => (StatusCode::SERVICE_UNAVAILABLE, "handed_over"),
             ControlError::Socket { .. } => (StatusCode::CONFLICT, "socket"),
             ControlError::Limit { .. } | ControlError::NoSpace { .. } => {
                 (StatusCode::INSUFFICIENT_STORAGE, "limit")

@@ -183,16 +183,50 @@ impl Reactor {
         }
     }
 
+    /// Accepts on a socket that listens already: another process's, handed over.
+    pub fn adopt_listener(&mut self, socket: OwnedFd) -> Result<ListenerHandle, Error> {
+        let failed = |error: Errno| Error::os(ErrorKind::Os, "taking over a socket", error.into());
+        if !sockopt::socket_acceptconn(&socket).map_err(failed)? {
+            return Err(Error::new(ErrorKind::InvalidAddress, "the socket does not listen"));
+        }
+        let bound = rustix::net::getsockname(&socket).map_err(failed)?;
+        let Some(address) = SocketAddress::from_any(&bound) else {
+            return Err(Error::new(ErrorKind::InvalidAddress, "neither TCP nor a Unix socket"));
+        };
+        let listener = Listener { socket, address, accept: None, closing: false };
+        let key = self.listeners.insert(listener);
+        self.start_accept(key);
+        Ok(ListenerHandle(key))
+    }
+
+    /// Another descriptor of a listener's socket, for a process that is to go on with it.
+    pub fn listener_socket(&self, listener: ListenerHandle) -> io::Result<OwnedFd> {
+        let entry = self.listeners.get(listener.0).ok_or(io::ErrorKind::NotFound)?;
+        entry.socket.try_clone()
+    }
+
+    /// Stops accepting, and leaves the socket listening for whoever else has a descriptor of it: who
+    /// connects meanwhile waits.
+    pub fn release_listener(&mut self, listener: ListenerHandle) {
+        self.end_listener(listener, false);
+    }
+
     /// Stops listening. No `Accepted` comes after those already completed. A Unix socket's file
     /// stays.
     pub fn close_listener(&mut self, listener: ListenerHandle) {
+        self.end_listener(listener, true);
+    }
+
+    fn end_listener(&mut self, listener: ListenerHandle, shut_down: bool) {
         let Some(entry) = self.listeners.get_mut(listener.0) else { return };
         if entry.closing {
             return;
         }
         entry.closing = true;
-        // The kernel refuses connections from now on.
-        let _ = rustix::net::shutdown(&entry.socket, Shutdown::Both);
+        if shut_down {
+            // The kernel refuses connections from now on.
+            let _ = rustix::net::shutdown(&entry.socket, Shutdown::Both);
+        }
         match entry.accept {
             Some(key) => self.cancel(key),
             None => {

@@ -358,6 +358,13 @@ impl Reactor {
         self.device_operation_ended(DeviceHandle(device));
     }
 
+    /// True if no device, listener or watched eventfd of the owner's is open, nor still being
+    /// closed: the kernel does nothing with them any more, and another process may go on.
+    pub fn has_let_go(&self) -> bool {
+        // One watch is the reactor's own.
+        self.devices.len() == 0 && self.listeners.len() == 0 && self.watches.len() <= 1
+    }
+
     pub(crate) fn set_timer(&mut self, after: Duration, timer: Timer) {
         self.timers.push(Reverse((now() + after, timer)));
     }

@@ -21,6 +21,8 @@ use base::{
 
 pub use node::metrics::LATENCY_BOUNDS_NS;
 
+use crate::handover::HandOver;
+
 /// What a data plane is started with. It is fixed for the life of the process.
 #[derive(Clone, Debug)]
 pub struct DataPlaneConfig {
@@ -126,6 +128,9 @@ pub enum ControlError {
     /// The reactor has ended; nothing of it runs any more.
     #[error("the data plane has stopped")]
     Stopped,
+    /// Another process is taking everything over; if it fails, all goes on here.
+    #[error("the data plane is being handed over to another process")]
+    HandedOver,
     /// This process has no pool (`holdfast attach`).
     #[error("this process has no pool")]
     NoPool,
@@ -287,7 +292,7 @@ pub enum Opening {
 }
 
 /// A vhost-user-blk socket to serve a volume on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ExportSpec {
     /// The volume. While no head of it runs here, guests' requests wait in their rings.
     pub volume: VolumeId,
@@ -695,6 +700,11 @@ pub trait DataPlane: Send + Sync {
 
     /// The next event, waiting for up to `wait`. One caller at a time.
     fn next_event(&self, wait: Duration) -> Option<Event>;
+
+    /// How this data plane is handed over to another process; `None` if it cannot be.
+    fn handing_over(&self) -> Option<&dyn HandOver> {
+        None
+    }
 
     /// Ends everything: exports and heads as their own methods do, then the replica service, then
     /// the pool, with a checkpoint. Afterwards every method fails with [`ControlError::Stopped`].

@@ -121,6 +121,27 @@ impl Exports {
         }
     }
 
+    /// Takes nothing new from any guest, for good.
+    pub(crate) fn hold(&mut self) {
+        for export in self.exports.values_mut() {
+            export.device.hold();
+        }
+    }
+
+    /// True if no guest's request is under way.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.exports.values().all(|export| export.device.is_quiet())
+    }
+
+    /// Forgets all exports. What is under way stays in the guests' in-flight buffers.
+    pub(crate) fn clear(&mut self, reactor: &mut Reactor) {
+        for export in std::mem::take(&mut self.exports).into_values() {
+            for watch in export.watches.into_values() {
+                reactor.unwatch(watch);
+            }
+        }
+    }
+
     /// The answer to a request.
     pub(crate) fn reply(&mut self, front_end: FrontEnd, reply: BlockReply) {
         if let Some(export) = self.exports.get_mut(&ExportId(front_end.0)) {

@@ -11,11 +11,13 @@
 //! * `worker` — the thread's loop.
 //! * `connections`, `exports`, `pool` — sockets, guests' devices, the pool's devices.
 //! * `members` — changes of members, state messages.
+//! * [`handover`] — leaving everything to another process, or taking it from one.
 //! * `report` — status and metrics.
 
 mod connections;
 pub mod control;
 mod exports;
+pub mod handover;
 mod members;
 mod message;
 mod plane;
@@ -23,4 +25,4 @@ mod pool;
 mod report;
 mod worker;
 
-pub use plane::start;
+pub use plane::{Prepared, start};

@@ -1,5 +1,8 @@
 //! What control threads ask of the data-plane thread, and how they wait for its answer.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -73,6 +76,14 @@ pub(crate) enum Message {
         export: ExportId,
         control: vhost_blk::Control,
     },
+    /// Takes nothing new from guests; answered when nothing of theirs is under way.
+    Hold(Answer<()>),
+    /// Lets go of pool, sockets and guests, answers with the replica service's listening socket,
+    /// and ends the thread.
+    HandOver {
+        within: Duration,
+        answer: Answer<Result<Option<OwnedFd>, ControlError>>,
+    },
     /// Ends the thread; heads and exports have been closed.
     Stop(Answer<()>),
 }
@@ -81,11 +92,26 @@ pub(crate) enum Message {
 #[derive(Clone)]
 pub(crate) struct Mail {
     sender: Sender<Message>,
+    /// The thread has ended because everything is being handed over.
+    handed_over: Arc<AtomicBool>,
 }
 
 impl Mail {
     pub(crate) fn new(sender: Sender<Message>) -> Self {
-        Self { sender }
+        Self { sender, handed_over: Arc::default() }
+    }
+
+    /// From now on, that the thread has ended means that it has handed over.
+    pub(crate) fn note_handing_over(&self) {
+        self.handed_over.store(true, Ordering::Release);
+    }
+
+    fn ended(&self) -> ControlError {
+        if self.handed_over.load(Ordering::Acquire) {
+            ControlError::HandedOver
+        } else {
+            ControlError::Stopped
+        }
     }
 
     /// Delivers `message`, waiting while the mailbox is full.
@@ -100,7 +126,7 @@ impl Mail {
         loop {
             match self.sender.try_send(message) {
                 Ok(()) => return Ok(()),
-                Err(TrySendError::Closed(_)) => return Err(ControlError::Stopped),
+                Err(TrySendError::Closed(_)) => return Err(self.ended()),
                 Err(TrySendError::Full(back)) => message = back,
             }
             if start.elapsed() >= wait {
@@ -125,7 +151,7 @@ impl Mail {
             Err(RecvTimeoutError::Timeout) => {
                 Err(ControlError::Deadline { operation, waited: wait })
             }
-            Err(RecvTimeoutError::Disconnected) => Err(ControlError::Stopped),
+            Err(RecvTimeoutError::Disconnected) => Err(self.ended()),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The data plane as the control plane holds it.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -10,7 +11,7 @@ use node::{Node, NodeConfig, ServerConfig};
 use nvme::TargetConfig;
 use ring::{Reactor, SocketAddress, SocketOptions};
 use store::{FlushPolicy, StoreConfig};
-use vhost_blk::{Listener, ListenerError, SinkClosed};
+use vhost_blk::{Control, DeviceConfig, Listener, ListenerError, SinkClosed};
 use volume::Tunables;
 
 use crate::control::{
@@ -18,6 +19,7 @@ use crate::control::{
     MetricFamily, OpenError, Opening, ReplicaSpec, ReplicaStatus, ServerAddress, StartError,
     StateNotice, Status,
 };
+use crate::handover::HandOver;
 use crate::message::{ExportId, MAIL_MAX, Mail, Message};
 use crate::pool::Devices;
 use crate::report::STATUS_WAIT;
@@ -30,16 +32,22 @@ const CHANGE_RETRY: Duration = Duration::from_millis(5);
 /// How long a message of a vhost-user control thread may wait for a full mailbox.
 const VHOST_WAIT: Duration = Duration::from_secs(5);
 
-struct Served {
+/// How the messages of an export's control thread reach its device.
+type VhostSink = Box<dyn FnMut(Control) -> Result<(), SinkClosed> + Send>;
+
+pub(crate) struct Served {
     id: ExportId,
-    spec: ExportSpec,
-    listener: Listener,
+    pub(crate) spec: ExportSpec,
+    pub(crate) listener: Listener,
 }
 
 /// A data plane on a thread of its own.
-struct Plane {
-    mail: Mail,
+pub(crate) struct Plane {
+    config: DataPlaneConfig,
+    /// To the thread that runs; another one after it was handed over and taken back.
+    mail: Mutex<Mail>,
     events: Mutex<mpsc::Receiver<Event>>,
+    event_sender: mpsc::Sender<Event>,
     served: Mutex<Vec<Served>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -47,30 +55,91 @@ struct Plane {
 /// Starts the data plane: opens and recovers the pool, listens, and runs until
 /// [`DataPlane::shutdown`].
 pub fn start(config: &DataPlaneConfig) -> Result<Arc<dyn DataPlane>, StartError> {
-    let (events, event_receiver) = mpsc::channel();
-    let (started, start_result) = mpsc::sync_channel(1);
-    let config = config.clone();
-    let thread = std::thread::Builder::new()
-        .name("holdfast-data".to_owned())
-        .spawn(move || match prepare(&config, events) {
-            Ok((worker, mail)) => {
-                if started.send(Ok(mail)).is_ok() {
-                    worker.run();
+    Prepared::new(config)?.start(None)
+}
+
+/// A data plane that has its memory and its ring, and does not touch the pool yet: what takes time
+/// and can be done while another process still serves.
+pub struct Prepared {
+    config: DataPlaneConfig,
+    events: mpsc::Receiver<Event>,
+    event_sender: mpsc::Sender<Event>,
+    thread: PreparedThread,
+}
+
+struct PreparedThread {
+    begin: mpsc::SyncSender<Option<OwnedFd>>,
+    started: mpsc::Receiver<Result<Mail, StartError>>,
+    handle: JoinHandle<()>,
+}
+
+impl Prepared {
+    /// Makes the thread and what it needs.
+    pub fn new(config: &DataPlaneConfig) -> Result<Self, StartError> {
+        let (event_sender, events) = mpsc::channel();
+        let thread = PreparedThread::new(config, event_sender.clone())?;
+        Ok(Self { config: config.clone(), events, event_sender, thread })
+    }
+
+    /// Opens and recovers the pool and runs. `listener`: the replica service's socket, if another
+    /// process has listened on it.
+    pub fn start(self, listener: Option<OwnedFd>) -> Result<Arc<dyn DataPlane>, StartError> {
+        let (mail, thread) = self.thread.start(listener)?;
+        Ok(Arc::new(Plane {
+            config: self.config,
+            mail: Mutex::new(mail),
+            events: Mutex::new(self.events),
+            event_sender: self.event_sender,
+            served: Mutex::new(Vec::new()),
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+}
+
+impl PreparedThread {
+    fn new(config: &DataPlaneConfig, events: mpsc::Sender<Event>) -> Result<Self, StartError> {
+        let (begin, beginning) = mpsc::sync_channel(1);
+        let (tell, started) = mpsc::sync_channel(1);
+        let (prepared, outcome) = mpsc::sync_channel(1);
+        let config = config.clone();
+        let handle = std::thread::Builder::new()
+            .name("holdfast-data".to_owned())
+            .spawn(move || {
+                let reactor = match make_reactor(&config) {
+                    Ok(reactor) => {
+                        let _ = prepared.send(Ok(()));
+                        reactor
+                    }
+                    Err(error) => return drop(prepared.send(Err(error))),
+                };
+                // An error: whoever prepared this has changed his mind.
+                let Ok(listener) = beginning.recv() else { return };
+                let (sender, mail) = reactor.mailbox(MAIL_MAX);
+                match prepare(&config, reactor, mail, events, listener) {
+                    Ok(worker) => {
+                        if tell.send(Ok(Mail::new(sender))).is_ok() {
+                            worker.run();
+                        }
+                    }
+                    Err(error) => drop(tell.send(Err(error))),
                 }
-            }
-            Err(error) => drop(started.send(Err(error))),
-        })
-        .map_err(|source| StartError::System { action: "start a thread", source })?;
-    let mail = start_result.recv().unwrap_or_else(|_| {
-        let source = std::io::Error::other("its thread ended");
-        Err(StartError::System { action: "start the data plane", source })
-    })?;
-    Ok(Arc::new(Plane {
-        mail,
-        events: Mutex::new(event_receiver),
-        served: Mutex::new(Vec::new()),
-        thread: Mutex::new(Some(thread)),
-    }))
+            })
+            .map_err(|source| StartError::System { action: "start a thread", source })?;
+        outcome.recv().unwrap_or_else(|_| Err(thread_ended()))?;
+        Ok(Self { begin, started, handle })
+    }
+
+    fn start(self, listener: Option<OwnedFd>) -> Result<(Mail, JoinHandle<()>), StartError> {
+        // If the thread is gone, so is what it would answer with.
+        let _ = self.begin.send(listener);
+        let mail = self.started.recv().unwrap_or_else(|_| Err(thread_ended()))?;
+        Ok((mail, self.handle))
+    }
+}
+
+fn thread_ended() -> StartError {
+    let source = std::io::Error::other("its thread ended");
+    StartError::System { action: "start the data plane", source }
 }
 
 /// How the configured payload memory is shared out, in bytes: to guests, to accepted connections,
@@ -107,17 +176,21 @@ fn tunables(guest_bytes: u64) -> Tunables {
     Tunables { member_bytes_max: bytes / 4, backlog_bytes_max: bytes / 8, ..Tunables::default() }
 }
 
+fn make_reactor(config: &DataPlaneConfig) -> Result<Reactor, StartError> {
+    let (small_buffers, large_buffers) = counts(Budget::of(config.buffer_bytes).guests);
+    let ring_config = ring::Config { small_buffers, large_buffers, ..ring::Config::default() };
+    Reactor::new(&ring_config).map_err(ring_error("create an io_uring"))
+}
+
 /// Everything that has to succeed before the data plane counts as started. Runs on its thread.
 fn prepare(
     config: &DataPlaneConfig,
+    mut reactor: Reactor,
+    mail: ring::Receiver<Message>,
     events: mpsc::Sender<Event>,
-) -> Result<(Worker, Mail), StartError> {
+    listener: Option<OwnedFd>,
+) -> Result<Worker, StartError> {
     let budget = Budget::of(config.buffer_bytes);
-    let (small_buffers, large_buffers) = counts(budget.guests);
-    let ring_config = ring::Config { small_buffers, large_buffers, ..ring::Config::default() };
-    let mut reactor = Reactor::new(&ring_config).map_err(ring_error("create an io_uring"))?;
-    let (sender, mail) = reactor.mailbox(MAIL_MAX);
-
     let (devices, server) = match &config.pool {
         None => (None, None),
         Some(pool) => {
@@ -162,10 +235,10 @@ fn prepare(
     if has_pool {
         worker.open_pool().map_err(|reason| pool_error(config, reason))?;
         if let Some(address) = config.listen {
-            worker.listen(address)?;
+            worker.listen(address, listener)?;
         }
     }
-    Ok((worker, Mail::new(sender)))
+    Ok(worker)
 }
 
 fn pool_error(config: &DataPlaneConfig, reason: String) -> StartError {
@@ -188,17 +261,23 @@ fn jitter_seed() -> u64 {
 }
 
 impl Worker {
-    fn listen(&mut self, address: std::net::SocketAddr) -> Result<(), StartError> {
-        let listener = self
-            .reactor
-            .listen(&SocketAddress::Tcp(address), SocketOptions::default())
-            .map_err(|error| StartError::Listen {
-                address,
-                source: error.errno().map_or_else(
-                    || std::io::Error::other(error.to_string()),
-                    std::io::Error::from_raw_os_error,
-                ),
-            })?;
+    fn listen(
+        &mut self,
+        address: std::net::SocketAddr,
+        inherited: Option<OwnedFd>,
+    ) -> Result<(), StartError> {
+        let listener = if let Some(socket) = inherited {
+            self.reactor.adopt_listener(socket)
+        } else {
+            self.reactor.listen(&SocketAddress::Tcp(address), SocketOptions::default())
+        };
+        let listener = listener.map_err(|error| StartError::Listen {
+            address,
+            source: error.errno().map_or_else(
+                || std::io::Error::other(error.to_string()),
+                std::io::Error::from_raw_os_error,
+            ),
+        })?;
         if let Some(SocketAddress::Tcp(real)) = self.reactor.listener_address(listener) {
             self.listen = Some(*real);
         }
@@ -208,13 +287,63 @@ impl Worker {
 }
 
 impl Plane {
-    fn served(&self) -> std::sync::MutexGuard<'_, Vec<Served>> {
+    /// The way to the thread.
+    pub(crate) fn mail(&self) -> Mail {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Runs on a new thread, in place of one that has ended.
+    pub(crate) fn begin_again(&self, listener: Option<OwnedFd>) -> Result<(), StartError> {
+        let prepared = PreparedThread::new(&self.config, self.event_sender.clone())?;
+        let (mail, thread) = prepared.start(listener)?;
+        *self.mail.lock().unwrap_or_else(PoisonError::into_inner) = mail;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    /// Makes the device of an export and, with `serve`, its listener.
+    pub(crate) fn add_export(
+        &self,
+        spec: &ExportSpec,
+        wait: Duration,
+        serve: impl FnOnce(DeviceConfig, VhostSink) -> Result<Listener, ListenerError>,
+    ) -> Result<(), ControlError> {
+        let mail = self.mail();
+        let added = spec.clone();
+        let (id, config) = mail
+            .ask("make the export", wait, |answer| Message::AddExport { spec: added, answer })??;
+        let sink_mail = mail.clone();
+        let sink: VhostSink = Box::new(move |control| {
+            let message = Message::Vhost { export: id, control };
+            sink_mail.send("reach the device", message, VHOST_WAIT).map_err(|_| SinkClosed)
+        });
+        match serve(config, sink) {
+            Ok(listener) => {
+                self.served().push(Served { id, spec: spec.clone(), listener });
+                Ok(())
+            }
+            Err(error) => {
+                // The socket's error is the one to tell.
+                let _ = mail.ask("drop the export", wait, |answer| Message::RemoveExport {
+                    export: id,
+                    answer,
+                });
+                Err(ControlError::Socket { path: spec.socket.clone(), source: socket_error(error) })
+            }
+        }
+    }
+
+    pub(crate) fn thread(&self) -> std::sync::MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn served(&self) -> std::sync::MutexGuard<'_, Vec<Served>> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stop_served(&self, served: Served) -> Result<(), ControlError> {
         served.listener.stop();
-        self.mail.ask("stop the export", STATUS_WAIT, |answer| Message::RemoveExport {
+        self.mail().ask("stop the export", STATUS_WAIT, |answer| Message::RemoveExport {
             export: served.id,
             answer,
         })
@@ -234,11 +363,11 @@ impl Plane {
 
 impl DataPlane for Plane {
     fn status(&self, wait: Duration) -> Result<Status, ControlError> {
-        self.mail.ask("report the status", wait, Message::Status)
+        self.mail().ask("report the status", wait, Message::Status)
     }
 
     fn metrics(&self, wait: Duration) -> Result<Vec<MetricFamily>, ControlError> {
-        self.mail.ask("report the metrics", wait, Message::Metrics)
+        self.mail().ask("report the metrics", wait, Message::Metrics)
     }
 
     fn create_replica(
@@ -249,11 +378,11 @@ impl DataPlane for Plane {
     ) -> Result<(), ControlError> {
         let spec = *spec;
         let message = |answer| Message::CreateReplica { spec, epoch, answer };
-        self.mail.ask("create the replica", wait, message)?
+        self.mail().ask("create the replica", wait, message)?
     }
 
     fn delete_replica(&self, key: ReplicaKey, wait: Duration) -> Result<(), ControlError> {
-        self.mail
+        self.mail()
             .ask("delete the replica", wait, |answer| Message::DeleteReplica { key, answer })?
     }
 
@@ -263,19 +392,19 @@ impl DataPlane for Plane {
 
     fn set_servers(&self, servers: &[ServerAddress]) -> Result<(), ControlError> {
         let message = Message::SetServers(servers.to_vec());
-        self.mail.send("set the servers' addresses", message, STATUS_WAIT)
+        self.mail().send("set the servers' addresses", message, STATUS_WAIT)
     }
 
     fn keep_connected(&self, servers: &[ServerId]) -> Result<(), ControlError> {
         let message = Message::KeepConnected(servers.to_vec());
-        self.mail.send("keep sessions with servers", message, STATUS_WAIT)
+        self.mail().send("keep sessions with servers", message, STATUS_WAIT)
     }
 
     fn open_head(&self, spec: &HeadSpec, wait: Duration) -> Result<Opening, OpenError> {
         let volume = spec.volume.id;
         let spec = Box::new(spec.clone());
         let asked =
-            self.mail.ask("open the head", wait, |answer| Message::OpenHead { spec, answer });
+            self.mail().ask("open the head", wait, |answer| Message::OpenHead { spec, answer });
         match asked {
             Ok(result) => result,
             Err(ControlError::Deadline { .. }) => {
@@ -287,7 +416,7 @@ impl DataPlane for Plane {
 
     fn close_head(&self, volume: VolumeId, drain: Duration) -> Result<(), ControlError> {
         let wait = drain + STATUS_WAIT;
-        self.mail.ask("close the head", wait, |answer| Message::CloseHead {
+        self.mail().ask("close the head", wait, |answer| Message::CloseHead {
             volume,
             drain,
             answer,
@@ -304,7 +433,7 @@ impl DataPlane for Plane {
         let deadline = Instant::now() + wait;
         loop {
             let shard = shard.clone();
-            let asked = self.mail.ask("change the members", STATUS_WAIT, |answer| {
+            let asked = self.mail().ask("change the members", STATUS_WAIT, |answer| {
                 Message::ChangeMembers { volume, epoch, shard, answer }
             })?;
             match asked {
@@ -324,7 +453,7 @@ impl DataPlane for Plane {
         wait: Duration,
     ) -> Result<(), ChangeError> {
         let shard = shard.clone();
-        self.mail.ask("adopt the members", wait, |answer| Message::MembersChanged {
+        self.mail().ask("adopt the members", wait, |answer| Message::MembersChanged {
             volume,
             epoch,
             shard,
@@ -333,32 +462,11 @@ impl DataPlane for Plane {
     }
 
     fn publish(&self, notice: &StateNotice) -> Result<(), ControlError> {
-        self.mail.send("publish a state message", Message::Publish(*notice), STATUS_WAIT)
+        self.mail().send("publish a state message", Message::Publish(*notice), STATUS_WAIT)
     }
 
     fn start_export(&self, spec: &ExportSpec, wait: Duration) -> Result<(), ControlError> {
-        let asked = spec.clone();
-        let (id, config) = self
-            .mail
-            .ask("start the export", wait, |answer| Message::AddExport { spec: asked, answer })??;
-        let mail = self.mail.clone();
-        let sink = move |control| {
-            let message = Message::Vhost { export: id, control };
-            mail.send("reach the device", message, VHOST_WAIT).map_err(|_| SinkClosed)
-        };
-        match Listener::start(&spec.socket, config, sink) {
-            Ok(listener) => {
-                self.served().push(Served { id, spec: spec.clone(), listener });
-                Ok(())
-            }
-            Err(error) => {
-                let _ = self.mail.ask("drop the export", wait, |answer| Message::RemoveExport {
-                    export: id,
-                    answer,
-                });
-                Err(ControlError::Socket { path: spec.socket.clone(), source: socket_error(error) })
-            }
-        }
+        self.add_export(spec, wait, |config, sink| Listener::start(&spec.socket, config, sink))
     }
 
     fn stop_export(&self, socket: &Path, _drain: Duration) -> Result<(), ControlError> {
@@ -368,6 +476,10 @@ impl DataPlane for Plane {
             index.map(|index| served.remove(index))
         };
         found.map_or(Ok(()), |served| self.stop_served(served))
+    }
+
+    fn handing_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 
     fn next_event(&self, wait: Duration) -> Option<Event> {
@@ -388,7 +500,7 @@ impl DataPlane for Plane {
                 Err(error) => return Err(error),
             }
         }
-        self.mail.ask("stop the data plane", left().max(STATUS_WAIT), Message::Stop)?;
+        self.mail().ask("stop the data plane", left().max(STATUS_WAIT), Message::Stop)?;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread
             && thread.join().is_err()
@@ -406,6 +518,7 @@ fn socket_error(error: ListenerError) -> std::io::Error {
             std::io::Error::new(std::io::ErrorKind::AddrInUse, error.to_string())
         }
         ListenerError::Config(_)
+        | ListenerError::Handover { .. }
         | ListenerError::NameTooLong { .. }
         | ListenerError::NotASocket { .. } => {
             std::io::Error::new(std::io::ErrorKind::InvalidInput, error.to_string())

@@ -43,6 +43,13 @@ impl Devices {
         Ok((devices, infos))
     }
 
+    /// Closes all devices, each when nothing is under way on it any more, and so unlocks them.
+    pub(crate) fn close(self, reactor: &mut Reactor) {
+        for handle in self.handles {
+            reactor.close_device(handle);
+        }
+    }
+
     pub(crate) fn handle(&self, device: DeviceIndex) -> DeviceHandle {
         self.handles[usize::from(device.0)]
     }

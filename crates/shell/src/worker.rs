@@ -17,6 +17,7 @@ use crate::control::{
     ServerAddress,
 };
 use crate::exports::Exports;
+use crate::handover::HandingOver;
 use crate::message::{Answer, ExportId, Message};
 use crate::pool::Devices;
 
@@ -54,7 +55,10 @@ pub(crate) struct Worker {
     pub(crate) listen: Option<SocketAddr>,
     pub(crate) connections: Connections,
     pub(crate) listener: Option<ListenerHandle>,
-    devices: Option<Devices>,
+    pub(crate) devices: Option<Devices>,
+    /// Who waits for the guests to be quiet.
+    pub(crate) holding: Option<Answer<()>>,
+    pub(crate) handing_over: Option<HandingOver>,
     asked: Slab<Asked>,
     mail: Receiver<Message>,
     events: mpsc::Sender<Event>,
@@ -86,6 +90,8 @@ impl Worker {
             connections: Connections::new(),
             listener: None,
             devices: parts.devices,
+            holding: None,
+            handing_over: None,
             asked: Slab::with_capacity(64),
             mail: parts.mail,
             events: parts.events,
@@ -126,6 +132,9 @@ impl Worker {
                 let _ = answer.try_send(());
                 break;
             }
+            if let Some(handing_over) = self.handing_over.take() {
+                return self.leave(handing_over);
+            }
             self.abandon_overdue();
             self.exports.poll(&mut self.node, &mut self.reactor);
             self.drain_node();
@@ -136,6 +145,7 @@ impl Worker {
             }
             self.exports.finish_turn(&mut self.reactor, &self.events);
             self.rest_unused();
+            self.tell_quiet();
         }
         let _ = self.events.send(Event::Stopped);
     }
@@ -209,7 +219,7 @@ impl Worker {
         }
     }
 
-    fn output(&mut self, output: Output) {
+    pub(crate) fn output(&mut self, output: Output) {
         let now = self.reactor.now();
         let reactor = &mut self.reactor;
         let input = match output {
@@ -342,6 +352,13 @@ impl Worker {
                 let _ = answer.try_send(());
             }
             Message::Vhost { export, control } => self.exports.control(export, control),
+            Message::Hold(answer) => {
+                self.exports.hold();
+                self.holding = Some(answer);
+            }
+            Message::HandOver { within, answer } => {
+                self.handing_over = Some(HandingOver { until: now + within, answer });
+            }
             Message::Stop(answer) => {
                 self.node.handle(now, Input::StopConnections);
                 if let Some(listener) = self.listener.take() {

@@ -312,6 +312,12 @@ impl Device {
         }
     }
 
+    /// Takes no new requests from the rings any more: the connection is about to be handed over.
+    /// What was taken goes on; see [`Device::is_quiet`]. There is no way back but a new device.
+    pub fn hold(&mut self) {
+        self.quiescing = true;
+    }
+
     /// Guest requests under way, those of lost connections included.
     pub fn busy(&self) -> usize {
         self.orphans + self.queues.iter().map(|queue| queue.under_way).sum::<usize>()
@@ -323,7 +329,7 @@ impl Device {
     }
 
     /// True if nothing is under way but what was superseded, which stays in the in-flight buffer.
-    fn is_quiet(&self) -> bool {
+    pub fn is_quiet(&self) -> bool {
         let held = |queue: &Queue| if self.held { queue.resubmit.len() } else { 0 };
         self.orphans == 0 && self.queues.iter().all(|queue| queue.under_way == held(queue))
     }

@@ -5,7 +5,7 @@
 //!
 //! | offset | field |
 //! |---|---|
-//! | 0 | features: u64, 0 |
+//! | 0 | features: u64, 0 (in a buffer of our own: 1 while the ring runs) |
 //! | 8 | version: u16, 1 |
 //! | 10 | desc_num: u16 |
 //! | 12 | last_batch_head: u16 |
@@ -64,10 +64,21 @@ pub(crate) fn create(queues: u16, size: u16) -> Result<File, InflightError> {
     Ok(memory_file(c"holdfast-inflight", buffer_bytes(queues, size))?)
 }
 
+/// Who keeps a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeper {
+    /// The front end: what it holds counts whenever a ring starts.
+    FrontEnd,
+    /// The back end, for as long as the connection lasts: what it holds counts only for a ring that
+    /// was running when the connection was handed over.
+    BackEnd,
+}
+
 /// The mapped buffer of all queues.
 #[derive(Debug)]
 pub(crate) struct InflightBuffer {
     mapping: Mapping,
+    keeper: Keeper,
     queues: u16,
     size: u16,
 }
@@ -85,6 +96,7 @@ impl InflightBuffer {
         bytes: u64,
         queues: u16,
         size: u16,
+        keeper: Keeper,
     ) -> Result<Self, InflightError> {
         if queues == 0 || size == 0 {
             return Err(InflightError::Layout { queues, size });
@@ -97,7 +109,7 @@ impl InflightBuffer {
         if !offset.is_multiple_of(8) {
             return Err(InflightError::Layout { queues, size });
         }
-        let buffer = Self { mapping: Mapping::new(file, offset, needed)?, queues, size };
+        let buffer = Self { mapping: Mapping::new(file, offset, needed)?, keeper, queues, size };
         for queue in 0..queues {
             let at = usize::from(queue) * queue_bytes(size);
             let version = buffer.load::<AtomicU16>(at + 8);
@@ -145,6 +157,31 @@ impl InflightQueue {
     fn entry(&self, head: u16) -> usize {
         debug_assert!(head < self.buffer.size, "heads are checked against the ring's size");
         self.start + HEADER_BYTES + ENTRY_BYTES * usize::from(head)
+    }
+
+    /// The ring starts with `used_index`: true if what the buffer holds is to be recovered.
+    pub(crate) fn start(&self, used_index: u16) -> bool {
+        match self.buffer.keeper {
+            Keeper::FrontEnd => true,
+            Keeper::BackEnd if self.buffer.load::<AtomicU64>(self.start) == 1 => true,
+            Keeper::BackEnd => {
+                for head in 0..self.buffer.size {
+                    self.buffer.store::<AtomicU8>(self.entry(head), 0);
+                }
+                self.buffer.store::<AtomicU16>(self.start + 14, used_index);
+                fence(Ordering::Release);
+                self.buffer.store::<AtomicU64>(self.start, 1);
+                false
+            }
+        }
+    }
+
+    /// The ring was stopped with nothing under way.
+    pub(crate) fn stop(&self) {
+        match self.buffer.keeper {
+            Keeper::FrontEnd => {}
+            Keeper::BackEnd => self.buffer.store::<AtomicU64>(self.start, 0),
+        }
     }
 
     /// `head` was taken, as number `counter`. Before anything is submitted for it.
@@ -224,7 +261,9 @@ mod tests {
     #[test]
     fn fields_are_where_libvhost_user_has_them() {
         let file = create(2, 4).unwrap();
-        let buffer = Arc::new(InflightBuffer::map(&file, 0, buffer_bytes(2, 4), 2, 4).unwrap());
+        let buffer = Arc::new(
+            InflightBuffer::map(&file, 0, buffer_bytes(2, 4), 2, 4, Keeper::FrontEnd).unwrap(),
+        );
         let queue = InflightQueue::new(&buffer, 1, 4).unwrap();
         queue.set(2, 0x0102_0304_0506_0708);
         queue.before_publication(3);
@@ -244,16 +283,16 @@ mod tests {
         let file = create(1, 8).unwrap();
         let bytes = buffer_bytes(1, 8);
         assert!(matches!(
-            InflightBuffer::map(&file, 0, bytes - 1, 1, 8),
+            InflightBuffer::map(&file, 0, bytes - 1, 1, 8, Keeper::FrontEnd),
             Err(InflightError::TooShort { .. })
         ));
         assert!(matches!(
-            InflightBuffer::map(&file, 0, 1 << 40, 1, 1000),
+            InflightBuffer::map(&file, 0, 1 << 40, 1, 1000, Keeper::FrontEnd),
             Err(InflightError::Memory(MemoryError::BeyondFile { .. }))
         ));
-        InflightBuffer::map(&file, 0, bytes, 1, 8).unwrap();
+        InflightBuffer::map(&file, 0, bytes, 1, 8, Keeper::FrontEnd).unwrap();
         assert!(matches!(
-            InflightBuffer::map(&file, 0, bytes, 1, 4),
+            InflightBuffer::map(&file, 0, bytes, 1, 4, Keeper::FrontEnd),
             Err(InflightError::Foreign { queue: 0, version: 1, entries: 8 })
         ));
     }
@@ -261,7 +300,9 @@ mod tests {
     #[test]
     fn recovery_orders_by_counter_and_clears_the_entry_that_was_published() {
         let file = create(1, 8).unwrap();
-        let buffer = Arc::new(InflightBuffer::map(&file, 0, buffer_bytes(1, 8), 1, 8).unwrap());
+        let buffer = Arc::new(
+            InflightBuffer::map(&file, 0, buffer_bytes(1, 8), 1, 8, Keeper::FrontEnd).unwrap(),
+        );
         let queue = InflightQueue::new(&buffer, 0, 8).unwrap();
         for (counter, head) in [(0, 5), (1, 2), (2, 7), (3, 0)] {
             queue.set(head, counter);

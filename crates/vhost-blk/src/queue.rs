@@ -185,7 +185,8 @@ impl Queue {
             self.break_down("the in-flight buffer is for fewer queues or smaller ones");
             return;
         }
-        if let Some(inflight) = &self.inflight {
+        if let Some(inflight) = self.inflight.as_ref().filter(|inflight| inflight.start(self.used))
+        {
             let (heads, counter) = inflight.recover(self.used, self.size);
             self.counter = counter;
             let count = u16::try_from(heads.len()).expect("at most the queue's size");
@@ -366,7 +367,9 @@ impl Queue {
                 self.base = self.next_available;
             }
             self.ring = None;
-            self.inflight = None;
+            if let Some(inflight) = self.inflight.take() {
+                inflight.stop();
+            }
             self.kick = None;
         }
         reply.send(Ok(self.base));

@@ -6,7 +6,7 @@
 use core::time::Duration;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -16,12 +16,14 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use crate::config::CONFIG_BYTES;
+use crate::config::{CONFIG_BYTES, F_PROTOCOL_FEATURES};
 use crate::control::{Request, ask};
 use crate::dirty::DirtyLog;
 use crate::eventfd::{checked_eventfd, make_nonblocking};
-use crate::inflight::{self, InflightBuffer};
+use crate::handover::{ConnectionState, FdIndex, FdTable, Fds, HandoverError, RingState};
+use crate::inflight::{self, InflightBuffer, Keeper};
 use crate::memory::{GuestMemory, Mapping, REGIONS_MAX, Region};
+use crate::record::{KnownInflight, KnownLog, KnownRegion, Record};
 use crate::ring::RingAddresses;
 use crate::{ControlSink, DeviceConfig};
 
@@ -34,7 +36,11 @@ const CONFIG_BYTES_MAX: usize = 256;
 pub(crate) struct Session {
     config: DeviceConfig,
     sink: Box<dyn ControlSink>,
-    regions: Vec<Region>,
+    /// What the front end has said.
+    record: Record,
+    /// The in-flight buffer was replaced while rings may have been running: which of them is in
+    /// use is not known.
+    inflight_unclear: bool,
     /// Where a front end writes the state that this device shall load: to be looked at when it says
     /// that it is done.
     loading: Option<File>,
@@ -53,15 +59,31 @@ fn unsupported(what: &'static str) -> Error {
 
 impl Session {
     pub(crate) fn new(config: DeviceConfig, sink: Box<dyn ControlSink>) -> Self {
-        Self { config, sink, regions: Vec::new(), loading: None, saving: false }
+        let record = Record::new(config.queues);
+        Self { config, sink, record, inflight_unclear: false, loading: None, saving: false }
     }
 
     /// Starts serving a new connection.
     pub(crate) fn connected(&mut self) -> Result<()> {
+        self.attach()?;
+        // Should the front end keep a buffer, it replaces this one.
+        let (queues, size) = (self.config.queues, self.config.queue_size_max);
+        let file = inflight::create(queues, size).map_err(refuse)?;
+        let bytes = inflight::buffer_bytes(queues, size);
+        self.use_inflight(KnownInflight { offset: 0, bytes, queues, size, own: true, file })
+    }
+
+    /// Begins a connection of which nothing is known yet.
+    pub(crate) fn attach(&mut self) -> Result<()> {
         self.ask(Request::Connected)?;
-        self.regions.clear();
-        (self.loading, self.saving) = (None, false);
+        self.forget();
         Ok(())
+    }
+
+    fn forget(&mut self) {
+        self.record = Record::new(self.config.queues);
+        self.inflight_unclear = false;
+        (self.loading, self.saving) = (None, false);
     }
 
     /// Lets the requests under way finish; false if they did not in time.
@@ -76,18 +98,136 @@ impl Session {
         }
         // Only now, so that unmapping, which takes a while for a large guest, happens here and
         // not on the reactor thread.
-        self.regions.clear();
-        (self.loading, self.saving) = (None, false);
+        self.forget();
+    }
+
+    /// The connection as plain data, if it [is clear](Session::is_clear).
+    pub(crate) fn export(
+        &mut self,
+        stream: FdIndex,
+        table: &mut FdTable,
+    ) -> (ConnectionState, Vec<Region>) {
+        core::mem::take(&mut self.record).export(stream, table)
+    }
+
+    /// True if the connection could be handed over.
+    pub(crate) fn is_clear(&self) -> bool {
+        !self.inflight_unclear && self.loading.is_none() && !self.saving
+    }
+
+    /// Says everything again that a front end has said to another process. The features first: see
+    /// [`crate::listener`]. Rings start when the device is next polled.
+    pub(crate) fn resume(
+        &mut self,
+        state: &ConnectionState,
+        fds: &mut Fds,
+    ) -> core::result::Result<(), HandoverError> {
+        let refused = |error: Error| HandoverError::Refused { reason: error.to_string() };
+        if state.rings.len() > usize::from(self.config.queues) {
+            let reason =
+                format!("{} queues, the device has {}", state.rings.len(), self.config.queues);
+            return Err(HandoverError::Refused { reason });
+        }
+        let mut memory = Vec::new();
+        for region in &state.memory {
+            let file = File::from(fds.take(region.file)?);
+            let (gpa, user) = (region.gpa, region.user);
+            let known = map(gpa, user, region.bytes, region.offset, file);
+            memory.push(known.map_err(refused)?);
+        }
+        self.send_memory(memory).map_err(refused)?;
+        if let Some(known) = &state.inflight {
+            let file = File::from(fds.take(known.file)?);
+            self.use_inflight(KnownInflight {
+                offset: known.offset,
+                bytes: known.bytes,
+                queues: known.queues,
+                size: known.size,
+                own: known.own,
+                file,
+            })
+            .map_err(refused)?;
+        }
+        if let Some(log) = &state.log {
+            let file = File::from(fds.take(log.file)?);
+            self.use_log(log.offset, log.bytes, file).map_err(refused)?;
+        }
+        for (index, ring) in state.rings.iter().enumerate() {
+            let queue = u16::try_from(index).expect("fewer than the device's queues");
+            self.resume_ring(queue, ring, fds)?;
+        }
+        Ok(())
+    }
+
+    fn resume_ring(
+        &mut self,
+        queue: u16,
+        ring: &RingState,
+        fds: &mut Fds,
+    ) -> core::result::Result<(), HandoverError> {
+        let refused = |error: Error| HandoverError::Refused { reason: error.to_string() };
+        let small = u8::try_from(queue).expect("at most 64 queues");
+        let index = u32::from(queue);
+        if let Some(size) = ring.size {
+            self.set_vring_num(index, size.into()).map_err(refused)?;
+        }
+        if let Some(base) = ring.base {
+            self.set_vring_base(index, base.into()).map_err(refused)?;
+        }
+        if let Some(addresses) = ring.addresses {
+            self.use_addresses(queue, addresses.into()).map_err(refused)?;
+        }
+        if let Some(fd) = ring.call {
+            self.set_vring_call(small, Some(fds.take(fd)?.into())).map_err(refused)?;
+        }
+        if let Some(fd) = ring.error {
+            self.set_vring_err(small, Some(fds.take(fd)?.into())).map_err(refused)?;
+        }
+        if ring.enabled {
+            self.set_vring_enable(index, true).map_err(refused)?;
+        }
+        if let Some(fd) = ring.kick {
+            self.set_vring_kick(small, Some(fds.take(fd)?.into())).map_err(refused)?;
+        }
+        Ok(())
     }
 
     fn ask(&mut self, request: Request) -> Result<()> {
         ask(&mut *self.sink, request, ANSWER_TIMEOUT).map(|_| ()).map_err(refuse)
     }
 
-    fn send_memory(&mut self, regions: Vec<Region>) -> Result<()> {
-        let memory = GuestMemory::new(regions.clone()).map_err(refuse)?;
+    fn send_memory(&mut self, known: Vec<KnownRegion>) -> Result<()> {
+        let regions = known.iter().map(|known| known.region.clone()).collect();
+        let memory = GuestMemory::new(regions).map_err(refuse)?;
         self.ask(Request::Memory(Arc::new(memory)))?;
-        self.regions = regions;
+        self.record.memory = known;
+        Ok(())
+    }
+
+    fn use_inflight(&mut self, known: KnownInflight) -> Result<()> {
+        let KnownInflight { offset, bytes, queues, size, own, ref file } = known;
+        if queues > self.config.queues || size > self.config.queue_size_max {
+            return Err(refuse(inflight::InflightError::Layout { queues, size }));
+        }
+        let keeper = if own { Keeper::BackEnd } else { Keeper::FrontEnd };
+        let buffer =
+            InflightBuffer::map(file, offset, bytes, queues, size, keeper).map_err(refuse)?;
+        self.ask(Request::Inflight(Arc::new(buffer)))?;
+        self.inflight_unclear |= self.record.any_started();
+        self.record.inflight = Some(known);
+        Ok(())
+    }
+
+    fn use_log(&mut self, offset: u64, bytes: u64, file: File) -> Result<()> {
+        let log = DirtyLog::new(&file, offset, bytes).map_err(refuse)?;
+        self.ask(Request::Log(Arc::new(log)))?;
+        self.record.log = Some(KnownLog { offset, bytes, file });
+        Ok(())
+    }
+
+    fn use_addresses(&mut self, queue: u16, addresses: RingAddresses) -> Result<()> {
+        self.ask(Request::RingAddresses { queue, addresses })?;
+        self.record.ring(queue).addresses = Some(addresses);
         Ok(())
     }
 
@@ -96,9 +236,14 @@ impl Session {
     }
 }
 
-fn map(region: &VhostUserMemoryRegion, file: &File) -> Result<Region> {
-    let mapping = Mapping::new(file, region.mmap_offset, region.memory_size).map_err(refuse)?;
-    Ok(Region { gpa: region.guest_phys_addr, user: region.user_addr, mapping: Arc::new(mapping) })
+fn map(gpa: u64, user: u64, bytes: u64, offset: u64, file: File) -> Result<KnownRegion> {
+    let mapping = Arc::new(Mapping::new(&file, offset, bytes).map_err(refuse)?);
+    Ok(KnownRegion { region: Region { gpa, user, mapping }, offset, file })
+}
+
+/// A descriptor of an eventfd for the record.
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd> {
+    fd.try_clone().map_err(Error::ReqHandlerError)
 }
 
 /// Reads the state that a front end has written, which must be none. It has closed its end before it
@@ -131,7 +276,14 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        self.ask(Request::Features(features))
+        self.ask(Request::Features(features))?;
+        self.record.features = Some(features);
+        if features & F_PROTOCOL_FEATURES == 0 {
+            for ring in &mut self.record.rings {
+                ring.enabled = true;
+            }
+        }
+        Ok(())
     }
 
     fn set_mem_table(
@@ -140,16 +292,24 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        let mapped: Result<Vec<Region>> =
-            regions.iter().zip(&files).map(|(region, file)| map(region, file)).collect();
-        self.send_memory(mapped?)?;
+        let known: Result<Vec<KnownRegion>> = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| {
+                let (gpa, user) = (region.guest_phys_addr, region.user_addr);
+                map(gpa, user, region.memory_size, region.mmap_offset, file)
+            })
+            .collect();
+        self.send_memory(known?)?;
         Ok(None)
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let queue = Self::queue(index)?;
         let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
-        self.ask(Request::RingSize { queue, size })
+        self.ask(Request::RingSize { queue, size })?;
+        self.record.ring(queue).size = Some(size);
+        Ok(())
     }
 
     fn set_vring_addr(
@@ -169,36 +329,50 @@ impl VhostUserBackendReqHandlerMut for Session {
             used,
             used_log: logs.then_some(log),
         };
-        self.ask(Request::RingAddresses { queue, addresses })
+        self.use_addresses(queue, addresses)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let queue = Self::queue(index)?;
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
-        self.ask(Request::RingBase { queue, base })
+        self.ask(Request::RingBase { queue, base })?;
+        self.record.ring(queue).base = Some(base);
+        Ok(())
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let queue = Self::queue(index)?;
         let timeout = self.config.drain_timeout;
         let base = ask(&mut *self.sink, Request::RingStop { queue }, timeout).map_err(refuse)?;
+        let ring = self.record.ring(queue);
+        ring.base = Some(base);
+        ring.kick = None;
         Ok(VhostUserVringState::new(index, base.into()))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let file = fd.ok_or(unsupported("a ring without a kick eventfd (busy polling)"))?;
         let fd = Arc::new(checked_eventfd(file).map_err(Error::ReqHandlerError)?);
-        self.ask(Request::Kick { queue: index.into(), fd })
+        let kept = duplicate(&fd)?;
+        self.ask(Request::Kick { queue: index.into(), fd })?;
+        self.record.ring(index.into()).kick = Some(kept);
+        Ok(())
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let fd = fd.map(checked_eventfd).transpose().map_err(Error::ReqHandlerError)?;
-        self.ask(Request::Call { queue: index.into(), fd })
+        let kept = fd.as_ref().map(duplicate).transpose()?;
+        self.ask(Request::Call { queue: index.into(), fd })?;
+        self.record.ring(index.into()).call = kept;
+        Ok(())
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let fd = fd.map(checked_eventfd).transpose().map_err(Error::ReqHandlerError)?;
-        self.ask(Request::Error { queue: index.into(), fd })
+        let kept = fd.as_ref().map(duplicate).transpose()?;
+        self.ask(Request::Error { queue: index.into(), fd })?;
+        self.record.ring(index.into()).error = kept;
+        Ok(())
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
@@ -213,7 +387,11 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let offered = self.get_protocol_features()?.bits();
-        if features & !offered == 0 { Ok(()) } else { Err(Error::FeatureMismatch) }
+        if features & !offered != 0 {
+            return Err(Error::FeatureMismatch);
+        }
+        self.record.protocol_features = Some(features);
+        Ok(())
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
@@ -225,7 +403,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         // Disabling drains, as stopping does.
         let timeout = if enable { ANSWER_TIMEOUT } else { self.config.drain_timeout };
         let request = Request::RingEnable { queue, enable };
-        ask(&mut *self.sink, request, timeout).map(|_| ()).map_err(refuse)
+        ask(&mut *self.sink, request, timeout).map_err(refuse)?;
+        self.record.ring(queue).enabled = enable;
+        Ok(())
     }
 
     fn get_config(
@@ -271,14 +451,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
-        if queues > self.config.queues || size > self.config.queue_size_max {
-            return Err(refuse(inflight::InflightError::Layout { queues, size }));
-        }
-        let buffer =
-            InflightBuffer::map(&file, inflight.mmap_offset, inflight.mmap_size, queues, size)
-                .map_err(refuse)?;
-        self.ask(Request::Inflight(Arc::new(buffer)))
+        self.use_inflight(KnownInflight { offset, bytes, queues, size, own: false, file })
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -291,23 +466,30 @@ impl VhostUserBackendReqHandlerMut for Session {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
-        let mut regions = self.regions.clone();
-        regions.push(map(region, &fd)?);
-        self.send_memory(regions)?;
+        let (gpa, user) = (region.guest_phys_addr, region.user_addr);
+        let known = map(gpa, user, region.memory_size, region.mmap_offset, fd)?;
+        let mut regions = self.record.regions();
+        regions.push(known.region.clone());
+        let memory = GuestMemory::new(regions).map_err(refuse)?;
+        self.ask(Request::Memory(Arc::new(memory)))?;
+        self.record.memory.push(known);
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let (gpa, user, bytes) = (region.guest_phys_addr, region.user_addr, region.memory_size);
-        let mut regions = self.regions.clone();
         let same = |known: &Region| {
             known.gpa == gpa && known.user == user && known.mapping.len() as u64 == bytes
         };
+        let mut regions = self.record.regions();
         let Some(at) = regions.iter().position(same) else {
             return Err(unsupported("removal of a memory region that is not there"));
         };
         regions.remove(at);
-        self.send_memory(regions)
+        let memory = GuestMemory::new(regions).map_err(refuse)?;
+        self.ask(Request::Memory(Arc::new(memory)))?;
+        self.record.memory.remove(at);
+        Ok(())
     }
 
     /// There is no state: rings are drained whole before a pause is acknowledged, and what the guest
@@ -348,7 +530,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        let log = DirtyLog::new(&file, log.mmap_offset, log.mmap_size).map_err(refuse)?;
-        self.ask(Request::Log(Arc::new(log)))
+        self.use_log(log.mmap_offset, log.mmap_size, file)
     }
 }

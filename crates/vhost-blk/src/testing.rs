@@ -383,7 +383,10 @@ pub(crate) fn inflight_file(queues: u16, size: u16) -> File {
 
 pub(crate) fn map_inflight(file: &File, queues: u16, size: u16) -> Arc<InflightBuffer> {
     let bytes = buffer_bytes(queues, size);
-    Arc::new(InflightBuffer::map(file, 0, bytes, queues, size).unwrap())
+    Arc::new(
+        InflightBuffer::map(file, 0, bytes, queues, size, crate::inflight::Keeper::FrontEnd)
+            .unwrap(),
+    )
 }
 
 impl Rig {

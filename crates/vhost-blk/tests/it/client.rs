@@ -10,14 +10,14 @@ use vhost_blk::DeviceConfig;
 
 const REGION_BYTES: usize = 8 << 20;
 
-struct Client {
+pub(crate) struct Client {
     blkio: Blkio,
-    queues: Vec<Blkioq>,
+    pub(crate) queues: Vec<Blkioq>,
     region: MemoryRegion,
 }
 
 impl Client {
-    fn connect(path: &std::path::Path, queues: i32) -> Self {
+    pub(crate) fn connect(path: &std::path::Path, queues: i32) -> Self {
         let mut blkio = Blkio::new("virtio-blk-vhost-user").unwrap();
         blkio.set_str("path", path.to_str().unwrap()).unwrap();
         blkio.connect().unwrap();
@@ -28,7 +28,7 @@ impl Client {
         Self { blkio, queues: outcome.queues, region }
     }
 
-    fn fill(&self, offset: usize, bytes: &[u8]) {
+    pub(crate) fn fill(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= REGION_BYTES);
         // SAFETY: the region is mapped for REGION_BYTES, and the range is within it; the back
         // end reads it only between submission and completion.
@@ -38,19 +38,19 @@ impl Client {
         }
     }
 
-    fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
         assert!(offset + len <= REGION_BYTES);
         // SAFETY: as in `fill`.
         unsafe { std::slice::from_raw_parts((self.region.addr as *const u8).add(offset), len) }
             .to_vec()
     }
 
-    fn at(&self, offset: usize) -> *mut u8 {
+    pub(crate) fn at(&self, offset: usize) -> *mut u8 {
         (self.region.addr + offset) as *mut u8
     }
 
     /// Waits for `count` completions of a queue; returns their results by user data.
-    fn complete(&mut self, queue: usize, count: usize) -> Vec<(usize, i32)> {
+    pub(crate) fn complete(&mut self, queue: usize, count: usize) -> Vec<(usize, i32)> {
         let mut done = Vec::new();
         while done.len() < count {
             let mut completions: [MaybeUninit<Completion>; 64] =
@@ -80,7 +80,7 @@ impl Client {
         self.one(0)
     }
 
-    fn read(&mut self, start: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn read(&mut self, start: u64, len: usize) -> Vec<u8> {
         let at = self.at(0);
         self.queues[0].read(start, at, len, 0, ReqFlags::empty());
         assert_eq!(self.one(0), 0);
@@ -88,7 +88,7 @@ impl Client {
     }
 }
 
-fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
     let mut state = seed | 1;
     (0..bytes)
         .map(|_| {
@@ -100,7 +100,7 @@ fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
         .collect()
 }
 
-fn config(block_size: BlockSize) -> DeviceConfig {
+pub(crate) fn config(block_size: BlockSize) -> DeviceConfig {
     let bytes: u64 = 16 << 20;
     let mut config =
         DeviceConfig::new(bytes / u64::from(block_size.bytes()), block_size, "holdfast-test");

@@ -4,5 +4,6 @@
 
 mod client;
 mod front_end;
+mod handover;
 mod socket;
 mod support;

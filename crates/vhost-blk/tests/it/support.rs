@@ -13,7 +13,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use base::{BlockReply, BlockRequest, BufferPool, Operation, Status};
-use vhost_blk::{Control, Device, DeviceConfig, Event, Listener, SinkClosed, read_eventfd};
+use vhost_blk::handover::Handover;
+use vhost_blk::{
+    Control, Device, DeviceConfig, Event, Listener, ListenerError, SinkClosed, read_eventfd,
+};
 
 /// What a test sees of, and tells, the back end.
 #[derive(Default)]
@@ -53,31 +56,35 @@ impl Backend {
     }
 
     pub(crate) fn start_on(path: &Path, config: &DeviceConfig, shared: Arc<Shared>) -> Self {
-        let (mail, mailbox) = channel();
-        let (wake, woken) = UnixStream::pair().unwrap();
-        woken.set_nonblocking(true).unwrap();
-        let sink_wake = wake.try_clone().unwrap();
-        let sink = move |control: Control| {
-            mail.send(control).map_err(|_| SinkClosed)?;
-            (&sink_wake).write_all(&[0]).map_err(|_| SinkClosed)
-        };
-        let in_thread = Arc::clone(&shared);
-        let device_config = config.clone();
-        let thread = std::thread::spawn(move || {
-            // Few buffers, so that large requests wait for them.
-            let device = Device::new(device_config.clone(), BufferPool::heap(16, 5));
-            let reactor = Reactor {
-                device,
-                config: device_config,
-                shared: in_thread,
-                kicks: BTreeMap::new(),
-                waiting: VecDeque::new(),
-                random: 0x9e37_79b9_7f4a_7c15,
-            };
-            reactor.run(&mailbox, &woken);
-        });
+        let (sink, wake, thread) = reactor(config, &shared);
         let listener = Listener::start(path, config.clone(), sink).unwrap();
         Self { shared, path: path.into(), listener: Some(listener), wake, thread: Some(thread) }
+    }
+
+    /// Goes on where another back end left off.
+    pub(crate) fn resume(
+        handover: Handover,
+        config: &DeviceConfig,
+        shared: Arc<Shared>,
+    ) -> Result<Self, ListenerError> {
+        let path = handover.state().path.clone();
+        let (sink, wake, thread) = reactor(config, &shared);
+        let mut backend = Self { shared, path, listener: None, wake, thread: Some(thread) };
+        backend.listener = Some(Listener::resume(handover, config.clone(), sink)?);
+        Ok(backend)
+    }
+
+    /// Reads the front end's messages after `resume`.
+    pub(crate) fn go(&mut self) {
+        self.listener.as_mut().unwrap().go();
+    }
+
+    /// Ends as it is, requests under way or not, and leaves the front end connected.
+    pub(crate) fn hand_over(mut self) -> Handover {
+        let listener = self.listener.take().unwrap();
+        assert!(listener.pause(Duration::from_secs(10)));
+        self.end_thread();
+        listener.hand_over()
     }
 
     /// Stops the listener with a drain, then the reactor.
@@ -107,6 +114,35 @@ impl Drop for Backend {
             self.end_thread();
         }
     }
+}
+
+type Sink = Box<dyn FnMut(Control) -> Result<(), SinkClosed> + Send>;
+
+/// A thread that owns a device: how messages get there, and how it is woken.
+fn reactor(config: &DeviceConfig, shared: &Arc<Shared>) -> (Sink, UnixStream, JoinHandle<()>) {
+    let (mail, mailbox) = channel();
+    let (wake, woken) = UnixStream::pair().unwrap();
+    woken.set_nonblocking(true).unwrap();
+    let sink_wake = wake.try_clone().unwrap();
+    let sink = move |control: Control| {
+        mail.send(control).map_err(|_| SinkClosed)?;
+        (&sink_wake).write_all(&[0]).map_err(|_| SinkClosed)
+    };
+    let (config, shared) = (config.clone(), Arc::clone(shared));
+    let thread = std::thread::spawn(move || {
+        // Few buffers, so that large requests wait for them.
+        let device = Device::new(config.clone(), BufferPool::heap(16, 5));
+        let reactor = Reactor {
+            device,
+            config,
+            shared,
+            kicks: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            random: 0x9e37_79b9_7f4a_7c15,
+        };
+        reactor.run(&mailbox, &woken);
+    });
+    (Box::new(sink), wake, thread)
 }
 
 /// Waits for `condition`, at most ten seconds.
