@@ -363,6 +363,40 @@ impl Server {
         Ok(())
     }
 
+    /// Where it can be asked to hand everything over.
+    pub fn upgrade_socket(&self) -> PathBuf {
+        let mut path = self.api.clone().into_os_string();
+        path.push(".upgrade");
+        PathBuf::from(path)
+    }
+
+    /// Starts `holdfastd upgrade`, with another configuration if one is given.
+    pub fn start_upgrade(&self, config: Option<&Path>) -> Result<Process> {
+        let program = holdfast_binary("holdfastd")?;
+        let config = config.unwrap_or(&self.config).display().to_string();
+        let name = format!("holdfastd upgrade {}", self.name);
+        let arguments = ["upgrade", "--config", &config];
+        Process::start_at(&self.place, &name, &program, arguments, &self.log)
+    }
+
+    /// Replaces it by another process, which takes everything over; the one before must end with
+    /// success.
+    pub fn upgrade(&self) -> Result<()> {
+        let mut next = self.start_upgrade(None)?;
+        let ended = wait_until("the one before to end", Deadline::after(START_LIMIT), || {
+            next.check_alive()?;
+            self.with_process(Process::try_wait)
+        })?;
+        ensure!(ended.success(), "the one before ended with {ended}");
+        *self.process.borrow_mut() = Some(next);
+        self.wait_healthy()
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
     fn wait_healthy(&self) -> Result<()> {
         let what = format!("holdfastd {} to be well", self.name);
         wait_until(&what, Deadline::after(START_LIMIT), || {

@@ -116,6 +116,11 @@ impl Process {
         wait_until(&what, deadline, || Ok(self.child.try_wait()?))
     }
 
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
     /// The path of its log.
     pub fn log(&self) -> &Path {
         &self.log

@@ -1,6 +1,8 @@
 //! A running `holdfastd`: started in an order in which every failure leaves nothing behind, and
 //! stopped in the reverse one.
 
+mod upgrade;
+
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ use crate::pool::{self, PoolError, PoolIdentity};
 use crate::registration::{Identity, Registration};
 use crate::retry::while_lingering;
 use crate::socket;
+use crate::upgrade::UpgradeError;
+use upgrade::Leaving;
 
 /// How long one turn of a control loop waits for something to do: also how late it may notice
 /// that it is to stop.
@@ -78,6 +82,9 @@ pub enum DaemonError {
     /// The data plane.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The running daemon was not taken over from.
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
     /// The data plane did not end in order.
     #[error("the pool was not closed in good order ({0}); it is recovered at the next start")]
     Shutdown(ControlError),
@@ -111,6 +118,29 @@ pub(crate) struct Parts {
     pub(crate) started: Instant,
 }
 
+/// The sockets by which a daemon is reached.
+struct Listeners {
+    api: UnixListener,
+    upgrades: UnixListener,
+}
+
+/// What a daemon's data plane is started with.
+fn plane_config(config: &Config, found: &PoolIdentity) -> DataPlaneConfig {
+    DataPlaneConfig {
+        holder: heads::server_holder(found.server, &config.name).id,
+        pool: Some(PoolConfig {
+            cluster: found.cluster,
+            server: found.server,
+            pool: found.pool,
+            devices: config.pool.clone(),
+            scrub_bytes_per_second: config.scrub_bytes_per_second,
+        }),
+        listen: Some(config.listen),
+        buffer_bytes: config.buffer_bytes,
+        state_messages: config.state_messages,
+    }
+}
+
 /// What a daemon's threads are made from.
 struct Started {
     parts: Arc<Parts>,
@@ -139,17 +169,31 @@ impl Daemon {
         let api = |source| DaemonError::Api { path: config.api.clone(), source };
         while_lingering(is_in_use, || socket::check_free(&config.api).map_err(Into::into))
             .map_err(api)?;
-        let Started { parts, registration, healer, news } =
-            Self::start_parts(&config, store, identity, start_plane)?;
-        let listener = match socket::listen(&config.api) {
-            Ok(listener) => listener,
+        let plane = start_plane(&plane_config(&config, &identity))?;
+        let mut started = Self::start_parts(&config, store, identity, plane);
+        // Whoever sees this server answer may count on it from then on.
+        started.registration.turn(Duration::ZERO);
+        let listeners = socket::listen(&config.api).and_then(|api| {
+            let upgrades = socket::listen(&crate::upgrade::socket_of(&config.api))?;
+            Ok(Listeners { api, upgrades })
+        });
+        match listeners {
+            Ok(listeners) => Self::begin(config, started, listeners),
             Err(source) => {
-                if let Err(error) = parts.plane.shutdown(SHUTDOWN_WAIT) {
+                if let Err(error) = started.parts.plane.shutdown(SHUTDOWN_WAIT) {
                     tracing::error!(%error, "stopping after a failed start");
                 }
-                return Err(api(source));
+                Err(api(source))
             }
-        };
+        }
+    }
+
+    /// Starts the threads of a daemon whose parts run.
+    fn begin(config: Config, started: Started, listeners: Listeners) -> Result<Self, DaemonError> {
+        let Started { parts, registration, healer, news } = started;
+        let system = |source| DaemonError::System { action: "share a socket", source };
+        let listener = listeners.api.try_clone().map_err(system)?;
+        let leaving = Leaving { parts: Arc::clone(&parts), listeners };
         let stop = Arc::new(AtomicBool::new(false));
         let (plane_stopped_sender, plane_stopped) = watch::channel(false);
         let mut daemon = Self {
@@ -160,7 +204,11 @@ impl Daemon {
             plane_stopped,
             threads: Vec::new(),
         };
-        let loops: [(&str, Loop); 4] = [
+        let loops: [(&str, Loop); 5] = [
+            ("upgrade", {
+                let stop = Arc::clone(&stop);
+                Box::new(move || leaving.run(&stop))
+            }),
             ("healer", {
                 let stop = Arc::clone(&stop);
                 Box::new(move || healer.run(&stop))
@@ -200,22 +248,9 @@ impl Daemon {
         config: &Config,
         store: Arc<dyn ClusterStore>,
         found: PoolIdentity,
-        start_plane: StartDataPlane,
-    ) -> Result<Started, DaemonError> {
+        plane: Arc<dyn DataPlane>,
+    ) -> Started {
         let holder = heads::server_holder(found.server, &config.name);
-        let plane = start_plane(&DataPlaneConfig {
-            holder: holder.id,
-            pool: Some(PoolConfig {
-                cluster: found.cluster,
-                server: found.server,
-                pool: found.pool,
-                devices: config.pool.clone(),
-                scrub_bytes_per_second: config.scrub_bytes_per_second,
-            }),
-            listen: Some(config.listen),
-            buffer_bytes: config.buffer_bytes,
-            state_messages: config.state_messages,
-        })?;
         let identity = Identity {
             server: found.server,
             pool: found.pool,
@@ -239,10 +274,8 @@ impl Daemon {
             Memory::beside(&config.api),
             Arc::clone(&draining),
         );
-        let mut registration =
+        let registration =
             Registration::new(Arc::clone(&store), Arc::clone(&plane), identity.clone(), draining);
-        // Whoever sees this server answer may count on it from then on.
-        registration.turn(Duration::ZERO);
         let parts = Parts {
             name: config.name.clone(),
             cluster: found.cluster,
@@ -252,7 +285,7 @@ impl Daemon {
             exports,
             started: Instant::now(),
         };
-        Ok(Started { parts: Arc::new(parts), registration, healer, news })
+        Started { parts: Arc::new(parts), registration, healer, news }
     }
 
     /// Answers the API until `stop` is ready or the data plane has ended, then stops everything.
@@ -286,6 +319,7 @@ impl Daemon {
     fn stop(&mut self) -> Result<(), DaemonError> {
         tracing::info!("stopping");
         remove_socket(&self.api);
+        remove_socket(&crate::upgrade::socket_of(&self.api));
         self.stop.store(true, Ordering::Release);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

@@ -6,6 +6,8 @@
 //! lease, replicas or servers come late is served when they have come. The first export of a
 //! volume opens its head, the last one to go closes it and gives the lease back.
 
+mod handover;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;

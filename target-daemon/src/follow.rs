@@ -241,6 +241,31 @@ impl Follow {
         volume.head.or(volume.stale)
     }
 
+    /// Begins nothing any more and waits for what is under way: another process is about to act in
+    /// this one's name.
+    pub(crate) fn freeze(&self) {
+        let mut volumes = self.shared.volumes();
+        for volume in volumes.values_mut() {
+            volume.leaving = true;
+        }
+        self.shared.news.notify_all();
+        while volumes.values().any(|volume| volume.busy) {
+            volumes = self.shared.news.wait(volumes).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Goes on after [`Follow::freeze`].
+    pub(crate) fn thaw(&self) {
+        let mut volumes = self.shared.volumes();
+        let frozen: Vec<VolumeId> = volumes.keys().copied().collect();
+        for id in frozen {
+            if let Some(volume) = volumes.get_mut(&id) {
+                volume.leaving = false;
+            }
+            self.shared.look(&mut volumes, id);
+        }
+    }
+
     /// A guest has started the rings of an export.
     pub fn started(&self, id: VolumeId, socket: &Path) {
         self.note_use(id, socket, |_| true);

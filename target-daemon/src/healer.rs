@@ -144,6 +144,8 @@ impl Healer {
         let status = match self.plane.status(PLANE_WAIT) {
             Ok(status) => status,
             Err(error @ ControlError::Stopped) => return Err(error),
+            // Another process does, or this one in a moment.
+            Err(ControlError::HandedOver) => return Ok(()),
             Err(error) => {
                 tracing::warn!(%error, "volumes are not healed while the data plane is late");
                 return Ok(());

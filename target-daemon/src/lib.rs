@@ -26,6 +26,7 @@ pub mod registration;
 pub mod retry;
 pub mod size;
 pub mod socket;
+pub mod upgrade;
 
 pub use daemon::{Daemon, DaemonError};
 

@@ -1,11 +1,13 @@
 //! `holdfastd`: a storage server.
 
-use std::path::PathBuf;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::process::ExitCode;
+use std::process::{self, ExitCode, Stdio};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use target_daemon::config::Config;
 use target_daemon::{Daemon, logging};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,11 +23,30 @@ Exit status:
 #[command(name = "holdfastd", version, after_help = EXIT_CODES)]
 struct Arguments {
     /// The configuration, a TOML file.
-    #[arg(long, value_name = "FILE", default_value = "/etc/holdfast/holdfastd.toml")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        default_value = "/etc/holdfast/holdfastd.toml"
+    )]
     config: PathBuf,
     /// Check the configuration and exit.
     #[arg(long)]
     check_config: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take everything over from the daemon that runs with this configuration, guests included,
+    /// which notice a pause of some milliseconds; then serve in its place. If that fails, the
+    /// running one goes on.
+    Upgrade {
+        /// Serve in the background: return when it serves, or has failed.
+        #[arg(long)]
+        detach: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -41,8 +62,13 @@ fn main() -> ExitCode {
         println!("{}: good", arguments.config.display());
         return ExitCode::SUCCESS;
     }
+    let start = match arguments.command {
+        Some(Command::Upgrade { detach: true }) => return detach(&arguments.config),
+        Some(Command::Upgrade { detach: false }) => Start::Upgrade,
+        None => Start::Anew,
+    };
     logging::start(config.log_level, config.log_format);
-    match run(config) {
+    match run(config, start) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("holdfastd: {error:#}");
@@ -51,7 +77,48 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(config: Config) -> anyhow::Result<()> {
+/// Where a daemon's state comes from.
+#[derive(Clone, Copy)]
+enum Start {
+    Anew,
+    Upgrade,
+}
+
+/// What the daemon in the background says when it serves.
+const SERVES: &str = "serves";
+
+/// Runs `upgrade` in the background, until it serves or has failed.
+fn detach(config: &Path) -> ExitCode {
+    let upgraded = || {
+        let program = std::env::current_exe().context("cannot find this program")?;
+        let mut child = process::Command::new(program)
+            .arg("upgrade")
+            .arg("--config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            // A terminal's signals are not meant for it.
+            .process_group(0)
+            .spawn()
+            .context("cannot start the new daemon")?;
+        let mut said = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            BufReader::new(stdout).read_line(&mut said).context("the new daemon")?;
+        }
+        if said.trim_end() == SERVES {
+            return Ok(ExitCode::SUCCESS);
+        }
+        // It has said why, in its log.
+        let status = child.wait().context("the new daemon")?;
+        anyhow::bail!("the new daemon has not taken over ({status})")
+    };
+    upgraded().unwrap_or_else(|error: anyhow::Error| {
+        eprintln!("holdfastd: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(config: Config, start: Start) -> anyhow::Result<()> {
     // Two threads: one for the API, one so that a busy handler does not hold up a signal.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -68,7 +135,15 @@ fn run(config: Config) -> anyhow::Result<()> {
                 _ = interrupt.recv() => {}
             }
         });
-        let start = tokio::task::spawn_blocking(move || Daemon::start(config, shell::start));
+        let start = tokio::task::spawn_blocking(move || match start {
+            Start::Anew => Daemon::start(config, shell::start),
+            Start::Upgrade => {
+                let daemon = Daemon::take_over(config)?;
+                // Whoever waits for this may have gone.
+                let _ = writeln!(std::io::stdout(), "{SERVES}");
+                Ok(daemon)
+            }
+        });
         let daemon = tokio::select! {
             started = start => started??,
             // Recovering a pool may take long. It changes nothing that a crash could not leave.

@@ -1,0 +1,184 @@
+//! How a daemon leaves to the next one, and takes over from one.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use base::{ClusterId, PoolId, ServerId};
+use cluster::Create;
+use shell::Prepared;
+use shell::handover::{HandOver, HandOverError, HandOverWaits, Left};
+
+use super::{Daemon, DaemonError, Listeners, Parts, plane_config};
+use crate::config::Config;
+use crate::pool::PoolIdentity;
+use crate::upgrade::{self, Leaves, Next, Outcome, PassOn, UpgradeError};
+
+/// How long to wait before everything is taken back once more.
+const RETRY: Duration = Duration::from_millis(200);
+
+const CLUSTER: &str = "cluster";
+const SERVER: &str = "server";
+const POOL: &str = "pool";
+const NAME: &str = "name";
+const API: &str = "api";
+const UPGRADES: &str = "upgrade";
+
+/// A daemon that may be asked to leave.
+pub(super) struct Leaving {
+    pub(super) parts: Arc<Parts>,
+    pub(super) listeners: Listeners,
+}
+
+impl Leaving {
+    /// Answers at the upgrade socket until `stop` is set. Once another process has taken over, ends
+    /// this one, where it stands: nothing here may be touched any more.
+    pub(super) fn run(&self, stop: &AtomicBool) {
+        if upgrade::serve(&self.listeners.upgrades, stop, self) {
+            tracing::info!("another process has taken over");
+            std::process::exit(0);
+        }
+    }
+
+    /// Serves again what was left.
+    fn take_back(&self, hand_over: &dyn HandOver, left: Left) {
+        let Left { listener, exports } = left;
+        loop {
+            let again =
+                listener.as_ref().map(OwnedFd::try_clone).transpose().unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the replica service's socket is made anew");
+                    None
+                });
+            match hand_over.take_back(again) {
+                Ok(()) => break,
+                // A pool that another process holds for a moment; or a device that is gone.
+                Err(error) => tracing::error!(%error, "the pool does not open; trying on"),
+            }
+            std::thread::sleep(RETRY);
+        }
+        self.parts.exports.take_back(hand_over, exports);
+        self.parts.exports.thaw();
+        hand_over.go();
+    }
+}
+
+impl Leaves for Leaving {
+    fn about(&self) -> BTreeMap<String, String> {
+        let parts = &self.parts;
+        let identity = &parts.identity;
+        [
+            (CLUSTER, parts.cluster.to_string()),
+            (SERVER, identity.server.to_string()),
+            (POOL, identity.pool.to_string()),
+            (NAME, parts.name.clone()),
+        ]
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
+    }
+
+    fn leave(&self, pass_on: &mut PassOn<'_>) -> Result<Outcome, String> {
+        let plane = Arc::clone(&self.parts.plane);
+        let hand_over = plane.handing_over().ok_or("this data plane cannot be handed over")?;
+        let _frozen = self.parts.exports.freeze();
+        self.parts.exports.end_repairs();
+        let (left, passed) = match hand_over.hand_over(HandOverWaits::default()) {
+            Ok(left) => {
+                let named: [(&str, BorrowedFd<'_>); 2] = [
+                    (API, self.listeners.api.as_fd()),
+                    (UPGRADES, self.listeners.upgrades.as_fd()),
+                ];
+                let passed = pass_on(&left, &named);
+                (left, passed)
+            }
+            Err(HandOverError::Stays(error)) => {
+                self.parts.exports.thaw();
+                return Err(error.to_string());
+            }
+            Err(HandOverError::Stuck { left, source }) => (*left, Err(source.to_string())),
+        };
+        match passed {
+            Ok(()) => Ok(Outcome::Gone),
+            Err(reason) => {
+                self.take_back(hand_over, left);
+                Ok(Outcome::TakenBack(reason))
+            }
+        }
+    }
+}
+
+impl Daemon {
+    /// Takes everything over from the daemon that runs with this configuration. With an error that
+    /// one goes on, and this process must end at once, touching nothing.
+    pub fn take_over(config: Config) -> Result<Self, DaemonError> {
+        let mut next = Next::ask(&upgrade::socket_of(&config.api))?;
+        match prepare_and_take(&config, &mut next) {
+            Ok(taken) => {
+                let Taken { started, listeners, hand_over_of } = taken;
+                next.ready()?;
+                if let Some(hand_over) = hand_over_of.handing_over() {
+                    hand_over.go();
+                }
+                Self::begin(config, started, listeners)
+            }
+            Err(error) => {
+                // Now: the running daemon ends this process as soon as it knows.
+                tracing::error!(%error, "not taken over; the running daemon goes on");
+                next.fail(&error.to_string());
+                Err(error)
+            }
+        }
+    }
+}
+
+struct Taken {
+    started: super::Started,
+    listeners: Listeners,
+    hand_over_of: Arc<dyn shell::control::DataPlane>,
+}
+
+fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonError> {
+    let found = identity(next, config)?;
+    let store = cluster::open(&config.store, Create::Never)?;
+    let prepared = Prepared::new(&plane_config(config, &found))?;
+    // Now nobody serves: whatever could be done before is done.
+    let (left, mut named) = next.take()?;
+    let Left { listener, exports } = left;
+    let mut listener_named = |name: &'static str| {
+        let fd = named.remove(name).ok_or_else(|| {
+            UpgradeError::Refused(format!("the running daemon left no {name} socket"))
+        })?;
+        Ok::<_, DaemonError>(UnixListener::from(fd))
+    };
+    let listeners = Listeners { api: listener_named(API)?, upgrades: listener_named(UPGRADES)? };
+    let plane = prepared.start(listener)?;
+    let started = Daemon::start_parts(config, store, found, Arc::clone(&plane));
+    let hand_over = plane.handing_over().expect("a started data plane can be handed over");
+    started.parts.exports.go_on(hand_over, exports).map_err(|reason| DaemonError::System {
+        action: "go on with the exports",
+        source: io::Error::other(reason),
+    })?;
+    Ok(Taken { started, listeners, hand_over_of: plane })
+}
+
+/// Whose pool the running daemon has; an error if the configuration is for another one.
+fn identity(next: &Next, config: &Config) -> Result<PoolIdentity, DaemonError> {
+    fn parsed<T: std::str::FromStr>(next: &Next, key: &str) -> Result<T, DaemonError> {
+        next.about(key).and_then(|text| text.parse().ok()).ok_or_else(|| {
+            UpgradeError::Refused(format!("the running daemon does not say its {key}")).into()
+        })
+    }
+    let name: String = parsed(next, NAME)?;
+    if name != config.name {
+        return Err(DaemonError::WrongName { found: name, name: config.name.clone() });
+    }
+    Ok(PoolIdentity {
+        cluster: parsed::<ClusterId>(next, CLUSTER)?,
+        server: parsed::<ServerId>(next, SERVER)?,
+        pool: parsed::<PoolId>(next, POOL)?,
+    })
+}
