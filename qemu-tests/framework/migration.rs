@@ -5,6 +5,7 @@
 //! them. The volume's lease follows the guest's rings; nobody is told of a migration.
 
 mod attempt;
+mod qemu;
 mod trace;
 
 use std::net::Ipv4Addr;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 pub use attempt::{Move, Step};
+pub use qemu::move_guest;
 
 use crate::cluster::{Attached, Cluster, ClusterOptions};
 use crate::guest::{Guest, GuestOptions};

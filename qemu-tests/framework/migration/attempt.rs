@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::qemu::{self, FAST_BYTES};
 use super::trace::{self, GET_VRING_BASE, SET_LOG_BASE};
 use super::{PATIENCE_SECONDS, Rig, guest_options};
 use crate::guest::Guest;
@@ -12,12 +13,10 @@ use crate::wait::{Deadline, wait_until};
 
 /// Where destinations listen, each at another port.
 const FIRST_PORT: u16 = 5000;
+const PORTS: u16 = 10_000;
 
 /// The bandwidth of a migration that is to be given up in the midst of it, in bytes a second.
 const SLOW_BYTES: u64 = 4 << 20;
-
-/// The bandwidth of others: more than the guest's memory.
-const FAST_BYTES: u64 = 1 << 30;
 
 /// How long the guest is watched before it moves, and after.
 const WATCH: Duration = Duration::from_secs(1);
@@ -111,8 +110,7 @@ impl Rig<'_> {
         let clocks = self.writer.clocks(&mut self.guest)?;
         self.writer.begin(&mut self.guest)?;
         let attempt = self.begin(false, FAST_BYTES, false)?;
-        self.wait_for_status(&["completed"])?;
-        let told = self.ask("query-migrate")?;
+        let told = self.wait_for_status("completed")?;
         let deadline = Deadline::seconds(PATIENCE_SECONDS);
         let stopped = self.guest.qmp().event("STOP", deadline, |_| true)?;
         let said = trace::messages(self.guest.trace(), attempt.trace_from)?;
@@ -139,7 +137,7 @@ impl Rig<'_> {
     /// Moves the guest to the other host, whatever it feels there.
     pub fn migrate_blindly(&mut self) -> Result<()> {
         let attempt = self.begin(false, FAST_BYTES, false)?;
-        self.wait_for_status(&["completed"])?;
+        self.wait_for_status("completed")?;
         self.arrive(attempt.destination)
     }
 
@@ -164,29 +162,29 @@ impl Rig<'_> {
                 self.cancel()?;
             }
             Step::Copying => {
-                self.wait_for_copying()?;
+                qemu::wait_for_copying(&mut self.guest, SLOW_BYTES)?;
                 self.cancel()?;
             }
             Step::Stopped => {
-                self.wait_for_status(&["pre-switchover"])?;
+                self.wait_for_status("pre-switchover")?;
                 self.cancel()?;
             }
             Step::KilledCopying => {
-                self.wait_for_copying()?;
+                qemu::wait_for_copying(&mut self.guest, SLOW_BYTES)?;
                 attempt.destination.kill()?;
-                self.wait_for_status(&["failed"])?;
+                self.wait_for_status("failed")?;
             }
             Step::KilledStopped => {
-                self.wait_for_status(&["pre-switchover"])?;
+                self.wait_for_status("pre-switchover")?;
                 attempt.destination.kill()?;
                 let deadline = Deadline::seconds(PATIENCE_SECONDS);
                 let arguments = json!({ "state": "pre-switchover" });
                 // It may have noticed already.
                 let outcome = self.guest.qmp().execute("migrate-continue", &arguments, deadline);
-                self.wait_for_status(&["failed"]).with_context(|| format!("{outcome:?}"))?;
+                self.wait_for_status("failed").with_context(|| format!("{outcome:?}"))?;
             }
             Step::KilledMoved => {
-                self.wait_for_status(&["completed"])?;
+                self.wait_for_status("completed")?;
                 attempt.destination.kill()?;
             }
         }
@@ -196,13 +194,11 @@ impl Rig<'_> {
 
     /// Lets the guest go on where it is, after a migration that came to nothing.
     fn resume(&mut self) -> Result<()> {
-        let status = self.ask("query-status")?;
-        if status["running"] != true {
-            self.ask("cont")?;
+        if qemu::ask(&mut self.guest, "query-status")?["status"] == "postmigrate" {
+            // QEMU believes that it was successful.
+            qemu::ask(&mut self.guest, "cont")?;
         }
-        wait_until("the source to run", Deadline::seconds(PATIENCE_SECONDS), || {
-            Ok((self.ask("query-status")?["running"] == true).then_some(()))
-        })
+        qemu::wait_until_it_runs(&mut self.guest)
     }
 
     /// Starts the other QEMU and lets the migration begin.
@@ -210,70 +206,31 @@ impl Rig<'_> {
         let there = &self.hosts[1 - self.here];
         let number = self.launched;
         self.launched += 1;
-        let address = format!("tcp:{}:{}", there.address, FIRST_PORT + number % 10_000);
+        let address = format!("tcp:{}:{}", there.address, FIRST_PORT + number % PORTS);
         let mut options = guest_options(there, number, self.limit);
         options.paused = paused;
         let destination = Guest::await_migration(self.lab, &options, &address)?;
-        let deadline = Deadline::seconds(PATIENCE_SECONDS);
         let trace_from = trace::length(self.guest.trace())?;
-        let qmp = self.guest.qmp();
-        let capabilities = json!([{ "capability": "pause-before-switchover", "state": pause }]);
-        let arguments = json!({ "capabilities": capabilities });
-        qmp.execute("migrate-set-capabilities", &arguments, deadline)?;
-        let arguments = json!({ "max-bandwidth": bandwidth });
-        qmp.execute("migrate-set-parameters", &arguments, deadline)?;
-        qmp.forget_events();
-        qmp.execute("migrate", &json!({ "uri": address }), deadline)?;
+        qemu::begin(&mut self.guest, &address, pause, bandwidth)?;
         Ok(Attempt { destination, trace_from })
     }
 
     /// The guest is at the destination now.
     fn arrive(&mut self, mut destination: Guest) -> Result<()> {
-        let deadline = Deadline::seconds(PATIENCE_SECONDS);
-        wait_until("the destination to run", deadline, || {
-            destination.process().check_alive()?;
-            let status = destination.qmp().execute("query-status", &json!({}), deadline)?;
-            Ok((status["running"] == true).then_some(()))
-        })?;
+        qemu::wait_until_it_runs(&mut destination)?;
         destination.succeed(&self.guest);
         let mut source = std::mem::replace(&mut self.guest, destination);
         self.here = 1 - self.here;
         source.kill()
     }
 
-    fn ask(&mut self, command: &str) -> Result<Value> {
-        self.guest.qmp().execute(command, &json!({}), Deadline::seconds(PATIENCE_SECONDS))
-    }
-
     fn cancel(&mut self) -> Result<()> {
-        self.ask("migrate_cancel")?;
-        self.wait_for_status(&["cancelled"])
+        qemu::ask(&mut self.guest, "migrate_cancel")?;
+        self.wait_for_status("cancelled").map(|_told| ())
     }
 
-    /// Waits until the migration is in one of these states.
-    fn wait_for_status(&mut self, wanted: &[&str]) -> Result<()> {
-        let what = format!("the migration to be {}", wanted.join(" or "));
-        wait_until(&what, Deadline::seconds(PATIENCE_SECONDS), || {
-            let told = self.ask("query-migrate")?;
-            let status = told["status"].as_str().unwrap_or_default();
-            if wanted.contains(&status) {
-                return Ok(Some(()));
-            }
-            ensure!(!["completed", "failed", "cancelled"].contains(&status), "{what}: {told}");
-            Ok(None)
-        })
-    }
-
-    fn wait_for_copying(&mut self) -> Result<()> {
-        wait_until("memory to be copied", Deadline::seconds(PATIENCE_SECONDS), || {
-            let told = self.ask("query-migrate")?;
-            let copied = told["ram"]["transferred"].as_u64().unwrap_or(0);
-            match told["status"].as_str() {
-                Some("failed" | "cancelled" | "completed") => bail!("it is over: {told}"),
-                Some("active") if copied > SLOW_BYTES => Ok(Some(())),
-                Some(_) | None => Ok(None),
-            }
-        })
+    fn wait_for_status(&mut self, wanted: &str) -> Result<Value> {
+        qemu::wait_for_status(&mut self.guest, wanted)
     }
 
     /// The longest time without an answer in a second in which nothing happens.

@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use framework::fio::{Direction, Fio, Verify};
-use framework::{Accelerator, Cluster, Guest, GuestOptions, Lab, Shell, wait_until};
+use framework::migration::move_guest;
+use framework::{
+    Accelerator, Cluster, Guest, GuestOptions, Lab, Server, Shell, loopback_address, wait_until,
+};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
 Usage: scripts/run [--shell] [--json FILE]
 
 Starts three servers on loopback over one SQLite store, creates a volume with three replicas,
-boots a guest on it, works it, kills one server under load, and prints what the guest saw.
+boots a guest on it, works it, kills one server under load, moves the guest to another server's back end
+while it runs, kills and restarts that one, and prints what the guest saw.
 
   --shell      leaves you in the guest afterwards, with the cluster running; `exit` ends it
   --json FILE  writes the table to FILE
@@ -53,10 +57,22 @@ struct Step {
     failure: Option<String>,
 }
 
+/// How long the guest waited when it moved, and when its back end was restarted.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pauses {
+    /// In milliseconds, as QEMU says: in that time the guest's clock stood still.
+    downtime_ms: f64,
+    /// The slowest write besides, in milliseconds.
+    moved_ms: f64,
+    /// The slowest write, in milliseconds.
+    restarted_ms: f64,
+}
+
 /// What has been done so far.
 #[derive(Debug, Default)]
 struct Tour {
     steps: Vec<Step>,
+    pauses: Pauses,
 }
 
 fn main() -> ExitCode {
@@ -124,13 +140,17 @@ impl Tour {
             cluster.create_volume("disk", VOLUME_MIB, 3)?;
             Ok((cluster.export(0, "disk")?, None))
         })?;
+        let limit = if options.shell { SHELL_LIMIT } else { GUEST_LIMIT };
         let mut guest = self.step("a guest boots on it", || {
-            let limit = if options.shell { SHELL_LIMIT } else { GUEST_LIMIT };
             let options = GuestOptions { limit, ..GuestOptions::new("guest") };
             Ok((Guest::boot(lab, &options.disk("disk", &socket))?, None))
         })?;
         self.work(&mut guest)?;
         self.lose_a_server(&cluster, &mut guest)?;
+        let there = cluster.export_standby(1, "disk")?;
+        let moved = GuestOptions { limit, ..GuestOptions::new("moved") }.disk("disk", &there);
+        let mut guest = self.move_it(lab, guest, &moved)?;
+        self.restart_its_back_end(&cluster.servers()[1], &mut guest)?;
         self.check(&mut guest)?;
         if options.shell {
             println!("\nThe guest's disk is /dev/vda, with a file system on /dev/vda1.");
@@ -143,7 +163,8 @@ impl Tour {
         self.step("the guest and the servers stop in good order", || {
             guest.power_off()?;
             cluster.unexport(0, &socket)?;
-            cluster.servers().iter().try_for_each(framework::Server::stop)?;
+            cluster.unexport(1, &there)?;
+            cluster.servers().iter().try_for_each(Server::stop)?;
             Ok(((), None))
         })
     }
@@ -192,6 +213,42 @@ impl Tour {
             let measured = fio.finish(guest, job)?;
             Ok(((), Some(measured.write)))
         })
+    }
+
+    /// Moves the guest to another back end while it runs and writes.
+    fn move_it(&mut self, lab: &Lab, mut guest: Guest, options: &GuestOptions) -> Result<Guest> {
+        let pass = Fio::new("/dev/vda2", "randwrite").size_mib(VERIFIED_MIB).rate(VERIFIED_RATE);
+        let fio = pass.verify(Verify::Crc32c).seed(3);
+        let mut pauses = self.pauses;
+        let guest = self.step("it moves to server b, live, under verified writes", || {
+            let job = fio.start(&mut guest)?;
+            wait_for_load(&mut guest)?;
+            let address = format!("tcp:{}", loopback_address());
+            let (mut guest, downtime_ms) = move_guest(lab, guest, options, &address)?;
+            let measured = fio.finish(&mut guest, job)?;
+            pauses.downtime_ms = downtime_ms;
+            pauses.moved_ms = measured.write.latency_max_us / 1000.0;
+            Ok((guest, Some(measured.write)))
+        })?;
+        self.pauses = pauses;
+        Ok(guest)
+    }
+
+    /// `kill -9` for the process that serves the guest's disk, and starts it again.
+    fn restart_its_back_end(&mut self, server: &Server, guest: &mut Guest) -> Result<()> {
+        let pass = Fio::new("/dev/vda2", "randwrite").size_mib(VERIFIED_MIB).rate(VERIFIED_RATE);
+        let fio = pass.verify(Verify::Pattern).seed(4);
+        let longest_ms =
+            self.step("server b is killed, and restarted, under verified writes", || {
+                let job = fio.start(guest)?;
+                wait_for_load(guest)?;
+                server.kill()?;
+                server.start()?;
+                let measured = fio.finish(guest, job)?;
+                Ok((measured.write.latency_max_us / 1000.0, Some(measured.write)))
+            })?;
+        self.pauses.restarted_ms = longest_ms;
+        Ok(())
     }
 
     /// Nothing was lost, and the guest's kernel has no complaint.
@@ -267,6 +324,12 @@ impl Tour {
         let what_failed =
             if failures.is_empty() { "nothing".to_owned() } else { failures.join("\n") };
         line(format!("\nlongest pause in the guest: {:.1} ms", self.longest_pause_ms()));
+        let Pauses { downtime_ms, moved_ms, restarted_ms } = self.pauses;
+        line(format!(
+            "pause when it moved: {moved_ms:.1} ms, and {downtime_ms:.0} ms in which QEMU had it \
+             stopped"
+        ));
+        line(format!("pause when its back end was killed and restarted: {restarted_ms:.1} ms"));
         line(format!("what failed: {what_failed}"));
         if accelerator == Accelerator::Tcg {
             line(
@@ -300,6 +363,9 @@ impl Tour {
             "passed": self.failures().is_empty(),
             "accelerator": if accelerator == Accelerator::Kvm { "kvm" } else { "tcg" },
             "longest_pause_ms": self.longest_pause_ms(),
+            "migration_pause_ms": self.pauses.moved_ms,
+            "migration_downtime_ms": self.pauses.downtime_ms,
+            "restart_pause_ms": self.pauses.restarted_ms,
             "failures": self.failures(),
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
         })
