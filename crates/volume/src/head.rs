@@ -329,6 +329,8 @@ impl Head {
         self.wake_members();
         self.advance_opening();
         self.advance_commit();
+        // Before requests begin: those that were held back and no longer are begin now.
+        self.advance_holdback();
         self.begin_queued();
         for member in 0..self.members.len() {
             self.pump(member);
@@ -348,7 +350,6 @@ impl Head {
         self.advance_polls();
         self.advance_speeds();
         self.advance_rest();
-        self.advance_holdback();
         self.watch_for_stall();
     }
 
