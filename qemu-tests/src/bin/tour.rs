@@ -238,15 +238,14 @@ impl Tour {
     fn restart_its_back_end(&mut self, server: &Server, guest: &mut Guest) -> Result<()> {
         let pass = Fio::new("/dev/vda2", "randwrite").size_mib(VERIFIED_MIB).rate(VERIFIED_RATE);
         let fio = pass.verify(Verify::Pattern).seed(4);
-        let longest_ms =
-            self.step("server b is killed, and restarted, under verified writes", || {
-                let job = fio.start(guest)?;
-                wait_for_load(guest)?;
-                server.kill()?;
-                server.start()?;
-                let measured = fio.finish(guest, job)?;
-                Ok((measured.write.latency_max_us / 1000.0, Some(measured.write)))
-            })?;
+        let longest_ms = self.step("server b is killed and restarted under such writes", || {
+            let job = fio.start(guest)?;
+            wait_for_load(guest)?;
+            server.kill()?;
+            server.start()?;
+            let measured = fio.finish(guest, job)?;
+            Ok((measured.write.latency_max_us / 1000.0, Some(measured.write)))
+        })?;
         self.pauses.restarted_ms = longest_ms;
         Ok(())
     }
