@@ -156,7 +156,7 @@ pub(crate) fn pending(entry: &VolumeEntry) -> impl Iterator<Item = &base::Member
 /// What was told longer ago than this of a guest that waits says nothing about now: it is told again
 /// every [`target_daemon::follow::TELL_AGAIN`].
 const WAITING_MS: u64 = 45_000;
-const _: () = assert!(WAITING_MS > target_daemon::follow::TELL_AGAIN.as_millis() as u64);
+const _: () = assert!(WAITING_MS / 1000 > target_daemon::follow::TELL_AGAIN.as_secs());
 
 /// A volume as it is shown. `status` is what its holder published.
 pub(crate) fn view(
