@@ -5,6 +5,8 @@ use core::time::Duration;
 use base::BlockSize;
 use base::limits::{RANGE_BLOCKS_MAX, VOLUME_BYTES_MAX};
 
+use crate::Capacity;
+
 /// Bytes of the serial that GET_ID answers.
 pub const SERIAL_BYTES: usize = 20;
 
@@ -74,6 +76,8 @@ pub struct DeviceConfig {
     pub max_write_zeroes_seg: u32,
     /// Write-zeroes may give the space back.
     pub write_zeroes_may_unmap: bool,
+    /// How the front end hears that the disk has grown.
+    pub capacity: Capacity,
     /// How long a stopping front end (GET_VRING_BASE, SET_VRING_ENABLE 0) waits for what is under
     /// way. When it passes, the connection is dropped: the requests stay in the in-flight buffer.
     pub drain_timeout: Duration,
@@ -126,6 +130,7 @@ impl DeviceConfig {
             max_write_zeroes_sectors: range_sectors,
             max_write_zeroes_seg: 16,
             write_zeroes_may_unmap: true,
+            capacity: Capacity::new(blocks),
             drain_timeout: Duration::from_secs(30),
         }
     }

@@ -318,6 +318,15 @@ impl Device {
         self.quiescing = true;
     }
 
+    /// The disk has `blocks` blocks from now on, if that is more than before; a front end that listens
+    /// is told.
+    pub fn resize(&mut self, blocks: u64) {
+        if blocks > self.config.blocks {
+            self.config.blocks = blocks;
+            self.config.capacity.grow(blocks);
+        }
+    }
+
     /// Guest requests under way, those of lost connections included.
     pub fn busy(&self) -> usize {
         self.orphans + self.queues.iter().map(|queue| queue.under_way).sum::<usize>()
@@ -630,6 +639,9 @@ impl Device {
         let live = self.orphans > 0 || self.queues.iter().any(Queue::is_live);
         if live != self.live {
             self.live = live;
+            if live {
+                self.config.capacity.tell();
+            }
             let by_front_end = !core::mem::take(&mut self.left);
             self.events.push_back(if live {
                 Event::Started

@@ -17,6 +17,7 @@
 //! 4. [`Device::poll_event`] until it returns `None`;
 //! 5. [`Device::flush_notifications`].
 
+mod capacity;
 mod chain;
 mod config;
 mod control;
@@ -28,12 +29,14 @@ pub mod handover;
 mod inflight;
 mod listener;
 mod memory;
+mod peek;
 mod queue;
 mod record;
 mod request;
 mod ring;
 mod session;
 
+pub use capacity::Capacity;
 pub use config::{
     CONFIG_BYTES, ConfigError, DeviceConfig, QUEUE_SIZE_MAX, QUEUES_MAX, SECTOR_BYTES, SERIAL_BYTES,
 };

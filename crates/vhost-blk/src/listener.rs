@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::handover::{ConnectionState, FdTable, Fds, Handover, HandoverError, ListenerState};
+use crate::peek::next_channel;
 use crate::session::Session;
 use crate::{ConfigError, ControlSink, DeviceConfig};
 
@@ -568,8 +569,16 @@ fn converse(
             Ok(false) => continue,
             Err(error) => break ProtocolError::SocketError(error),
         }
+        let channel = match next_channel(&stream) {
+            Ok(channel) => channel,
+            Err(error) => break ProtocolError::SocketError(error),
+        };
         if let Err(error) = handler.handle_request() {
             break error;
+        }
+        // The message was found to be one.
+        if let Some(channel) = channel {
+            lock().set_channel(channel);
         }
     };
     if shared.state().stopping == Some(Stop::Drain) && !lock().quiesce() {

@@ -75,6 +75,7 @@ impl Session {
 
     /// Begins a connection of which nothing is known yet.
     pub(crate) fn attach(&mut self) -> Result<()> {
+        self.config.capacity.forget_front_end();
         self.ask(Request::Connected)?;
         self.forget();
         Ok(())
@@ -96,6 +97,7 @@ impl Session {
         if let Err(error) = self.ask(Request::Disconnected) {
             tracing::debug!(%error, "the device was not told that its front end is gone");
         }
+        self.config.capacity.forget_front_end();
         // Only now, so that unmapping, which takes a while for a large guest, happens here and
         // not on the reactor thread.
         self.forget();
@@ -190,6 +192,11 @@ impl Session {
             self.set_vring_kick(small, Some(fds.take(fd)?.into())).map_err(refused)?;
         }
         Ok(())
+    }
+
+    /// The front end reads messages of the device there.
+    pub(crate) fn set_channel(&mut self, channel: OwnedFd) {
+        self.config.capacity.set_channel(channel);
     }
 
     fn ask(&mut self, request: Request) -> Result<()> {
@@ -379,6 +386,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::DEVICE_STATE
@@ -414,6 +422,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
+        self.config.blocks = self.config.capacity.at_least(self.config.blocks);
+        self.config.capacity.read(self.config.blocks);
         let mut space = [0; CONFIG_BYTES_MAX];
         space[..CONFIG_BYTES].copy_from_slice(&self.config.config_space());
         let start = usize::try_from(offset).map_err(|_| Error::InvalidParam)?;

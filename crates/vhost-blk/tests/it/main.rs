@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod capacity;
 mod client;
 mod front_end;
 mod handover;

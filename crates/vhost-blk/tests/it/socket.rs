@@ -88,10 +88,10 @@ fn the_handshake_offers_what_qemu_and_cloud_hypervisor_need() {
     // EVENT_IDX, PROTOCOL_FEATURES, VERSION_1; neither RO nor SIZE_MAX.
     let bits = [2, 6, 9, 10, 12, 13, 14, 26, 28, 29, 30, 32];
     assert_eq!(features, bits.iter().map(|bit| 1_u64 << bit).sum::<u64>());
-    // MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, DEVICE_STATE; never
+    // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, DEVICE_STATE; never
     // STATUS (16).
     let protocol = front_end.get_u64(GET_PROTOCOL_FEATURES);
-    assert_eq!(protocol, [0, 1, 3, 9, 12, 15, 19].iter().map(|bit| 1_u64 << bit).sum::<u64>());
+    assert_eq!(protocol, [0, 1, 3, 5, 9, 12, 15, 19].iter().map(|bit| 1_u64 << bit).sum::<u64>());
     assert_eq!(front_end.get_u64(GET_QUEUE_NUM), 2);
     assert_eq!(front_end.get_u64(GET_MAX_MEM_SLOTS), 256);
     for size in [57_u32, 60, 96] {

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -28,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) live: AtomicBool,
     /// Requests are taken, not answered, while set.
     pub(crate) stall: AtomicBool,
+    /// The disk is to have so many blocks; 0: leave it.
+    pub(crate) grow: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -161,6 +163,7 @@ impl Reactor {
             while let Ok(control) = mailbox.try_recv() {
                 self.device.control(control);
             }
+            self.grow();
             let waiting = &mut self.waiting;
             while self.device.poll(7, &mut |request| waiting.push_back(request)) {
                 if self.shared.stall.load(Ordering::Acquire) {
@@ -191,6 +194,18 @@ impl Reactor {
             self.device.flush_notifications();
             self.shared.busy.store(self.device.busy(), Ordering::Release);
             self.shared.attached.store(self.device.is_attached(), Ordering::Release);
+        }
+    }
+
+    fn grow(&mut self) {
+        let blocks = self.shared.grow.swap(0, Ordering::AcqRel);
+        if blocks > 0 {
+            let bytes = blocks << self.config.block_size.log2();
+            let mut disk = self.shared.disk.lock().unwrap();
+            let bytes = usize::try_from(bytes).unwrap().max(disk.len());
+            disk.resize(bytes, 0);
+            drop(disk);
+            self.device.resize(blocks);
         }
     }
 
