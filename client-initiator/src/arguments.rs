@@ -187,6 +187,8 @@ pub(crate) enum VolumeCommand {
     },
     /// Wait until a volume has all its copies, with progress.
     Wait(WaitArguments),
+    /// Make a volume larger, also while it is used; its guests see the new size at once.
+    Resize(ResizeArguments),
     /// Delete a volume with its data.
     Delete(DeleteArguments),
     /// Take a volume's lease from a holder that is gone for good.
@@ -197,6 +199,18 @@ pub(crate) enum VolumeCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Args)]
+pub(crate) struct ResizeArguments {
+    /// The volume's name or id.
+    pub(crate) volume: String,
+    /// Its new size: a multiple of the block size, not less than it has; as in 8G.
+    #[arg(value_parser = parse_size)]
+    pub(crate) size: u64,
+    /// Seconds to wait until whoever serves the volume serves the new size; 0: do not wait.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) wait: u64,
 }
 
 #[derive(Args)]

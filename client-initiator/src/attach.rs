@@ -438,6 +438,7 @@ impl Attached {
             | Event::MemberUp { .. }
             | Event::MemberSlow { .. }
             | Event::Mended { .. }
+            | Event::Resized { .. }
             | Event::PoolFailed { .. } => {}
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use cluster::drain::DrainError;
 use cluster::lease::{AcquireError, ReleaseError};
+use cluster::resize::ResizeError;
 use cluster::servers::RegisterError;
 use cluster::volumes::{CreateError, DeleteError, FindError};
 use cluster::{StoreError, StoreErrorKind};
@@ -109,6 +110,18 @@ impl From<CreateError> for Failure {
             | CreateError::Replicas(_) => Self::new(Exit::Usage, error.to_string()),
             CreateError::Placement(_) => Self::new(Exit::NotReady, error.to_string()),
             CreateError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<ResizeError> for Failure {
+    fn from(error: ResizeError) -> Self {
+        match error {
+            ResizeError::Shrinks { .. }
+            | ResizeError::SizeNotMultiple { .. }
+            | ResizeError::SizeOutOfRange(_) => Self::new(Exit::Usage, error.to_string()),
+            ResizeError::NoRoom { .. } => Self::new(Exit::NotReady, error.to_string()),
+            ResizeError::Store(error) => error.into(),
         }
     }
 }

@@ -9,6 +9,7 @@ mod exit;
 mod output;
 mod pool;
 mod progress;
+mod resize;
 mod server;
 mod signature;
 mod terminal;
@@ -50,6 +51,7 @@ fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
             VolumeCommand::List => volume::list(&store, output),
             VolumeCommand::Show { volume } => volume::show(&store, &volume, output),
             VolumeCommand::Wait(wait) => volume::wait(&store, &wait, output),
+            VolumeCommand::Resize(arguments) => resize::resize(&store, &arguments, output),
             VolumeCommand::Delete(delete) => volume::delete(&store, &delete, output),
             VolumeCommand::Release { volume, force } => {
                 volume::release(&store, &volume, force, output)

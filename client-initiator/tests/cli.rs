@@ -321,6 +321,7 @@ fn published(entry: &cluster::VolumeEntry, holder: &str, written_ms: u64) -> Vol
             reason: "1 of 3 members in sync reachable, 2 needed".to_owned(),
             since_ms: written_ms - 7000,
         }),
+        size_bytes: 0,
         last: 1000,
         commit: 990,
         in_flight: 4,

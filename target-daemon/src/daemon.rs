@@ -450,7 +450,8 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
                 | Event::MemberSlow { .. }
                 | Event::Mended { .. }
                 | Event::RingsStarted { .. }
-                | Event::RingsStopped { .. },
+                | Event::RingsStopped { .. }
+                | Event::Resized { .. },
             )
             | None => {}
             Some(Event::PoolFailed { reason }) => {

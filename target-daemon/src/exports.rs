@@ -284,6 +284,7 @@ impl Exports {
             | Event::MemberUp { .. }
             | Event::MemberSlow { .. }
             | Event::Mended { .. }
+            | Event::Resized { .. }
             | Event::PoolFailed { .. }
             | Event::Stopped => {}
         }

@@ -199,6 +199,7 @@ impl Healer {
             | Event::MemberSlow { .. }
             | Event::RingsStarted { .. }
             | Event::RingsStopped { .. }
+            | Event::Resized { .. }
             | Event::PoolFailed { .. }
             | Event::Stopped => {}
         }

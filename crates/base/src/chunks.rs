@@ -2,7 +2,7 @@
 //! as bytes in a buffer, since it crosses the network as data.
 //!
 //! Little-endian: trimmed position (epoch 8, seq 8), commit seq 8, next chunk 4 ([`NO_MORE`] after
-//! the last), number of entries 4; then for each chunk that has blocks, by number: number 4, newest
+//! the last), number of entries 4, the replica's size in blocks 8; then for each chunk that has blocks, by number: number 4, newest
 //! seq 8. All records at or below the trimmed position are home. A chunk that misses between two
 //! others, or before the next chunk, has no block.
 
@@ -14,7 +14,7 @@ pub const NO_MORE: u32 = u32::MAX;
 /// In place of a chunk's newest seq: not known, and above all that are.
 pub const UNKNOWN: Seq = Seq(u64::MAX);
 
-const HEADER_BYTES: usize = 32;
+const HEADER_BYTES: usize = 40;
 const ENTRY_BYTES: usize = 12;
 
 /// What stands before the entries.
@@ -26,6 +26,8 @@ pub struct ListHeader {
     pub commit: Seq,
     /// The chunk to ask for next, or [`NO_MORE`].
     pub next: u32,
+    /// The replica's size in blocks: what is asked for in smaller ranges may leave something out.
+    pub blocks: u64,
 }
 
 /// A chunk that has blocks.
@@ -55,6 +57,7 @@ pub fn encode(header: &ListHeader, entries: &[ListEntry], out: &mut [u8]) -> usi
     out[16..24].copy_from_slice(&header.commit.0.to_le_bytes());
     out[24..28].copy_from_slice(&header.next.to_le_bytes());
     out[28..32].copy_from_slice(&count.to_le_bytes());
+    out[32..40].copy_from_slice(&header.blocks.to_le_bytes());
     for (entry, out) in entries.iter().zip(out[HEADER_BYTES..].chunks_exact_mut(ENTRY_BYTES)) {
         out[..4].copy_from_slice(&entry.chunk.to_le_bytes());
         out[4..].copy_from_slice(&entry.newest.0.to_le_bytes());
@@ -69,6 +72,7 @@ pub fn decode(bytes: &[u8]) -> Option<(ListHeader, impl Iterator<Item = ListEntr
         trimmed: Position::new(Epoch(u64_at(head, 0)), Seq(u64_at(head, 8))),
         commit: Seq(u64_at(head, 16)),
         next: u32_at(head, 24),
+        blocks: u64_at(head, 32),
     };
     let count = usize::try_from(u32_at(head, 28)).ok()?;
     let entries = rest.get(..count.checked_mul(ENTRY_BYTES)?)?.chunks_exact(ENTRY_BYTES);
@@ -96,8 +100,12 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 mod tests {
     use super::*;
 
-    const HEADER: ListHeader =
-        ListHeader { trimmed: Position::new(Epoch(3), Seq(70)), commit: Seq(90), next: 9 };
+    const HEADER: ListHeader = ListHeader {
+        trimmed: Position::new(Epoch(3), Seq(70)),
+        commit: Seq(90),
+        next: 9,
+        blocks: 2100,
+    };
 
     fn entry(chunk: u32, newest: u64) -> ListEntry {
         ListEntry { chunk, newest: Seq(newest) }
@@ -109,7 +117,7 @@ mod tests {
         let mut bytes = [0; 100];
         assert_eq!(capacity(bytes.len()), 5);
         let used = encode(&HEADER, &entries, &mut bytes);
-        assert_eq!(used, 68);
+        assert_eq!(used, 76);
         let (header, found) = decode(&bytes[..used]).unwrap();
         assert_eq!((header, found.collect::<Vec<_>>()), (HEADER, entries.to_vec()));
     }
@@ -119,7 +127,7 @@ mod tests {
         let mut bytes = [0; 100];
         let used = encode(&HEADER, &[entry(3, 1), entry(4, 1)], &mut bytes);
         assert!(decode(&bytes[..used - 1]).is_none(), "cut short");
-        assert!(decode(&bytes[..31]).is_none(), "no header");
+        assert!(decode(&bytes[..39]).is_none(), "no header");
         let used = encode(&HEADER, &[entry(4, 1), entry(4, 1)], &mut bytes);
         assert!(decode(&bytes[..used]).is_none(), "twice the same");
         let used = encode(&HEADER, &[entry(9, 1)], &mut bytes);

@@ -73,6 +73,13 @@ pub enum CommandBody {
         /// The last seq to keep.
         keep: Seq,
     },
+    /// The shard has at least so many blocks from now on: durably, before the answer. Appends may
+    /// follow at once, also beyond the old end: none of them takes effect before this has.
+    /// A replica that is as large already has nothing to do. Answered by [`ReplyBody::Done`].
+    Grow {
+        /// The shard's size in blocks.
+        blocks: u64,
+    },
     /// Only news of `commit`, sent when nothing else carries it. Answered by [`ReplyBody::Done`].
     Trim,
     /// The head is leaving in good order; a later Seal need not wait for it.
@@ -157,6 +164,7 @@ impl CommandBody {
             Self::Scan { .. } => "Scan",
             Self::ScanRun { .. } => "ScanRun",
             Self::Truncate { .. } => "Truncate",
+            Self::Grow { .. } => "Grow",
             Self::Trim => "Trim",
             Self::Release => "Release",
             Self::Renew => "Renew",
@@ -187,6 +195,8 @@ pub struct ReplicaState {
     pub filling: bool,
     /// Durable records were lost here: it must be filled anew.
     pub damaged: bool,
+    /// The replica's size in blocks: no record in its log reaches beyond.
+    pub blocks: u64,
 }
 
 /// How a server sees another one.
@@ -254,7 +264,7 @@ pub enum ReplyBody {
         /// The log's new end.
         last: Position,
     },
-    /// To Trim, Release, Renew and Hello; to Fetch: there is no such block.
+    /// To Grow, Trim, Release, Renew and Hello; to Fetch: there is no such block.
     Done,
     /// To HealthOf.
     Health(Health),

@@ -16,6 +16,7 @@ use crate::heal::Step;
 use crate::lease::{self, Acquire, AcquireError, Marked};
 use crate::members::{self, ChangeOutcome};
 use crate::records::{Draining, Heartbeat, Problem, ServerRecord, VolumeEntry};
+use crate::resize::{ResizeError, resize};
 use crate::servers::{self, DrainError, RegisterError, Remaining, RemoveError};
 use crate::status::{FillReport, MemberReport, Rates, StallReport, VolumeStatus};
 use crate::store::ClusterStore;
@@ -33,13 +34,14 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
 
 /// Runs those tests in which no one else gets between an attempt and the next.
 pub(crate) fn run_apart(open: impl Fn() -> Opened) {
-    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 17] = [
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 18] = [
         inserts_are_unique_and_seen_by_others,
         updates_are_conditional_on_both_versions,
         epochs_and_tombstones_do_not_go_back,
         servers_register_and_beat,
         changes_are_noticed,
         volumes_live_and_die,
+        volumes_grow_where_there_is_room,
         bad_volumes_are_refused,
         leases_have_one_holder,
         standbys_take_what_is_yielded,
@@ -299,6 +301,44 @@ fn volumes_live_and_die(one: &dyn ClusterStore, two: &dyn ClusterStore) {
     assert!(one.volumes().unwrap().is_empty(), "the tombstone is purged");
 }
 
+fn volumes_grow_where_there_is_room(store: &dyn ClusterStore, other: &dyn ClusterStore) {
+    const CHUNK: u64 = 4 << 20;
+    running_server(store, 1, 4 * CHUNK);
+    running_server(store, 2, 8 * CHUNK);
+    let entry = volumes::create(store, &new_volume("grows", 2)).unwrap();
+    let id = entry.volume.id;
+    let size = |store: &dyn ClusterStore| store.volume(id).unwrap().unwrap().volume.size_bytes;
+
+    let resized = resize(store, id, CHUNK + 512).unwrap();
+    assert_eq!((resized.before_bytes, resized.entry.volume.size_bytes), (1 << 20, CHUNK + 512));
+    assert_eq!(size(other), CHUNK + 512);
+    let revision = store.revision().unwrap();
+    let again = resize(other, id, CHUNK + 512).unwrap();
+    assert_eq!((again.before_bytes, store.revision().unwrap()), (CHUNK + 512, revision));
+
+    let error = resize(store, id, CHUNK).unwrap_err();
+    assert!(matches!(error, ResizeError::Shrinks { .. }), "{error}");
+    let error = resize(store, id, 2 * CHUNK + 100).unwrap_err();
+    assert!(matches!(error, ResizeError::SizeNotMultiple { .. }), "{error}");
+    assert!(error.to_string().contains(&(2 * CHUNK + 512).to_string()), "{error}");
+    let error = resize(store, id, 1 << 60).unwrap_err();
+    assert!(matches!(error, ResizeError::SizeOutOfRange(_)), "{error}");
+
+    // What others were promised is theirs: two chunks here, one there.
+    volumes::create(store, &new_volume("another", 2)).unwrap();
+    let error = resize(store, id, 3 * CHUNK + 512).unwrap_err();
+    let expected = format!("s1 has {CHUNK} bytes of room, {} more are needed", 2 * CHUNK);
+    assert!(error.to_string().contains(&expected), "{error}");
+    resize(store, id, 3 * CHUNK).unwrap();
+    assert_eq!(size(other), 3 * CHUNK);
+    // The last chunk of the first server is taken now.
+    let error = volumes::create(store, &new_volume("third", 2)).unwrap_err();
+    assert!(matches!(error, CreateError::Placement(_)), "{error}");
+
+    volumes::delete(store, id).unwrap();
+    assert!(matches!(resize(store, id, 3 * CHUNK), Err(ResizeError::Store(_))));
+}
+
 fn bad_volumes_are_refused(one: &dyn ClusterStore, _two: &dyn ClusterStore) {
     for number in 1..=2 {
         running_server(one, number, 12 << 20);
@@ -462,6 +502,7 @@ fn status(entry: &VolumeEntry, epoch: u64, written_ms: u64) -> VolumeStatus {
         written_ms,
         phase: "open".to_owned(),
         stall: Some(StallReport { reason: "1 of 3".to_owned(), since_ms: 5 }),
+        size_bytes: 0,
         last: 9,
         commit: 8,
         in_flight: 3,

@@ -44,6 +44,8 @@ pub enum EventKind {
     Stalled,
     /// Requests go on.
     Resumed,
+    /// A volume's guests may use its new size.
+    Resized,
     /// A member fell silent or was lost.
     MemberLost,
     /// A member is back.
@@ -92,6 +94,7 @@ impl fmt::Display for EventKind {
             Self::Waiting => "waiting",
             Self::Stalled => "stalled",
             Self::Resumed => "resumed",
+            Self::Resized => "resized",
             Self::MemberLost => "member lost",
             Self::MemberBack => "member back",
             Self::Degraded => "degraded",

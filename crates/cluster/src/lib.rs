@@ -25,6 +25,7 @@ pub mod members;
 mod name;
 mod placement;
 mod records;
+pub mod resize;
 pub mod servers;
 mod sqlite;
 mod status;

@@ -336,6 +336,26 @@ pub(crate) fn may_stay_failover(
         && free >= home_bytes(entry.volume.size_bytes)
 }
 
+/// What keeps the members' servers from keeping `entry`'s volume when it has `size_bytes` bytes: one text
+/// for each that has no room for what is added. A server that does not run just now will have to
+/// keep it nevertheless; one that has lost its pool keeps nothing of it.
+pub(crate) fn short_of_room(
+    entry: &VolumeEntry,
+    size_bytes: u64,
+    picture: &Picture,
+) -> Vec<String> {
+    let added = home_bytes(size_bytes).saturating_sub(home_bytes(entry.volume.size_bytes));
+    let staying = entry.shard.members.iter().filter(|member| member.role != Role::Leaving);
+    let short = |member: &Member| {
+        let server = &picture.server(member.server)?.server;
+        let free = server.capacity_bytes.saturating_sub(picture.usage.bytes(server.id));
+        let room = free.saturating_sub(picture.usage.reserved_but_for(server.id, Some(entry)));
+        let lacks = server.pool == member.pool && room < added;
+        lacks.then(|| format!("{} has {room} bytes of room, {added} more are needed", server.name))
+    };
+    staying.filter_map(short).collect()
+}
+
 /// Bytes that `entry` can still promise, if they are enough.
 /// Room that is kept for the volume of `replaced` counts as free.
 fn room(

@@ -25,6 +25,10 @@ pub struct VolumeStatus {
     /// Why requests wait, if they do.
     #[serde(default)]
     pub stall: Option<StallReport>,
+    /// Bytes that guests may use; 0: not told. Less than the volume record says while members are told of
+    /// a new size.
+    #[serde(default)]
+    pub size_bytes: u64,
     /// The newest record of its log.
     pub last: u64,
     /// Records through this seq are acknowledged.

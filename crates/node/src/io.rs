@@ -118,6 +118,14 @@ pub enum Input {
         /// The request.
         request: BlockRequest,
     },
+    /// A head's volume has grown: the cluster store's record says so. Nothing happens if the head is
+    /// gone, or knows that or a larger size.
+    GrowHead {
+        /// Which.
+        head: HeadHandle,
+        /// The size in blocks.
+        blocks: u64,
+    },
     /// Finish what a head has accepted, release its members, end it.
     ReleaseHead(HeadHandle),
     /// No guest uses a head's volume for now: see [`volume::Input::Rest`].
@@ -237,6 +245,11 @@ pub enum HeadEvent {
         lba: Lba,
         /// Number of blocks.
         blocks: BlockCount,
+    },
+    /// Enough members have the volume's new size: front ends may use it.
+    Resized {
+        /// The size in blocks.
+        blocks: u64,
     },
     /// A member is far slower than the others, or is no longer.
     MemberSlow {

@@ -268,6 +268,7 @@ impl ReplicaService {
             | CommandBody::Read { .. }
             | CommandBody::Flush
             | CommandBody::Truncate { .. }
+            | CommandBody::Grow { .. }
             | CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew

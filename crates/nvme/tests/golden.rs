@@ -160,7 +160,7 @@ fn replica_commands() {
         (
             CommandBody::Seal,
             format!(
-                "c2 {COMMON} {answer} 38000000 0000005a 30313233343536373839616263646566 03000000 00000000"
+                "c2 {COMMON} {answer} 40000000 0000005a 30313233343536373839616263646566 03000000 00000000"
             ),
         ),
         (
@@ -209,6 +209,10 @@ fn replica_commands_of_state_and_filling() {
     let answer = "0000000000000000";
     check_commands([
         (CommandBody::Renew, format!("ee {COMMON} {answer} 10000000 0000005a (00*24)")),
+        (
+            CommandBody::Grow { blocks: 0x55 },
+            format!("fa {COMMON} {answer} 10000000 0000005a 5500000000000000 (00*16)"),
+        ),
         (
             CommandBody::Hello { reason: HelloReason::IoError, acknowledged: Seq(0x33) },
             format!(
@@ -272,10 +276,11 @@ fn replica_answers_and_errors() {
         trimmed: Seq(5),
         filling: true,
         damaged: true,
+        blocks: 6,
     };
     let bytes = hex(
         "0700000000000000 0100000000000000 0200000000000000 0300000000000000 0400000000000000 \
-         0500000000000000 0300000000000000",
+         0500000000000000 0300000000000000 0600000000000000",
     );
     assert_eq!(replica::encode_state(&state)[..], bytes);
     assert_eq!(replica::decode_state(&bytes), state);

@@ -353,6 +353,14 @@ pub enum Event {
         /// It is slow now.
         slow: bool,
     },
+    /// Enough members of the volume have its new size: it is served from now on, and the guests were
+    /// told.
+    Resized {
+        /// The volume.
+        volume: VolumeId,
+        /// Its size.
+        size_bytes: u64,
+    },
     /// A pending head has opened.
     Opened {
         /// The volume.
@@ -471,6 +479,9 @@ pub struct HeadStatus {
     pub epoch: Epoch,
     /// What it does.
     pub phase: HeadPhase,
+    /// Bytes that guests may use. Less than the volume record says while members are told of a new
+    /// size.
+    pub size_bytes: u64,
     /// The last seq it gave out.
     pub last: Seq,
     /// The last seq that is acknowledged.
@@ -680,6 +691,16 @@ pub trait DataPlane: Send + Sync {
         volume: VolumeId,
         epoch: Epoch,
         shard: &ShardRecord,
+        wait: Duration,
+    ) -> Result<(), ChangeError>;
+
+    /// The volume of the head in `epoch` has grown: the cluster store's record says so. Its members are
+    /// told, then its guests ([`Event::Resized`]). A head that knows has nothing to do.
+    fn volume_grown(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        size_bytes: u64,
         wait: Duration,
     ) -> Result<(), ChangeError>;
 

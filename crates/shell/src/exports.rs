@@ -163,6 +163,14 @@ impl Exports {
         }
     }
 
+    /// Guests of `volume` may use so many bytes from now on.
+    pub(crate) fn volume_resized(&mut self, volume: VolumeId, size_bytes: u64) {
+        for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
+            let blocks = size_bytes >> export.device.config().block_size.log2();
+            export.device.resize(blocks);
+        }
+    }
+
     /// Takes requests out of rings and hands them to the heads. Rings that were found blocked are
     /// tried again: buffers also come free without a reply, when a slow member answers at last.
     ///

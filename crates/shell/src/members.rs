@@ -1,10 +1,10 @@
 //! Changes of members, and what servers tell heads: from the control plane to the node.
 
 use base::{Epoch, ShardRecord, VolumeId};
-use node::{Audience, HeadHandle};
+use node::{Audience, HeadHandle, Input};
 use volume::MembershipError;
 
-use crate::control::{ChangeError, ControlError, StateNotice};
+use crate::control::{ChangeError, ControlError, Event, StateNotice};
 use crate::worker::Worker;
 
 impl Worker {
@@ -35,21 +35,55 @@ impl Worker {
         Ok(())
     }
 
+    /// Takes note that the cluster store's record says another size.
+    pub(crate) fn volume_grown(
+        &mut self,
+        volume: VolumeId,
+        epoch: Epoch,
+        size_bytes: u64,
+    ) -> Result<(), ChangeError> {
+        let handle = self.find_head(volume, epoch)?;
+        let head = self.heads.get_mut(&volume).expect("found just now");
+        let record = &mut head.spec.volume;
+        let Some(blocks) = record.block_size.blocks(size_bytes) else {
+            let reason = format!("{size_bytes} bytes are not whole blocks");
+            return Err(ChangeError::Refused { reason });
+        };
+        record.size_bytes = record.size_bytes.max(size_bytes);
+        self.node.handle(self.reactor.now(), Input::GrowHead { head: handle, blocks });
+        Ok(())
+    }
+
+    /// Enough members have the new size: guests may use it.
+    pub(crate) fn volume_resized(&mut self, volume: VolumeId, epoch: Epoch, blocks: u64) {
+        let Some(head) = self.heads.get(&volume) else { return };
+        let size_bytes = blocks << head.spec.volume.block_size.log2();
+        tracing::info!(%volume, %epoch, size_bytes, "the volume has grown");
+        self.exports.volume_resized(volume, size_bytes);
+        // Nobody listens any more only when everything ends.
+        let _ = self.events.send(Event::Resized { volume, size_bytes });
+    }
+
+    fn find_head(&self, volume: VolumeId, epoch: Epoch) -> Result<HeadHandle, ChangeError> {
+        let head = self.heads.get(&volume).ok_or(ControlError::NoHead(volume))?;
+        if head.spec.volume.epoch != epoch {
+            return Err(ChangeError::OtherEpoch { volume, epoch: head.spec.volume.epoch });
+        }
+        Ok(head.handle)
+    }
+
     fn check_head(
         &self,
         volume: VolumeId,
         epoch: Epoch,
         shard: &ShardRecord,
     ) -> Result<HeadHandle, ChangeError> {
-        let head = self.heads.get(&volume).ok_or(ControlError::NoHead(volume))?;
-        if head.spec.volume.epoch != epoch {
-            return Err(ChangeError::OtherEpoch { volume, epoch: head.spec.volume.epoch });
-        }
-        if shard.volume != volume || shard.shard != head.spec.shard.shard {
+        let handle = self.find_head(volume, epoch)?;
+        if shard.volume != volume || shard.shard != self.heads[&volume].spec.shard.shard {
             let reason = "the record is another shard's".to_owned();
             return Err(ChangeError::Refused { reason });
         }
-        Ok(head.handle)
+        Ok(handle)
     }
 
     /// Tells the heads that have, or may have, a member here.

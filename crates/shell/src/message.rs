@@ -62,6 +62,12 @@ pub(crate) enum Message {
         shard: ShardRecord,
         answer: Answer<Result<(), ChangeError>>,
     },
+    VolumeGrown {
+        volume: VolumeId,
+        epoch: Epoch,
+        size_bytes: u64,
+        answer: Answer<Result<(), ChangeError>>,
+    },
     Publish(StateNotice),
     AddExport {
         spec: ExportSpec,

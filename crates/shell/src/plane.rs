@@ -461,6 +461,21 @@ impl DataPlane for Plane {
         })?
     }
 
+    fn volume_grown(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        size_bytes: u64,
+        wait: Duration,
+    ) -> Result<(), ChangeError> {
+        self.mail().ask("tell the volume's new size", wait, |answer| Message::VolumeGrown {
+            volume,
+            epoch,
+            size_bytes,
+            answer,
+        })?
+    }
+
     fn publish(&self, notice: &StateNotice) -> Result<(), ControlError> {
         self.mail().send("publish a state message", Message::Publish(*notice), STATUS_WAIT)
     }

@@ -54,6 +54,7 @@ impl Worker {
                     volume,
                     epoch: status.epoch,
                     phase: self.phase(state, &status),
+                    size_bytes: status.blocks << state.spec.volume.block_size.log2(),
                     last: status.last.seq,
                     commit: status.commit,
                     in_flight: u32::try_from(status.in_flight + status.queued).unwrap_or(u32::MAX),

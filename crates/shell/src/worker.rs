@@ -61,7 +61,7 @@ pub(crate) struct Worker {
     pub(crate) handing_over: Option<HandingOver>,
     asked: Slab<Asked>,
     mail: Receiver<Message>,
-    events: mpsc::Sender<Event>,
+    pub(crate) events: mpsc::Sender<Event>,
     guest_buffers: BufferPool,
     stopping: Option<Answer<()>>,
 }
@@ -336,6 +336,9 @@ impl Worker {
             Message::MembersChanged { volume, epoch, shard, answer } => {
                 drop(answer.try_send(self.members_changed(volume, epoch, &shard)));
             }
+            Message::VolumeGrown { volume, epoch, size_bytes, answer } => {
+                drop(answer.try_send(self.volume_grown(volume, epoch, size_bytes)));
+            }
             Message::Publish(notice) => self.publish(notice),
             Message::AddExport { spec, answer } => {
                 let result = self.add_export(spec);
@@ -528,6 +531,8 @@ impl Worker {
                 for answer in head.opening.drain(..) {
                     drop(answer.try_send(Ok(Opening::Open)));
                 }
+                // Exports may be older than this head: from before the volume grew.
+                self.exports.volume_resized(volume, head.spec.volume.size_bytes);
                 self.exports.volume_opened(volume);
                 let _ = self.events.send(Event::Opened { volume, epoch });
             }
@@ -551,6 +556,7 @@ impl Worker {
                 }
                 let _ = self.events.send(Event::MemberSlow { volume, server, slow });
             }
+            HeadEvent::Resized { blocks } => self.volume_resized(volume, epoch, blocks),
             HeadEvent::Superseded { sealed } => {
                 // Whoever opened the head says what became of the volume.
                 tracing::info!(

@@ -661,7 +661,7 @@ impl World {
                 }
             }
             HeadEvent::Failed { reason } => self.fail(&format!("a head ended itself: {reason}")),
-            HeadEvent::MemberSlow { .. } => {}
+            HeadEvent::MemberSlow { .. } | HeadEvent::Resized { .. } => {}
             HeadEvent::Mended { .. } => places.reach(Place::BlocksMended),
             HeadEvent::Stalled { .. } => places.reach(Place::HeadStalled),
             HeadEvent::Resumed => places.reach(Place::HeadResumed),

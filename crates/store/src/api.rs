@@ -128,8 +128,8 @@ pub enum DiskError {
 /// A command to one replica, session and epoch checks done.
 #[derive(Debug)]
 pub enum Command {
-    /// Makes a replica: durable when answered with `Done`. An existing replica of the same size
-    /// and block size is left as it is; of another one, `Invalid`.
+    /// Makes a replica: durable when answered with `Done`. An existing replica of the same block size
+    /// is left as it is (the volume may have grown meanwhile: its head says so); of another one, `Invalid`.
     Create {
         /// Which replica.
         key: ReplicaKey,
@@ -213,6 +213,15 @@ pub enum Command {
         key: ReplicaKey,
         /// The last seq to keep.
         keep: Seq,
+    },
+    /// The replica has at least so many blocks from now on, at most `VOLUME_BYTES_MAX`. Appends beyond the
+    /// old end may follow at once; they wait. What is new reads as zeroes. Durable when answered
+    /// with `Done`.
+    Grow {
+        /// Which replica.
+        key: ReplicaKey,
+        /// The shard's size in blocks.
+        blocks: u64,
     },
     /// Only news of the commit seq. Answered `Done`. Send it only to a replica whose log is known
     /// to be a prefix of the head's: what it covers may go home at once. Counts no further than
@@ -325,6 +334,7 @@ impl Command {
             | Self::Scan { key, .. }
             | Self::ScanRun { key, .. }
             | Self::Truncate { key, .. }
+            | Self::Grow { key, .. }
             | Self::Commit { key, .. }
             | Self::List { key, .. }
             | Self::Fetch { key, .. }

@@ -76,7 +76,7 @@ impl Store {
             Some(ReplicaError::Damaged)
         } else if header.key != key
             || header.block_size != replica.block_size
-            || header.lba.checked_add(header.blocks).is_none_or(|end| end.0 > replica.blocks)
+            || header.lba.checked_add(header.blocks).is_none_or(|end| end.0 > replica.blocks_coming)
         {
             Some(ReplicaError::Invalid)
         } else if replica.exclusive != Exclusive::None
@@ -132,7 +132,11 @@ impl Store {
                 let Some(replica) = self.replicas[usize::from(*slot)].as_mut() else {
                     return false;
                 };
-                if replica.pending.is_empty() || replica.batches.len() >= BATCHES_MAX {
+                if replica.pending.is_empty()
+                    || replica.batches.len() >= BATCHES_MAX
+                    // Goes on when the journal has the growth.
+                    || !replica.is_grown_for(replica.pending[0].record.header())
+                {
                     replica.ready = false;
                     return false;
                 }
@@ -162,6 +166,9 @@ impl Store {
         let mut blocked = Blocked::Segment;
         for pending in replica.pending.iter().take(BATCH_RECORDS_MAX) {
             let header = pending.record.header();
+            if !replica.is_grown_for(header) {
+                break;
+            }
             let mut next = fit;
             next.records += 1;
             next.header_bytes += pending.record.header_bytes().len();

@@ -49,7 +49,8 @@ impl Store {
             | Entry::Chunk { replica, .. }
             | Entry::ChunkFree { replica, .. }
             | Entry::Filling { replica, .. }
-            | Entry::Filled { replica, .. } => replica,
+            | Entry::Filled { replica, .. }
+            | Entry::Grow { replica, .. } => replica,
         };
         let Some(replica) = self.replicas.get_mut(usize::from(slot)).and_then(Option::as_mut)
         else {
@@ -77,6 +78,7 @@ impl Store {
                 self.apply_filling(slot, ordinal, through, keep_home);
             }
             Entry::Filled { ordinal, position, .. } => self.apply_filled(slot, ordinal, position),
+            Entry::Grow { blocks, .. } => return self.apply_grow(slot, blocks),
         }
         true
     }
@@ -179,6 +181,44 @@ impl Store {
         for (_, tag) in replica.flushes {
             self.done(tag, Err(ReplicaError::NoReplica));
         }
+    }
+
+    /// Makes a replica larger. Appends may follow at once; those beyond the old end wait for the
+    /// journal to have this.
+    pub(crate) fn grow(&mut self, tag: u64, key: ReplicaKey, blocks: u64) {
+        let slot = match self.find_for_change(key) {
+            Ok(slot) => slot,
+            Err(error) => return self.done(tag, Err(error)),
+        };
+        let replica = self.replica_mut(slot);
+        if blocks <= replica.blocks {
+            return self.done(tag, Ok(ReplyBody::Done));
+        }
+        let limit = base::limits::VOLUME_BYTES_MAX >> replica.block_size.log2();
+        let deleted = matches!(replica.exclusive, Exclusive::Delete(_));
+        if blocks > limit || deleted {
+            return self.done(tag, Err(ReplicaError::Invalid));
+        }
+        replica.blocks_coming = replica.blocks_coming.max(blocks);
+        self.journal.push(Entry::Grow { replica: slot, blocks }, After::Done(tag));
+    }
+
+    /// A size never shrinks, so of two entries the larger one counts.
+    fn apply_grow(&mut self, slot: u16, blocks: u64) -> bool {
+        let chunk_bytes = self.geometry.chunk_bytes;
+        let replica = self.replica_mut(slot);
+        if blocks > base::limits::VOLUME_BYTES_MAX >> replica.block_size.log2() {
+            return false;
+        }
+        if blocks > replica.blocks {
+            replica.blocks = blocks;
+            replica.blocks_coming = replica.blocks_coming.max(blocks);
+            replica.chunks.grow(blocks.div_ceil(chunk_bytes >> replica.block_size.log2()));
+            if self.phase == Phase::Open {
+                self.make_ready(slot);
+            }
+        }
+        true
     }
 
     pub(crate) fn truncate(&mut self, tag: u64, key: ReplicaKey, keep: Seq) {

@@ -93,7 +93,8 @@ impl Store {
             return Err(ReplicaError::Invalid);
         }
         let trimmed = replica.home_through();
-        let mut header = ListHeader { trimmed, commit: replica.commit, next: NO_MORE };
+        let mut header =
+            ListHeader { trimmed, commit: replica.commit, next: NO_MORE, blocks: replica.blocks };
         let (unit, own) = (u64::from(unit.0), self.chunk_blocks(replica.block_size) as u64);
         let units = replica.blocks.div_ceil(unit);
         let mut chunk = u64::from(first) * unit / own;

@@ -201,6 +201,14 @@ impl ChunkMap {
         Self { leaves: vec![None; leaves], count: 0 }
     }
 
+    /// Makes room for more chunks.
+    pub(crate) fn grow(&mut self, chunks: u64) {
+        let leaves = usize::try_from(chunks.div_ceil(LEAF as u64)).expect("bounded by a volume");
+        if leaves > self.leaves.len() {
+            self.leaves.resize(leaves, None);
+        }
+    }
+
     /// Chunks that have a place.
     pub(crate) const fn count(&self) -> usize {
         self.count

@@ -167,6 +167,8 @@ pub(crate) enum Entry {
     /// or a higher one. Without `keep_home` it has no chunk either; else chunks that are kept
     /// hold every record through `through`.
     Filling { replica: u16, ordinal: u64, through: Seq, keep_home: bool },
+    /// The replica has so many blocks.
+    Grow { replica: u16, blocks: u64 },
     /// It is filled: home holds everything through this position, or what comes after it in the log.
     Filled { replica: u16, ordinal: u64, position: Position },
 }
@@ -221,7 +223,8 @@ impl Entry {
             | Self::Chunk { replica, .. }
             | Self::ChunkFree { replica, .. }
             | Self::Filling { replica, .. }
-            | Self::Filled { replica, .. } => Some(replica),
+            | Self::Filled { replica, .. }
+            | Self::Grow { replica, .. } => Some(replica),
         }
     }
 
@@ -268,6 +271,7 @@ impl Entry {
             Self::Filled { replica, ordinal, position } => {
                 Encoded::new(12).u16(replica).u64(ordinal).u64(position.epoch.0).u64(position.seq.0)
             }
+            Self::Grow { replica, blocks } => Encoded::new(13).u16(replica).u64(blocks),
         }
     }
 
@@ -337,6 +341,7 @@ impl Entry {
                 ordinal: from.u64()?,
                 position: position(from)?,
             },
+            13 => Self::Grow { replica: from.u16()?, blocks: from.u64()? },
             _ => return None,
         })
     }
@@ -385,7 +390,7 @@ mod tests {
         let long = |values: &[u64]| -> Vec<u8> {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
-        let cases: [(Entry, Vec<u8>); 12] = [
+        let cases: [(Entry, Vec<u8>); 13] = [
             (Entry::Counters { incarnation: 1, version: 2 }, vec![1, 1, 0, 0, 0, 2, 0, 0, 0]),
             (
                 Entry::Create {
@@ -398,6 +403,7 @@ mod tests {
                 [&[2, 9, 0, 4, 0, 0, 0][..], &[2; 16], &[3, 0, 0, 0, 12], &long(&[5])].concat(),
             ),
             (Entry::Delete { replica: 9 }, vec![3, 9, 0]),
+            (Entry::Grow { replica: 9, blocks: 5 }, [&[13, 9, 0][..], &long(&[5])].concat()),
             (Entry::Seal { replica: 9, epoch: Epoch(5) }, [&[4, 9, 0][..], &long(&[5])].concat()),
             (
                 Entry::Flushed { replica: 9, ordinal: 5, position: keep },

@@ -136,7 +136,7 @@ impl Store {
         if blocks.0 == 0
             || bytes > PAYLOAD_BYTES_MAX as u64
             || bytes > buffer.capacity() as u64
-            || end.is_none_or(|end| end.0 > replica.blocks)
+            || end.is_none_or(|end| end.0 > replica.blocks_coming)
         {
             return self.done(tag, Err(ReplicaError::Invalid));
         }

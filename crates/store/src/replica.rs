@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use base::{BlockSize, Epoch, Position, Record, ReplicaKey, ReplicaState, Seq};
+use base::{BlockSize, Epoch, Position, Record, RecordHeader, ReplicaKey, ReplicaState, Seq};
 
 use crate::extents::Extents;
 use crate::home::ChunkMap;
@@ -67,6 +67,8 @@ pub(crate) struct Replica {
     pub(crate) incarnation: u32,
     pub(crate) block_size: BlockSize,
     pub(crate) blocks: u64,
+    /// Its size once the journal has what it was given: appends and reads within are accepted.
+    pub(crate) blocks_coming: u64,
 
     // What metadata says; changed only when the journal has it.
     pub(crate) sealed: Epoch,
@@ -160,6 +162,7 @@ impl Replica {
             incarnation,
             block_size,
             blocks,
+            blocks_coming: blocks,
             sealed: Epoch::NONE,
             first_ordinal: 1,
             trimmed: Position::ZERO,
@@ -203,7 +206,13 @@ impl Replica {
             trimmed: self.trimmed.seq,
             filling: self.filling,
             damaged: self.damaged,
+            blocks: self.blocks,
         }
+    }
+
+    /// The record is within what metadata says of the size.
+    pub(crate) fn is_grown_for(&self, header: &RecordHeader) -> bool {
+        header.lba.0 + u64::from(header.blocks.0) <= self.blocks
     }
 
     /// The index does not have everything that is in the log.

@@ -509,6 +509,7 @@ impl Store {
                 self.start_scan(tag, key, (seq, records), buffer);
             }
             Command::Truncate { key, keep } => self.truncate(tag, key, keep),
+            Command::Grow { key, blocks } => self.grow(tag, key, blocks),
             Command::Commit { key, commit } => match self.find(key) {
                 Ok(slot) => {
                     self.replica_mut(slot).note_commit(commit);
@@ -566,9 +567,7 @@ impl Store {
         }
         if let Some(slot) = self.by_key.get(&key) {
             let replica = self.replica_ref(*slot);
-            let same = replica.block_size == block_size
-                && replica.blocks == blocks
-                && replica.exclusive == Exclusive::None;
+            let same = replica.block_size == block_size && replica.exclusive == Exclusive::None;
             let result = if same { Ok(ReplyBody::Done) } else { Err(ReplicaError::Invalid) };
             return self.done(tag, result);
         }
@@ -743,6 +742,7 @@ impl Store {
         self.check_chunks();
         assert!(self.segments.blocks <= self.index.entries_max() as u64, "the budget holds");
         for replica in self.replicas.iter().flatten() {
+            assert!(replica.blocks <= replica.blocks_coming);
             assert!(replica.trimmed.seq <= replica.written.seq);
             assert!(replica.durable <= replica.written.seq);
             assert!(replica.written.seq <= replica.issued.seq);

@@ -1,7 +1,7 @@
 //! Every crash of small histories.
 //!
 //! Sequences of up to three operations (write, overwrite, discard, flush, flush to home,
-//! checkpoint), in a log with room and in one where every flush to home is followed by a trim.
+//! checkpoint, growth with a write beyond the old end right behind it), in a log with room and in one where every flush to home is followed by a trim.
 //! Power goes after each disk operation that is issued or completes, and of the sectors that were written
 //! and not synced any subset has landed; of a sector written twice, any version. The store must
 //! open, must hold everything that was promised, and must hold exactly some prefix of the history.
@@ -32,6 +32,9 @@ use store::{
 const SUBSETS_MAX: usize = 1 << 12;
 const SECTOR: usize = 512;
 const BLOCKS: u64 = 256;
+/// Blocks that one growth adds, and all of a history together at most.
+const GROWTH: u64 = 8;
+const GROWTH_MAX: u64 = 4 * GROWTH;
 const POOL: [u8; 16] = [1; 16];
 
 type Sector = [u8; SECTOR];
@@ -226,10 +229,14 @@ impl World {
         }
     }
 
-    fn ask(&mut self, command: Command, crash: Crash<'_>) -> ReplyBody {
+    fn send(&mut self, command: Command) -> u64 {
         self.tag += 1;
-        let tag = self.tag;
-        self.store.handle(self.now, Input::Command { tag, command });
+        self.store.handle(self.now, Input::Command { tag: self.tag, command });
+        self.tag
+    }
+
+    fn ask(&mut self, command: Command, crash: Crash<'_>) -> ReplyBody {
+        let tag = self.send(command);
         loop {
             self.drain(crash);
             if let Some(at) = self.answers.iter().position(|(other, _)| *other == tag) {
@@ -274,10 +281,18 @@ enum Step {
     Flush,
     Home,
     Checkpoint,
+    Grow,
 }
 
-const STEPS: [Step; 6] =
-    [Step::Write, Step::Overwrite, Step::Discard, Step::Flush, Step::Home, Step::Checkpoint];
+const STEPS: [Step; 7] = [
+    Step::Write,
+    Step::Overwrite,
+    Step::Discard,
+    Step::Flush,
+    Step::Home,
+    Step::Checkpoint,
+    Step::Grow,
+];
 
 /// What the history promises at a crash point.
 #[derive(Clone, Debug, Default)]
@@ -285,11 +300,13 @@ struct History {
     /// For each record the blocks that it changes, and to what; 0: zeroes.
     records: Vec<(core::ops::Range<u64>, u64)>,
     durable: u64,
+    /// The replica's size, as far as it is promised.
+    blocks: u64,
 }
 
 impl History {
     fn contents(&self, through: u64) -> Vec<u64> {
-        let mut ids = vec![0; BLOCKS as usize];
+        let mut ids = vec![0; (BLOCKS + GROWTH_MAX) as usize];
         for (range, id) in &self.records[..through as usize] {
             ids[range.start as usize..range.end as usize].fill(*id);
         }
@@ -413,6 +430,16 @@ impl Enumeration {
                 world.settle(&mut |world| crash(self, world, history));
                 assert_eq!(world.store.usage().log_dirty_bytes, 0);
             }
+            Step::Grow => {
+                let blocks = history.blocks + GROWTH;
+                let grown = world.send(Command::Grow { key: key(), blocks });
+                self.append(world, history, blocks - 2..blocks, RecordKind::Write, crash);
+                // What follows takes effect after it.
+                let answer = world.answers.iter().position(|(tag, _)| *tag == grown);
+                let answer = world.answers.swap_remove(answer.expect("it was answered before"));
+                assert!(matches!(answer.1, Ok(ReplyBody::Done)));
+                history.blocks = blocks;
+            }
             Step::Checkpoint => {
                 world.store.checkpoint();
                 world.settle(&mut |world| crash(self, world, history));
@@ -423,7 +450,7 @@ impl Enumeration {
     /// A volume with something home and something not.
     fn begin(&mut self, tight: bool) -> (World, History) {
         let mut world = World::open(formatted(), &self.buffers);
-        let mut history = History::default();
+        let mut history = History { blocks: BLOCKS, ..History::default() };
         let (block_size, blocks) = (BlockSize::B512, BLOCKS);
         world.ask(Command::Create { key: key(), block_size, blocks }, &mut |_| ());
         let nothing = &mut |_: &mut Self, _: &World, _: &History| ();
@@ -525,7 +552,9 @@ impl Enumeration {
         let point = self.count.points;
         let what = || format!("{steps:?}, crash point {point}: versions {picks:?}");
         let mut opened = World::open(media, &self.buffers);
-        let state = opened.store.replica(key()).expect("replicas stay").state;
+        let replica = opened.store.replica(key()).expect("replicas stay");
+        let state = replica.state;
+        assert!(replica.blocks >= history.blocks, "{}: {} blocks", what(), replica.blocks);
         let last = state.last.seq.0;
         assert!(last >= history.durable, "{}: {last} of {}", what(), history.durable);
         assert!(last <= history.records.len() as u64, "{}: out of nowhere", what());
@@ -533,6 +562,7 @@ impl Enumeration {
         opened.store.check_invariants();
         let mut history = history.clone();
         history.records.truncate(last as usize);
+        history.blocks = replica.blocks;
         self.verify(&mut opened, &history, &what);
         if self.count.states.is_multiple_of(4) {
             // And it goes on from there.
@@ -546,13 +576,20 @@ impl Enumeration {
 
     fn verify(&mut self, opened: &mut World, history: &History, what: &dyn Fn() -> String) {
         let last = history.records.len() as u64;
-        let buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers come back");
-        let (lba, blocks) = (Lba(0), BlockCount(BLOCKS as u32));
-        let read = Command::Read { key: key(), lba, blocks, covers: Seq(last), buffer };
-        let ReplyBody::Data(data) = opened.ask(read, &mut |_| ()) else { panic!("{}", what()) };
         let ids = history.contents(last);
-        for (lba, (block, id)) in data.bytes().chunks_exact(SECTOR).zip(ids).enumerate() {
-            assert!(block == pattern(id, lba as u64), "{}: block {lba} after {last}", what());
+        for range in [0..BLOCKS, BLOCKS..history.blocks] {
+            if range.is_empty() {
+                continue;
+            }
+            let bytes = base::limits::PAYLOAD_BYTES_MAX;
+            let buffer = self.memory.take(bytes).expect("buffers come back");
+            let (lba, blocks) = (Lba(range.start), BlockCount((range.end - range.start) as u32));
+            let read = Command::Read { key: key(), lba, blocks, covers: Seq(last), buffer };
+            let ReplyBody::Data(data) = opened.ask(read, &mut |_| ()) else { panic!("{}", what()) };
+            for (block, lba) in data.bytes().chunks_exact(SECTOR).zip(range) {
+                let expected = pattern(ids[lba as usize], lba);
+                assert!(block == expected, "{}: block {lba} after {last}", what());
+            }
         }
     }
 }

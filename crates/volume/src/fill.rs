@@ -191,6 +191,10 @@ impl Head {
         if busy || filling.at > now {
             return;
         }
+        if self.tell_size(index) {
+            return;
+        }
+        let Some(filling) = self.filling(index) else { return };
         let (chunks, beyond) = (filling.chunks, filling.beyond);
         let (kept, tried) = (filling.source, filling.tried);
         let able = |slot: &usize| self.members[*slot].in_sync() && self.members[*slot].follows();

@@ -24,6 +24,7 @@ use crate::overlap::Newest;
 use crate::pace::Pace;
 use crate::quorum::{Bits, Sets, bit};
 use crate::reads::Reads;
+use crate::size::Size;
 use crate::status::{HeadPhase, Stall, StallReason};
 use crate::tag::{Kind, tag};
 
@@ -65,6 +66,11 @@ pub enum Input {
     /// the members are released, so that they let another head open at once, and again after whatever
     /// this one still does with them. The head stays open: the next request ends its rest.
     Rest,
+    /// The volume has grown: the cluster store's record says so. A size that is not larger is no news.
+    Grow {
+        /// The size in blocks, at most [`base::limits::VOLUME_BYTES_MAX`].
+        blocks: u64,
+    },
     /// Finish what was accepted, tell the members, end. Requests from now on are returned.
     Release,
     /// End now: what is unanswered is returned. For a shell that must stop while there is no quorum.
@@ -128,6 +134,11 @@ pub enum Output {
         /// Number of blocks.
         blocks: BlockCount,
     },
+    /// Front ends may use so many blocks from here on: enough members have the new size.
+    Resized {
+        /// The size in blocks.
+        blocks: u64,
+    },
     /// A member is far slower than the others, or is no longer. Said once per change.
     MemberSlow {
         /// Its server.
@@ -143,7 +154,7 @@ pub struct Head {
     pub(crate) key: ReplicaKey,
     pub(crate) epoch: Epoch,
     pub(crate) block_size: BlockSize,
-    pub(crate) blocks: u64,
+    pub(crate) size: Size,
     pub(crate) policy: Policy,
     pub(crate) local: Option<ServerId>,
     pub(crate) buffers: BufferPool,
@@ -242,12 +253,11 @@ impl Head {
         let served = shard.members.iter().filter(|member| member.role.is_served());
         let members: Vec<Member> = served.map(member).collect();
         let in_sync = bits_of(&members, Member::in_sync);
-        let blocks = volume.blocks();
         Ok(Self {
             key: ReplicaKey { volume: volume.id, shard: shard.shard },
             epoch,
             block_size: volume.block_size,
-            blocks,
+            size: Size::new(volume.blocks()),
             policy: volume.policy,
             local,
             buffers,
@@ -311,6 +321,7 @@ impl Head {
                 self.accept(request);
             }
             Input::Rest => self.resting = true,
+            Input::Grow { blocks } => self.grow(blocks),
             Input::Release => self.release(),
             Input::Abandon => self.end(HeadPhase::Abandoned, Output::Abandoned),
             Input::Tick => {}
@@ -331,6 +342,7 @@ impl Head {
         self.advance_commit();
         // Before requests begin: those that were held back and no longer are begin now.
         self.advance_holdback();
+        self.advance_size();
         self.begin_queued();
         for member in 0..self.members.len() {
             self.pump(member);
@@ -458,6 +470,7 @@ impl Head {
     pub fn check_invariants(&self) {
         self.log.check();
         self.reads.check();
+        self.check_size();
         assert!(self.queue.len() <= HEAD_REQUESTS_MAX);
         assert!(self.log.undecided() <= HEAD_REQUESTS_MAX + 1);
         assert!(self.log.durable <= self.log.commit());

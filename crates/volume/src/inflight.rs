@@ -52,7 +52,7 @@ impl Head {
             }
         };
         let end = request.lba.checked_add(request.blocks);
-        if request.blocks.0 == 0 || !in_limits || end.is_none_or(|end| end.0 > self.blocks) {
+        if request.blocks.0 == 0 || !in_limits || end.is_none_or(|end| end.0 > self.size.served) {
             return Some(Status::InvalidRange);
         }
         let writes = !matches!(request.operation, Operation::Read { .. });

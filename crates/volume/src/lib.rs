@@ -61,6 +61,7 @@ mod pace;
 mod quorum;
 mod reads;
 mod sessions;
+mod size;
 mod slow;
 mod stall;
 mod status;

@@ -11,6 +11,7 @@ use crate::grants::Grant;
 use crate::health::MemberHealth;
 use crate::log::pinned;
 use crate::matching::Matching;
+use crate::size::MemberSize;
 use crate::slow::Speed;
 use crate::status::MemberMode;
 
@@ -113,6 +114,7 @@ pub(crate) struct Member {
     pub(crate) fill_after: Instant,
     /// In this session nobody could bring it the log's tail but the head.
     pub(crate) fills_refused: bool,
+    pub(crate) size: MemberSize,
     pub(crate) grant: Grant,
     pub(crate) speed: Speed,
 }
@@ -149,6 +151,7 @@ impl Member {
             damaged: false,
             fill_after: now,
             fills_refused: false,
+            size: MemberSize::default(),
             grant: Grant::new(),
             speed: Speed::default(),
         }

@@ -104,7 +104,7 @@ impl Head {
             return;
         }
         let member = &self.members[index];
-        let inside = lba.checked_add(blocks).is_some_and(|end| end.0 <= self.blocks);
+        let inside = lba.checked_add(blocks).is_some_and(|end| end.0 <= self.size.served);
         if blocks.0 == 0 || !inside || !member.follows() || self.policy.read_only {
             return;
         }

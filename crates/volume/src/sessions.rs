@@ -156,6 +156,7 @@ impl Head {
             Kind::Install => self.install_answered(index, &result),
             Kind::Renew => self.renew_answered(index, number, &result),
             Kind::Hello => self.hello_answered(index, &result),
+            Kind::Grow => self.grow_answered(index, number, &result),
             Kind::HealthOf => self.health_answered(number, &result),
         }
     }
@@ -183,6 +184,7 @@ impl Head {
         }
         let now = self.now;
         self.say_hello(index);
+        self.learn_size(index, state.blocks);
         self.members[index].trimmed = state.trimmed;
         self.members[index].damaged = state.damaged;
         self.members[index].heard = !state.filling && !state.damaged;

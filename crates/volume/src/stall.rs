@@ -181,6 +181,8 @@ impl Head {
             last,
             commit: self.log.commit(),
             settled: self.log.durable,
+            blocks: self.size.served,
+            blocks_recorded: self.size.recorded,
             in_flight: self.in_flight(),
             queued: self.queue.len(),
             members: self.members.iter().filter(|m| m.role.is_served()).map(member).collect(),

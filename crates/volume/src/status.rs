@@ -247,6 +247,10 @@ pub struct HeadStatus {
     pub commit: Seq,
     /// Every record at or below this seq is on media at a write quorum; members are told of no more.
     pub settled: Seq,
+    /// Blocks that front ends may use.
+    pub blocks: u64,
+    /// Blocks that the volume record says; more than the former while members are told.
+    pub blocks_recorded: u64,
     /// Requests begun and not answered.
     pub in_flight: usize,
     /// Requests that wait to be begun.

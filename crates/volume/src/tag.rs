@@ -18,6 +18,7 @@ pub(crate) enum Kind {
     Install,
     /// A read of what another member cannot read.
     Mend,
+    Grow,
 }
 
 const KIND_SHIFT: u32 = 60;
@@ -47,6 +48,7 @@ impl Kind {
             Self::HealthOf => 11,
             Self::Install => 12,
             Self::Mend => 13,
+            Self::Grow => 14,
         }
     }
 
@@ -65,6 +67,7 @@ impl Kind {
             11 => Some(Self::HealthOf),
             12 => Some(Self::Install),
             13 => Some(Self::Mend),
+            14 => Some(Self::Grow),
             _ => None,
         }
     }

@@ -46,6 +46,8 @@ struct Head {
     epoch: Epoch,
     /// The record that the head was told of last.
     told: Option<ShardRecord>,
+    /// The size that it was told of last.
+    told_bytes: u64,
     pending: Option<Pending>,
     failures: u32,
     not_before: Option<Instant>,
@@ -94,6 +96,7 @@ impl Changes {
                 continue;
             }
             head.adopt(parts.plane, status, &entry.shard);
+            head.grow(parts.plane, status, entry.volume.size_bytes);
             head.heal(parts, status, &entry)?;
         }
         Ok(())
@@ -129,6 +132,17 @@ impl Head {
             Err(error) => {
                 self.refuse(status.volume, &error.to_string());
             }
+        }
+    }
+
+    /// Tells the head how large the volume is, if it has grown.
+    fn grow(&mut self, plane: &dyn DataPlane, status: &HeadStatus, size_bytes: u64) {
+        if size_bytes <= status.size_bytes.max(self.told_bytes) {
+            return;
+        }
+        match plane.volume_grown(status.volume, status.epoch, size_bytes, ADOPT_WAIT) {
+            Ok(()) => self.told_bytes = size_bytes,
+            Err(error) => self.refuse(status.volume, &error.to_string()),
         }
     }
 

@@ -126,6 +126,7 @@ fn status(head: &HeadStatus, holder: &str, now_ms: u64) -> VolumeStatus {
         phase: phase.to_owned(),
         stall: stall
             .map(|(reason, ago)| StallReport { reason: reason.clone(), since_ms: before(ago) }),
+        size_bytes: head.size_bytes,
         last: head.last.0,
         commit: head.commit.0,
         in_flight: u64::from(head.in_flight.saturating_sub(head.queued)),

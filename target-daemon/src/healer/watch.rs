@@ -9,6 +9,7 @@ use cluster::{Event, EventKind};
 use shell::control::{HeadPhase, HeadStatus, MemberMode, MemberStatus};
 
 use super::view::View;
+use crate::size::format_size;
 
 /// Requests that waited for less are no news.
 const STALL_TOLD_AFTER: Duration = Duration::from_secs(1);
@@ -28,6 +29,7 @@ struct Seen {
     epoch: Epoch,
     open: bool,
     stalled: bool,
+    size_bytes: u64,
     members: BTreeMap<ServerId, SeenMember>,
 }
 
@@ -121,6 +123,11 @@ impl Seen {
             self.open = true;
             tell(EventKind::Opened, format!("{holder} serves volume {volume}"), "");
         }
+        if self.size_bytes != 0 && head.size_bytes > self.size_bytes {
+            let text = format!("volume {volume} has {} now", format_size(head.size_bytes));
+            tell(EventKind::Resized, text, "");
+        }
+        self.size_bytes = head.size_bytes;
         match stalled {
             Some((reason, duration)) if !self.stalled && *duration >= STALL_TOLD_AFTER => {
                 self.stalled = true;

@@ -199,6 +199,7 @@ impl DataPlane for FakePlane {
             volume: spec.volume.id,
             epoch: spec.volume.epoch,
             phase: HeadPhase::Open,
+            size_bytes: spec.volume.size_bytes,
             last: Seq(1),
             commit: Seq(1),
             in_flight: 0,
@@ -345,6 +346,23 @@ impl DataPlane for FakePlane {
         assert!(new == old || Some(&new) == changing.as_ref(), "{new:?} was not prepared");
         inner.heads.get_mut(&volume).expect("looked at").shard = shard.clone();
         inner.log.push(format!("members_changed {volume}"));
+        Ok(())
+    }
+
+    fn volume_grown(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        size_bytes: u64,
+        _wait: Duration,
+    ) -> Result<(), ChangeError> {
+        let mut inner = self.inner()?;
+        let head = inner.heads.get_mut(&volume).ok_or(ControlError::NoHead(volume))?;
+        if head.volume.epoch != epoch {
+            return Err(ChangeError::OtherEpoch { volume, epoch: head.volume.epoch });
+        }
+        head.volume.size_bytes = size_bytes;
+        inner.log.push(format!("volume_grown {volume} {size_bytes}"));
         Ok(())
     }
 

@@ -396,3 +396,26 @@ fn a_server_is_emptied_and_says_what_it_waits_for() {
     }
     running.stop();
 }
+
+#[test]
+fn a_head_is_told_that_its_volume_has_grown_wherever_that_was_done() {
+    let bench = Bench::new();
+    let running = bench.start("");
+    let id = bench.volume("v");
+    let (status, body) = running.export(&bench, "v", "v.sock");
+    assert_eq!(status, 201, "{body}");
+    let resized = cluster::resize::resize(bench.store.as_ref(), id, 3 << 20).unwrap();
+    assert_eq!(resized.before_bytes, 1 << 20);
+    let told = format!("volume_grown {id} {}", 3 << 20);
+    until("the head to be told", || running.plane.log().contains(&told).then_some(()));
+    until("everybody to be told", || {
+        let statuses = bench.store.statuses().unwrap();
+        statuses.iter().any(|status| status.size_bytes == 3 << 20).then_some(())
+    });
+    let kinds = bench.store.events(0, 100).unwrap();
+    assert!(kinds.iter().any(|(_, event)| event.kind == EventKind::Resized), "{kinds:?}");
+    // Once.
+    let times = running.plane.log().iter().filter(|line| **line == told).count();
+    assert_eq!(times, 1);
+    running.stop();
+}

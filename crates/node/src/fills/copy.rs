@@ -8,7 +8,7 @@ use store::FILL_CHUNKS_MAX;
 use super::compare::{Comparison, Next};
 use super::line::{Line, Trouble, entries, list, mismatch, own_trouble, source_trouble};
 use super::pace::Reserved;
-use super::{Shared, Step};
+use super::{FillFailure, Shared, Step};
 
 /// Chunks that are being forgotten, at most.
 const FREES_MAX: usize = 16;
@@ -142,6 +142,10 @@ impl Copy {
         let (header, page) = list(&line.order, answer.map_err(source_trouble)?)?;
         self.listing = false;
         shared.counters.list_bytes += page.len() as u64;
+        if header.blocks > line.shape.blocks {
+            // What lies beyond the end here would be left out, and yet count as copied.
+            return Err(Trouble::Failed(FillFailure::Larger));
+        }
         self.position.get_or_insert(header.trimmed);
         let good = self.comparison.source_page(header.next, entries(&page));
         if good { Ok(()) } else { Err(mismatch()) }

@@ -65,6 +65,11 @@ pub enum FillFailure {
     /// The source's log does not reach back so far: chunks are needed.
     #[error("the source's log does not reach back to the end of this one")]
     Trimmed,
+    /// The source's replica is larger: this one is to grow first.
+    #[error(
+        "the source's replica is larger than this one, which has not heard of the new size yet"
+    )]
+    Larger,
     /// The source sent something else than it was asked for.
     #[error("the source sent what it was not asked for")]
     Mismatch,

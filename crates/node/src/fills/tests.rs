@@ -25,8 +25,12 @@ fn shape() -> Shape {
 }
 
 fn list(trimmed: u64, next: u32, entries: &[u32]) -> ReplyBody {
-    let header =
-        ListHeader { trimmed: Position::new(Epoch(1), Seq(trimmed)), commit: Seq(trimmed), next };
+    sized_list(trimmed, next, entries, 64)
+}
+
+fn sized_list(trimmed: u64, next: u32, entries: &[u32], blocks: u64) -> ReplyBody {
+    let trimmed = Position::new(Epoch(1), Seq(trimmed));
+    let header = ListHeader { trimmed, commit: trimmed.seq, next, blocks };
     let entry = |chunk: &u32| ListEntry { chunk: *chunk, newest: Seq(3) };
     let entries: Vec<_> = entries.iter().map(entry).collect();
     let mut bytes = [0; 256];
@@ -180,6 +184,17 @@ fn a_source_that_lies_is_not_believed() {
         let expected = FillEvent::Failed { failure: FillFailure::Mismatch };
         assert_eq!(events.last(), Some(&expected), "{name}");
     }
+}
+
+#[test]
+fn nothing_is_left_out_of_a_larger_replica() {
+    let larger = |body: &CommandBody| match body {
+        CommandBody::List { .. } => Ok(sized_list(10, NO_MORE, &[1], 65)),
+        other => honest(other),
+    };
+    let (progress, events) = run(larger, DONE);
+    assert_eq!(progress.phase, FillPhase::Failed);
+    assert_eq!(events.last(), Some(&FillEvent::Failed { failure: FillFailure::Larger }));
 }
 
 #[test]

@@ -107,6 +107,8 @@ struct Server {
 enum StoreCommand {
     /// A session's command.
     Replica { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64 },
+    /// A session's Grow, which makes the replica larger.
+    Grow { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64 },
     /// A fill's command.
     Fill { fill: u64, step: Step },
     /// `CreateReplica`.
@@ -219,6 +221,9 @@ impl Node {
             }
             Input::Request { head, front_end, request } => {
                 self.request(head, RequestOrigin::Shell(front_end), request);
+            }
+            Input::GrowHead { head, blocks } => {
+                self.heads.handle(now, head.0, volume::Input::Grow { blocks });
             }
             Input::ReleaseHead(head) => self.heads.handle(now, head.0, volume::Input::Release),
             Input::RestHead(head) => self.heads.handle(now, head.0, volume::Input::Rest),

@@ -1,11 +1,11 @@
 //! Commands for this server's replicas, and what the store has to say.
 
-use base::{CommandBody, Epoch, Health, ReplicaCommand, ReplicaError, ReplyBody};
+use base::{CommandBody, Epoch, Health, ReplicaCommand, ReplicaError, ReplyBody, StateMessage};
 use nvme::target::Input as TargetInput;
 use nvme::{SessionId, Tag};
 
 use super::{Node, StoreCommand};
-use crate::io::Output;
+use crate::io::{Audience, Output};
 use crate::replica_service::{Admitted, Origin};
 
 impl Node {
@@ -72,6 +72,7 @@ impl Node {
             | CommandBody::Scan { .. }
             | CommandBody::ScanRun { .. }
             | CommandBody::Truncate { .. }
+            | CommandBody::Grow { .. }
             | CommandBody::Trim
             | CommandBody::Release
             | CommandBody::List { .. }
@@ -81,6 +82,13 @@ impl Node {
 
     fn store_command(&mut self, origin: Origin, tag: u64, command: ReplicaCommand) {
         let ReplicaCommand { key, epoch, commit, body } = command;
+        let server = self.server.as_ref().expect("the caller found it");
+        let pending = match (&body, server.store.replica(key)) {
+            (CommandBody::Grow { blocks }, Some(info)) if *blocks > info.blocks => {
+                StoreCommand::Grow { key, epoch, origin, tag }
+            }
+            _ => StoreCommand::Replica { key, epoch, origin, tag },
+        };
         let command = match body {
             CommandBody::Seal => store::Command::Seal { key, epoch },
             CommandBody::Append { record, media } => {
@@ -95,6 +103,7 @@ impl Node {
                 store::Command::ScanRun { key, seq, records, buffer }
             }
             CommandBody::Truncate { keep } => store::Command::Truncate { key, keep },
+            CommandBody::Grow { blocks } => store::Command::Grow { key, blocks },
             CommandBody::Trim | CommandBody::Release => store::Command::Commit { key, commit },
             CommandBody::List { unit, first, buffer } => {
                 store::Command::List { key, unit, first, buffer }
@@ -108,7 +117,6 @@ impl Node {
             | CommandBody::Install { .. } => unreachable!("answered without the store"),
         };
         let server = self.server.as_mut().expect("the caller found it");
-        let pending = StoreCommand::Replica { key, epoch, origin, tag };
         let tag = server.commands.insert_or_grow(pending);
         server.store.handle(self.now, store::Input::Command { tag, command });
     }
@@ -156,6 +164,18 @@ impl Node {
             StoreCommand::Replica { key, epoch, origin, tag } => {
                 let from = (origin, tag);
                 let result = server.service.gate(self.now, (key, epoch), from, result);
+                if let Some(result) = result {
+                    self.replica_reply(origin, tag, result);
+                }
+            }
+            StoreCommand::Grow { key, epoch, origin, tag } => {
+                if let (Ok(_), Some(info)) = (&result, server.store.replica(key)) {
+                    let size_bytes = info.blocks << info.block_size.log2();
+                    let message = StateMessage::Resized { size_bytes };
+                    self.publish(self.now, Audience::Heads, Some(key), message);
+                }
+                let server = self.server.as_mut().expect("a store answers");
+                let result = server.service.gate(self.now, (key, epoch), (origin, tag), result);
                 if let Some(result) = result {
                     self.replica_reply(origin, tag, result);
                 }

@@ -110,6 +110,7 @@ impl Node {
                 volume::Output::Stalled { reason, since } => {
                     self.head_event(tag, HeadEvent::Stalled { reason, since });
                 }
+                volume::Output::Resized { blocks } => self.volume_resized(tag, blocks),
                 volume::Output::Resumed => self.head_event(tag, HeadEvent::Resumed),
                 volume::Output::Mended { server, lba, blocks } => {
                     self.head_event(tag, HeadEvent::Mended { server, lba, blocks });
@@ -177,6 +178,16 @@ impl Node {
         {
             server.target.handle(self.now, TargetInput::AddVolume(export));
         }
+    }
+
+    /// Front ends may use more of the volume from now on.
+    fn volume_resized(&mut self, tag: u64, blocks: u64) {
+        let entry = self.heads.get_mut(tag).expect("the head spoke");
+        entry.export.blocks = blocks;
+        if entry.opened {
+            self.offer_volume(tag);
+        }
+        self.head_event(tag, HeadEvent::Resized { blocks });
     }
 
     pub(super) fn mark_ended(&mut self, tag: u64) {

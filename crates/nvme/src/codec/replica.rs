@@ -19,7 +19,7 @@ use super::{put, take, u32_at, u64_at};
 /// Handles are 1 to this.
 pub const HANDLES_MAX: u32 = 4096;
 /// Bytes of Seal's answer.
-pub const STATE_BYTES: usize = 56;
+pub const STATE_BYTES: usize = 64;
 /// Bytes of Install's answer.
 pub const PROGRESS_BYTES: usize = 32;
 /// The least room for List's answer: its header and one chunk.
@@ -57,6 +57,8 @@ pub mod opcode {
     pub const HEALTH_OF: u8 = 0xf2;
     /// List.
     pub const LIST: u8 = 0xf6;
+    /// Grow.
+    pub const GROW: u8 = 0xfa;
 }
 
 const FLAG_MEDIA: u32 = 1;
@@ -126,6 +128,7 @@ pub fn encode(command: &ReplicaCommand, handle: u32) -> Command {
             out
         }
         CommandBody::Renew
+        | CommandBody::Grow { .. }
         | CommandBody::Hello { .. }
         | CommandBody::HealthOf { .. }
         | CommandBody::Install { .. }
@@ -141,6 +144,10 @@ fn encode_more(command: &ReplicaCommand, mut out: Command) -> Command {
         CommandBody::Renew => {
             out.opcode = opcode::RENEW;
             out
+        }
+        CommandBody::Grow { blocks } => {
+            out.opcode = opcode::GROW;
+            out.with_wide(0, *blocks)
         }
         CommandBody::Hello { reason, acknowledged } => {
             out.opcode = opcode::HELLO;
@@ -295,6 +302,11 @@ pub enum Request {
         /// The last to keep.
         keep: Seq,
     },
+    /// Grow.
+    Grow {
+        /// The size in blocks.
+        blocks: u64,
+    },
     /// Trim.
     Trim,
     /// Release.
@@ -370,6 +382,7 @@ pub fn decode(command: &Command) -> Result<Request, StatusCode> {
         },
         opcode::TRUNCATE => Request::Truncate { keep: Seq(command.wide(1)) },
         opcode::TRIM => Request::Trim,
+        opcode::GROW => Request::Grow { blocks: command.wide(0) },
         opcode::RELEASE => Request::Release,
         opcode::RENEW => Request::Renew,
         opcode::HELLO => decode_hello(command)?,
@@ -400,6 +413,7 @@ pub fn decode(command: &Command) -> Result<Request, StatusCode> {
         Request::ScanRun { .. } => base::record::FIXED_BYTES,
         Request::Flush
         | Request::Truncate { .. }
+        | Request::Grow { .. }
         | Request::Trim
         | Request::Release
         | Request::Renew
@@ -477,6 +491,7 @@ pub fn encode_state(state: &ReplicaState) -> [u8; STATE_BYTES] {
     let filling = if state.filling { STATE_FILLING } else { 0 };
     let damaged = if state.damaged { STATE_DAMAGED } else { 0 };
     put(&mut out, 48, &(filling | damaged).to_le_bytes());
+    put(&mut out, 56, &state.blocks.to_le_bytes());
     out
 }
 
@@ -490,6 +505,7 @@ pub fn decode_state(bytes: &[u8]) -> ReplicaState {
         trimmed: Seq(u64_at(bytes, 40)),
         filling: u64_at(bytes, 48) & STATE_FILLING != 0,
         damaged: u64_at(bytes, 48) & STATE_DAMAGED != 0,
+        blocks: u64_at(bytes, 56),
     }
 }
 

@@ -98,7 +98,8 @@ impl Initiator {
             CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
             CommandBody::ScanRun { buffer, .. } => (Answer::Records, Some(buffer), None),
             CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
-            CommandBody::Trim
+            CommandBody::Grow { .. }
+            | CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew
             | CommandBody::Hello { .. } => (Answer::Done, None, None),

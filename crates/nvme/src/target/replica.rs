@@ -43,6 +43,7 @@ pub(super) fn on_command(
         Request::Seal { .. }
         | Request::Flush
         | Request::Truncate { .. }
+        | Request::Grow { .. }
         | Request::Trim
         | Request::Release
         | Request::Renew
@@ -107,6 +108,7 @@ fn run(
         }
         (Request::Flush, _) => (CommandBody::Flush, Answer::Flushed),
         (Request::Truncate { keep }, _) => (CommandBody::Truncate { keep }, Answer::Truncated),
+        (Request::Grow { blocks }, _) => (CommandBody::Grow { blocks }, Answer::Done),
         (Request::Trim, _) => (CommandBody::Trim, Answer::Done),
         (Request::Release, _) => (CommandBody::Release, Answer::Done),
         (Request::Renew, _) => (CommandBody::Renew, Answer::Done),

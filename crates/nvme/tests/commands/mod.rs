@@ -67,6 +67,7 @@ pub(crate) fn summary(command: &ReplicaCommand) -> String {
         CommandBody::Scan { seq, .. } => format!("Scan {seq}"),
         CommandBody::ScanRun { seq, records, .. } => format!("ScanRun {records} from {seq}"),
         CommandBody::Truncate { keep } => format!("Truncate {keep}"),
+        CommandBody::Grow { blocks } => format!("Grow {blocks}"),
         CommandBody::Hello { reason, acknowledged } => format!("Hello {reason:?} {acknowledged}"),
         CommandBody::HealthOf { server } => format!("HealthOf {server}"),
         CommandBody::Install { source, chunks, bytes_per_second } => {
@@ -107,7 +108,7 @@ pub(crate) fn random_command(random: &mut Random, pool: &BufferPool) -> Option<R
     let key = key(random.below(5));
     let epoch = Epoch(3 + random.below(4));
     let commit = Seq(random.next() >> 20);
-    let body = match random.below(23) {
+    let body = match random.below(24) {
         0..6 => CommandBody::Append {
             record: record(random, pool, key, epoch),
             media: random.chance(2),
@@ -156,6 +157,7 @@ pub(crate) fn random_command(random: &mut Random, pool: &BufferPool) -> Option<R
             records: 1 + u32::try_from(random.below(100)).unwrap(),
             buffer: pool.take(128 * 1024)?,
         },
+        22 => CommandBody::Grow { blocks: random.next() },
         _ => CommandBody::Seal,
     };
     Some(ReplicaCommand { key, epoch, commit, body })
@@ -196,6 +198,7 @@ pub(crate) fn random_result(
             trimmed: Seq(random.next()),
             filling: random.chance(2),
             damaged: random.chance(2),
+            blocks: random.next(),
         }),
         CommandBody::Append { .. } => ReplyBody::Appended { durable },
         CommandBody::Read { blocks, mut buffer, .. } => {
@@ -211,7 +214,8 @@ pub(crate) fn random_result(
         CommandBody::Truncate { .. } => {
             ReplyBody::Truncated { last: Position::new(Epoch(random.next()), durable) }
         }
-        CommandBody::Trim
+        CommandBody::Grow { .. }
+        | CommandBody::Trim
         | CommandBody::Release
         | CommandBody::Renew
         | CommandBody::Hello { .. } => ReplyBody::Done,
@@ -229,7 +233,7 @@ pub(crate) fn random_result(
             })
         }
         CommandBody::List { mut buffer, .. } => {
-            let bytes = 32 + usize::try_from(random.below(300)).unwrap() * 12;
+            let bytes = 40 + usize::try_from(random.below(300)).unwrap() * 12;
             buffer.payload_mut()[..bytes].fill(u8::try_from(random.below(256)).unwrap());
             ReplyBody::Chunks(buffer.freeze().payload(bytes))
         }

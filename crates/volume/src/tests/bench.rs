@@ -28,7 +28,7 @@ pub(super) fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadCo
         volume: VolumeRecord {
             id,
             name: "v".into(),
-            size_bytes: 1 << 20,
+            size_bytes: BLOCKS * BLOCK_BYTES as u64,
             block_size: BlockSize::B512,
             policy: Policy {
                 replicas: u8::try_from(members).unwrap(),
@@ -53,6 +53,8 @@ pub(super) fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadCo
     }
 }
 
+/// Blocks of the volume.
+pub(super) const BLOCKS: u64 = 2048;
 /// Blocks that fillings copy: those that tests use.
 const FILL_BLOCKS: usize = 64;
 
@@ -96,7 +98,7 @@ impl Bench {
             head: Head::new(config, Instant::ZERO).unwrap(),
             buffers,
             number: 1,
-            models: (0..members).map(|_| Model::default()).collect(),
+            models: (0..members).map(|_| Model::sized(BLOCKS)).collect(),
             truth: Truth::default(),
             wires: (0..members).map(|_| VecDeque::new()).collect(),
             held: vec![false; members],
@@ -115,7 +117,7 @@ impl Bench {
             config.tunables.log_copy_records = 16;
         });
         for _ in 0..spares {
-            bench.models.push(Model::default());
+            bench.models.push(Model::sized(BLOCKS));
             bench.wires.push(VecDeque::new());
             bench.held.push(false);
         }

@@ -64,8 +64,10 @@ impl World {
     }
 
     fn random_request(&mut self) -> bool {
-        let lba = self.random.index(self.settings.blocks);
-        let blocks = 1 + self.random.index(4.min(self.settings.blocks - lba));
+        // A head that was opened before the client heard of a size may not serve that yet.
+        let size = self.seen.min(self.served(self.current()));
+        let lba = self.random.index(size);
+        let blocks = 1 + self.random.index(4.min(size - lba));
         let fua = self.random.one_in(8);
         let asked = match self.random.below(20) {
             0..=8 => Asked::Read,
@@ -86,7 +88,7 @@ impl World {
         }
         let waiting = self.oracle.pending.values().filter(|pending| pending.head == head).count();
         if waiting < 2 * self.settings.depth {
-            let lba = self.random.index(self.settings.blocks);
+            let lba = self.random.index(self.served(head));
             self.request_of(head, Asked::Read, lba, 1);
         }
     }

@@ -23,6 +23,7 @@ fn settings(seed: u64) -> Settings {
         greedy_trims: false,
         stall_deadline_ms: None,
         spares: None,
+        grows: false,
         grants: true,
         deposes: true,
         untrue_head: false,

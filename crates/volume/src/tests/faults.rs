@@ -31,6 +31,7 @@ impl World {
             CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew
+            | CommandBody::Grow { .. }
             | CommandBody::Hello { .. }
             | CommandBody::HealthOf { .. }
             | CommandBody::Install { .. }

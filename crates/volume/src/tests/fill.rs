@@ -17,6 +17,8 @@ pub(super) struct Fill {
     /// The next block to copy.
     next: usize,
     steps: u64,
+    /// The target's size when it began.
+    blocks: u64,
 }
 
 /// Records that one step copies.
@@ -33,6 +35,7 @@ impl Model {
             start: None,
             next: 0,
             steps: 0,
+            blocks: self.blocks,
         });
         let begun = same.is_none();
         if begun {
@@ -91,8 +94,11 @@ impl Model {
     }
 
     fn copy_block(&mut self, fill: &mut Fill, source: &Self, blocks: usize) -> FillPhase {
+        if source.blocks > fill.blocks {
+            return FillPhase::Failed;
+        }
         let start = *fill.start.get_or_insert(source.trimmed);
-        if fill.next < blocks {
+        if (fill.next as u64) < fill.blocks.min(blocks as u64) {
             let settled = usize::try_from(source.commit.0).unwrap();
             let Ok(version) = source.block(fill.next, settled) else { return FillPhase::Failed };
             self.copied.insert(fill.next, version);
@@ -117,7 +123,8 @@ impl Model {
             let last = self.last();
             let next = last.seq.next();
             let Some(entry) = source.entry(next) else { return FillPhase::Done };
-            let fits = entry.header.previous_epoch == last.epoch;
+            let end = entry.header.lba.0 + u64::from(entry.header.blocks.0);
+            let fits = entry.header.previous_epoch == last.epoch && end <= self.blocks;
             if next <= source.trimmed || source.damaged.contains(&next) || !fits {
                 return FillPhase::Failed;
             }

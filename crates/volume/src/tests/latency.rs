@@ -57,6 +57,7 @@ fn settings(delay: u64) -> Settings {
         greedy_trims: false,
         stall_deadline_ms: None,
         spares: None,
+        grows: false,
         grants: true,
         deposes: false,
         untrue_head: false,

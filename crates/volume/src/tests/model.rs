@@ -95,6 +95,8 @@ pub(super) struct Model {
     pub(super) fill: Option<Fill>,
     /// It was deleted, or is not made yet.
     pub(super) absent: bool,
+    /// Its size.
+    pub(super) blocks: u64,
 }
 
 /// What to do with a command.
@@ -119,6 +121,10 @@ fn seq_of(length: usize) -> Seq {
 }
 
 impl Model {
+    pub(super) fn sized(blocks: u64) -> Self {
+        Self { blocks, ..Self::default() }
+    }
+
     pub(super) fn last(&self) -> Position {
         self.log.last().map_or(Position::ZERO, |entry| entry.header.position)
     }
@@ -136,6 +142,7 @@ impl Model {
             trimmed: self.trimmed,
             filling: self.filling,
             damaged: self.lost,
+            blocks: self.blocks,
         }
     }
 
@@ -195,6 +202,7 @@ impl Model {
                 | CommandBody::Hello { .. }
                 | CommandBody::HealthOf { .. }
                 | CommandBody::Release
+                | CommandBody::Grow { .. }
         );
         let free = !self.filling && self.fill.is_none() && !self.lost;
         assert!(free || harmless, "{}: it is filled, or must be", body.name());
@@ -210,6 +218,10 @@ impl Model {
             CommandBody::Flush => Effect::Flush { seq: self.last().seq },
             CommandBody::Scan { seq, buffer } => self.scan(seq, buffer),
             CommandBody::Truncate { keep } => self.truncate(truth, keep),
+            CommandBody::Grow { blocks } => {
+                self.blocks = self.blocks.max(blocks);
+                Effect::Answer(Ok(ReplyBody::Done))
+            }
             CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew
@@ -239,6 +251,7 @@ impl Model {
         if self.broken {
             return refuse(ReplicaError::OutOfOrder { last });
         }
+        assert!(header.lba.0 + u64::from(header.blocks.0) <= self.blocks, "it was told first");
         assert_eq!(header.position.seq, last.seq.next(), "appends have no gap");
         assert_eq!(header.previous_epoch, last.epoch, "appends extend the log they match");
         let known = truth.records.entry(header.position).or_insert(entry);
@@ -248,6 +261,7 @@ impl Model {
     }
 
     fn read(&self, blocks: core::ops::Range<usize>, covers: Seq, mut buffer: BufferMut) -> Effect {
+        assert!(blocks.end as u64 <= self.blocks, "it was told first");
         assert!(covers <= self.last().seq, "a head reads only where it knows the data to be");
         let bytes = blocks.len() * BLOCK_BYTES;
         buffer.payload_mut()[..bytes].fill(0);

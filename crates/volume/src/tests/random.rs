@@ -2,9 +2,9 @@
 
 use base::{BufferPool, Durability, Role};
 
-use super::model::values_of;
+use super::model::{touches, values_of};
 use super::oracle::{Answers, Asked};
-use super::world::{Counts, MS, Random, Settings, World, quick};
+use super::world::{Counts, MS, Random, Settings, World, index_of, quick};
 use crate::{HeadPhase, Input, MemberMode, Tunables};
 
 pub(super) fn settings(seed: u64) -> Settings {
@@ -31,6 +31,7 @@ pub(super) fn settings(seed: u64) -> Settings {
         untrue_members: false,
         drops_blindly: false,
         spares: None,
+        grows: random.one_in(3),
     }
 }
 
@@ -50,6 +51,34 @@ fn changing_settings(seed: u64) -> Settings {
         settings.tunables.fill_interval = core::time::Duration::from_millis(5);
     }
     settings
+}
+
+impl World {
+    /// What every block must hold by the members' settled records.
+    pub(super) fn replayed(&self) -> Vec<u64> {
+        let members = self.record.0.in_sync().map(|server| &self.servers[index_of(server)]);
+        let longest = members.max_by_key(|server| server.model.last()).unwrap();
+        let mut blocks = vec![0; usize::try_from(self.size).unwrap()];
+        for entry in &longest.model.log {
+            for (lba, block) in blocks.iter_mut().enumerate() {
+                if touches(&entry.header, lba) {
+                    *block = entry.value;
+                }
+            }
+        }
+        blocks
+    }
+
+    /// Asserts that all members hold the same log.
+    pub(super) fn check_converged(&self) {
+        let members = self.record.0.members.iter().map(|member| index_of(member.server));
+        let mut logs = members.map(|index| &self.servers[index].model.log);
+        let first = logs.next().expect("a member");
+        for log in logs {
+            assert_eq!(log.len(), first.len());
+            assert!(log == first, "logs are the same");
+        }
+    }
 }
 
 /// Runs one world to its end.
@@ -75,6 +104,9 @@ pub(super) fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (C
     }
     world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
     check_content(&mut world);
+    world.run_until_done(60_000 * MS, "the new size is served", |world| {
+        world.served(world.current()) as u64 == world.size
+    });
     if !greedy || changing {
         let live = |world: &World| {
             let status = world.head().unwrap().head.status();
@@ -209,6 +241,9 @@ fn random_worlds() {
         "takeover",
         "stalled",
         "resumed",
+        "grown",
+        "resized",
+        "Grow",
     ];
     worlds("random_worlds", settings, 300, &wanted);
 }

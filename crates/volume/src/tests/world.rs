@@ -12,7 +12,7 @@ use core::time::Duration;
 
 use super::clocks::Clock;
 use super::control::{Change, first_record};
-use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth, touches};
+use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth};
 use super::oracle::Oracle;
 use crate::{Head, HeadConfig, HeadPhase, Input, Output, Tunables};
 
@@ -79,6 +79,8 @@ pub(super) struct Settings {
     pub(super) drops_blindly: bool,
     /// Servers that keep no replica at first; with them, members come and go.
     pub(super) spares: Option<usize>,
+    /// The volume has a quarter of its blocks at first.
+    pub(super) grows: bool,
 }
 
 #[derive(Debug)]
@@ -100,6 +102,8 @@ pub(super) enum Event {
     Write(Box<Change>),
     Written { change: Box<Change>, lost: bool },
     Sweep { server: usize },
+    Grow,
+    Tell { head: usize, blocks: u64 },
 }
 
 pub(super) type Answer = Result<ReplyBody, ReplicaError>;
@@ -200,6 +204,10 @@ pub(super) struct World {
     pub(super) stopwatch: Option<super::latency::Stopwatch>,
     /// A server that new heads do not reach until then.
     pub(super) apart: Option<(usize, u64)>,
+    /// Blocks that the cluster store's record says.
+    pub(super) size: u64,
+    /// Blocks that the client knows of.
+    pub(super) seen: usize,
 }
 
 pub(super) fn server_id(index: usize) -> ServerId {
@@ -221,8 +229,9 @@ impl Running {
 impl World {
     pub(super) fn new(seed: u64, settings: Settings, buffers: BufferPool) -> Self {
         let mut random = Random::new(seed);
+        let size = if settings.grows { settings.blocks / 4 } else { settings.blocks } as u64;
         let mut server = |index| {
-            let model = Model { absent: index >= settings.members, ..Model::default() };
+            let model = Model { absent: index >= settings.members, ..Model::sized(size) };
             let grant = super::clocks::Grant::new(&mut random, settings.grants);
             Server { model, up: true, grant, busy_until: 0 }
         };
@@ -253,6 +262,8 @@ impl World {
             counts: Counts::new(),
             last_reply: None,
             apart: None,
+            size,
+            seen: usize::try_from(size).unwrap(),
             slowness: vec![1; base::limits::MEMBERS_MAX],
             stopwatch: None,
         }
@@ -283,7 +294,7 @@ impl World {
             volume: VolumeRecord {
                 id,
                 name: "v".into(),
-                size_bytes: (settings.blocks * BLOCK_BYTES) as u64,
+                size_bytes: self.size * BLOCK_BYTES as u64,
                 block_size: BLOCK_SIZE,
                 policy: Policy {
                     replicas: u8::try_from(settings.members).unwrap(),
@@ -401,6 +412,7 @@ impl World {
                 assert_eq!(position.epoch.0, index as u64 + 1);
                 self.oracle.opened();
                 self.heads[index].as_mut().unwrap().opened = true;
+                self.see_size(index);
             }
             Output::Superseded { sealed } => {
                 assert!(sealed.0 > index as u64 + 1);
@@ -420,6 +432,11 @@ impl World {
             Output::Stalled { .. } => self.count("stalled"),
             Output::Resumed => self.count("resumed"),
             Output::Mended { .. } => unreachable!("worlds leave damage as it is"),
+            Output::Resized { blocks } => {
+                assert!(blocks <= self.size);
+                self.count("resized");
+                self.see_size(index);
+            }
             Output::MemberSlow { slow: true, .. } => self.count("member slow"),
             Output::MemberSlow { slow: false, .. } => self.count("member fast"),
         }
@@ -535,6 +552,8 @@ impl World {
             Event::Write(change) => self.write_record(change),
             Event::Written { change, lost } => self.record_written(*change, lost),
             Event::Sweep { server } => self.sweep(server),
+            Event::Grow => self.grow(),
+            Event::Tell { head, blocks } => self.input(head, Input::Grow { blocks }),
         }
     }
 
@@ -685,6 +704,7 @@ impl World {
         if self.settings.spares.is_some() {
             self.schedule(self.settings.delay, Event::Plan);
         }
+        self.start_growth();
         self.schedule(self.settings.delay, Event::Fault);
     }
 
@@ -709,6 +729,8 @@ impl World {
         if self.heads[current].as_ref().is_none_or(|running| running.ended) {
             self.schedule(1, Event::NewHead);
         }
+        let blocks = self.size;
+        self.schedule(1, Event::Tell { head: current, blocks });
     }
 
     pub(super) fn run_until(&mut self, end: u64) {
@@ -756,32 +778,6 @@ impl World {
         self.last_reply = None;
         assert_eq!(self.buffers.available(), self.free_at_start, "buffers come back");
         self.counts
-    }
-
-    /// What every block must hold by the members' settled records.
-    pub(super) fn replayed(&self) -> Vec<u64> {
-        let members = self.record.0.in_sync().map(|server| &self.servers[index_of(server)]);
-        let longest = members.max_by_key(|server| server.model.last()).unwrap();
-        let mut blocks = vec![0; self.settings.blocks];
-        for entry in &longest.model.log {
-            for (lba, block) in blocks.iter_mut().enumerate() {
-                if touches(&entry.header, lba) {
-                    *block = entry.value;
-                }
-            }
-        }
-        blocks
-    }
-
-    /// Asserts that all members hold the same log.
-    pub(super) fn check_converged(&self) {
-        let members = self.record.0.members.iter().map(|member| index_of(member.server));
-        let mut logs = members.map(|index| &self.servers[index].model.log);
-        let first = logs.next().expect("a member");
-        for log in logs {
-            assert_eq!(log.len(), first.len());
-            assert!(log == first, "logs are the same");
-        }
     }
 }
 
