@@ -283,6 +283,16 @@ impl<'lab> Cluster<'lab> {
         Ok(attached)
     }
 
+    /// Starts a `holdfast attach` that has ended again, at its socket, as a service manager does.
+    pub fn attach_again(&self, volume: &str, attached: &mut Attached) -> Result<()> {
+        let path = attached.socket.display().to_string();
+        let arguments = ["--store", &self.store, "attach", volume, "--socket", &path];
+        let program = holdfast_binary("holdfast")?;
+        let (name, log) = (attached.process.name().to_owned(), attached.process.log().to_owned());
+        attached.process = Process::start_at(&self.seat, &name, &program, arguments, &log)?;
+        Ok(())
+    }
+
     /// Starts `holdfast attach` somewhere, at a socket of its own.
     pub fn start_attach(&self, volume: &str, place: &Place, more: &[&str]) -> Result<Attached> {
         let number = self.attached.replace(self.attached.get() + 1);
@@ -353,7 +363,8 @@ impl Server {
         self.wait_healthy()
     }
 
-    fn spawn(&self) -> Result<()> {
+    /// Starts it, and waits for nothing.
+    pub fn spawn(&self) -> Result<()> {
         let program = holdfast_binary("holdfastd")?;
         let config = self.config.display().to_string();
         let name = format!("holdfastd {}", self.name);

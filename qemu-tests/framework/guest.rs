@@ -57,6 +57,8 @@ pub struct GuestOptions {
     pub name: String,
     /// Its disks: the first is `/dev/vda`.
     pub disks: Vec<Disk>,
+    /// Its processors: a disk gets as many queues.
+    pub cpus: u32,
     /// Its memory, in MiB.
     pub memory_mib: u32,
     /// How long it may live. Everything waited for in it fails after that.
@@ -75,6 +77,7 @@ impl GuestOptions {
         Self {
             name: name.to_owned(),
             disks: Vec::new(),
+            cpus: 1,
             memory_mib: 256,
             limit: Duration::from_mins(4),
             place: Place::HERE,
@@ -402,7 +405,8 @@ fn arguments(
         |role: &str| format!("socket,id={role},server=on,wait=off,path={}", socket(role).display());
     let mut arguments: Vec<String> = accelerator.arguments().map(str::to_owned).into();
     let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
-    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&["-smp", &options.cpus.to_string()]);
     add(&["-m", &format!("{memory}M"), "-machine", "pc,memory-backend=memory"]);
     // A vhost-user back end maps the guest's memory.
     add(&["-object", &format!("memory-backend-memfd,id=memory,size={memory}M,share=on")]);

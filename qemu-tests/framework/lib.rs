@@ -34,6 +34,7 @@ mod oracle;
 mod process;
 mod proxy;
 mod qmp;
+pub mod restart;
 mod storage_daemon;
 mod wait;
 mod writer;
