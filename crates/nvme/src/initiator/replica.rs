@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use base::checksum::crc32c;
 use base::planted::{self, Bug};
 use base::{
-    CommandBody, Epoch, HelloReason, Record, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody,
-    Seq,
+    BufferMut, CommandBody, Epoch, HelloReason, Record, ReplicaCommand, ReplicaError, ReplicaKey,
+    ReplyBody, Seq,
 };
 
 use super::queue::{Answer, Entry, Replica, Work};
@@ -88,26 +88,7 @@ impl Initiator {
         let encoded = replica::encode(&command, handle);
         let ReplicaCommand { key, epoch, body, .. } = command;
         let release = matches!(body, CommandBody::Release);
-        let (answer, buffer, record) = match body {
-            CommandBody::Seal => (Answer::Sealed, None, None),
-            CommandBody::Append { record, .. } => (Answer::Appended, None, Some(record)),
-            CommandBody::Read { blocks, buffer, .. } => {
-                (Answer::Data { blocks }, Some(buffer), None)
-            }
-            CommandBody::Flush => (Answer::Flushed, None, None),
-            CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
-            CommandBody::ScanRun { buffer, .. } => (Answer::Records, Some(buffer), None),
-            CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
-            CommandBody::Grow { .. }
-            | CommandBody::Trim
-            | CommandBody::Release
-            | CommandBody::Renew
-            | CommandBody::Hello { .. } => (Answer::Done, None, None),
-            CommandBody::HealthOf { .. } => (Answer::Health, None, None),
-            CommandBody::Install { .. } => (Answer::Progress, None, None),
-            CommandBody::List { buffer, .. } => (Answer::Chunks, Some(buffer), None),
-            CommandBody::Fetch { buffer, .. } => (Answer::Run, Some(buffer), None),
-        };
+        let (answer, buffer, record) = wanted(body);
         let capacity = buffer.as_ref().map_or(0, base::BufferMut::capacity);
         let bytes_max = match answer {
             Answer::Data { blocks } => replica::read_bytes_max(blocks, capacity),
@@ -179,6 +160,28 @@ impl Initiator {
     }
 }
 
+/// The answer that a command asks for, the buffer that it goes to, and what is sent with the command.
+fn wanted(body: CommandBody) -> (Answer, Option<BufferMut>, Option<Record>) {
+    match body {
+        CommandBody::Seal => (Answer::Sealed, None, None),
+        CommandBody::Append { record, .. } => (Answer::Appended, None, Some(record)),
+        CommandBody::Read { blocks, buffer, .. } => (Answer::Data { blocks }, Some(buffer), None),
+        CommandBody::Flush => (Answer::Flushed, None, None),
+        CommandBody::Scan { buffer, .. } => (Answer::Record, Some(buffer), None),
+        CommandBody::ScanRun { buffer, .. } => (Answer::Records, Some(buffer), None),
+        CommandBody::Truncate { .. } => (Answer::Truncated, None, None),
+        CommandBody::Grow { .. }
+        | CommandBody::Trim
+        | CommandBody::Release
+        | CommandBody::Renew
+        | CommandBody::Hello { .. } => (Answer::Done, None, None),
+        CommandBody::HealthOf { .. } => (Answer::Health, None, None),
+        CommandBody::Install { .. } => (Answer::Progress, None, None),
+        CommandBody::List { buffer, .. } => (Answer::Chunks, Some(buffer), None),
+        CommandBody::Fetch { buffer, .. } => (Answer::Run, Some(buffer), None),
+    }
+}
+
 /// The answer of a successful command; an error if it is not the one that belongs to it.
 fn body(
     entry: Entry,
@@ -188,8 +191,7 @@ fn body(
     let incomplete = DownReason::Protocol("an answer is incomplete");
     let small = &entry.small[..entry.small_bytes];
     let result = completion.result;
-    let small_answer = matches!(answer, Answer::Sealed | Answer::Truncated | Answer::Progress);
-    if small_answer && !small.is_empty() && replica::data_result(crc32c(small)) != result {
+    if !small.is_empty() && replica::data_result(crc32c(small)) != result {
         return Err(DownReason::Protocol("an answer was corrupted on the way"));
     }
     let body = match answer {
