@@ -1,5 +1,7 @@
 //! A process's monotonic clock: it starts anywhere and runs a little fast or slow.
 
+use core::time::Duration;
+
 use base::Instant;
 
 const MILLION: i128 = 1_000_000;
@@ -22,6 +24,12 @@ impl Clock {
     /// It runs at another rate from now on.
     pub(crate) fn set_drift(&mut self, now: Instant, drift: i64) {
         *self = Self { world: now.nanos(), local: self.local(now).nanos(), drift };
+    }
+
+    /// It shows so much more from now on.
+    pub(crate) fn jump(&mut self, now: Instant, by: Duration) {
+        let local = (self.local(now) + by).nanos();
+        *self = Self { world: now.nanos(), local, ..*self };
     }
 
     /// What it shows.

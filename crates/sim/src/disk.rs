@@ -1,6 +1,6 @@
 //! A disk, page by page, with a volatile write cache and faults of its own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use base::Instant;
 use base::limits::PAGE_BYTES;
@@ -9,6 +9,9 @@ use store::DiskError;
 use crate::random::Random;
 
 const SECTOR_BYTES: usize = 512;
+
+/// Pages that a disk knows to have been written just now: a fault there strikes what is in use.
+const RECENT_PAGES: usize = 64;
 
 type Page = Box<[u8; PAGE_BYTES]>;
 
@@ -29,6 +32,8 @@ pub struct Disk {
     /// What unsynced writes replaced, oldest first.
     replaced: Vec<(u64, Option<Page>)>,
     free: Vec<Page>,
+    /// The pages that were written last.
+    recent: VecDeque<u64>,
     /// Pages that cannot be read until they are written.
     bad: BTreeSet<u64>,
     /// Reads that fail before the next good one.
@@ -37,6 +42,10 @@ pub struct Disk {
     /// The next sync fails, and what it should have put on media may be gone after a restart.
     pub(crate) sync_fails: bool,
     condemned: bool,
+    /// Syncs are said to be done and are not, until then.
+    pub(crate) lies_until: Instant,
+    /// Something was said to be on media that is not.
+    pub(crate) lied: bool,
     /// Operations take this many times longer before [`Disk::slow_until`].
     pub(crate) slowness: u64,
     pub(crate) slow_until: Instant,
@@ -90,25 +99,37 @@ impl Disk {
                 self.pages.resize_with((at + 1).next_power_of_two(), || None);
             }
             self.replaced.push((page, self.pages[at].replace(fresh)));
+            if self.recent.len() == RECENT_PAGES {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(page);
         }
     }
 
     /// Puts the cache on media.
-    pub fn sync(&mut self) -> Result<(), DiskError> {
+    pub fn sync(&mut self, now: Instant) -> Result<(), DiskError> {
+        if now < self.lies_until {
+            self.lied = true;
+            return Ok(());
+        }
         if std::mem::take(&mut self.sync_fails) {
             self.condemned = true;
             return Err(DiskError::Io);
         }
+        self.lied = false;
         self.free.extend(self.replaced.drain(..).filter_map(|(_, page)| page));
         self.free.truncate(256);
         Ok(())
     }
 
     /// The process that used it is gone. A disk that failed a sync has dropped what it liked.
-    pub(crate) fn process_died(&mut self, random: &mut Random) {
-        if std::mem::take(&mut self.condemned) {
+    /// True if it has.
+    pub(crate) fn process_died(&mut self, random: &mut Random) -> bool {
+        let condemned = std::mem::take(&mut self.condemned);
+        if condemned {
             self.power_cut(random);
         }
+        condemned
     }
 
     /// The power goes: of each unsynced page any version, or a mix of the sectors of two, has
@@ -130,13 +151,19 @@ impl Disk {
             };
         }
         self.sync_fails = false;
+        self.lied = false;
     }
 
-    /// The `number`th written page from here on, if there is any page.
+    /// Some written page that `number` stands for, half the time one that was written just now.
     pub(crate) fn some_page(&self, number: u64) -> Option<u64> {
+        let start = number / 2;
+        if number.is_multiple_of(2) && !self.recent.is_empty() {
+            let at = start % self.recent.len() as u64;
+            return self.recent.get(index(at)).copied();
+        }
         let count = self.pages.len() as u64;
         (0..count)
-            .map(|step| (number + step) % count)
+            .map(|step| (start % count + step) % count)
             .find(|page| self.pages[index(*page)].is_some())
     }
 
@@ -157,6 +184,7 @@ impl Disk {
         self.read_errors = 0;
         self.write_fault = None;
         self.sync_fails = false;
+        self.lies_until = Instant::ZERO;
         self.slow_until = Instant::ZERO;
         self.hangs_until = Instant::ZERO;
     }
@@ -197,7 +225,7 @@ mod tests {
             let mut random = Random::new(seed);
             let mut disk = Disk::default();
             disk.write(0, &[1; PAGE_BYTES]);
-            disk.sync().unwrap();
+            disk.sync(Instant::ZERO).unwrap();
             disk.write(0, &[2; PAGE_BYTES]);
             disk.write(PAGE_BYTES as u64, &[3; PAGE_BYTES]);
             let mut bytes = [0; 2 * PAGE_BYTES];

@@ -28,17 +28,19 @@ pub enum FaultKind {
         /// For how long.
         millis: u64,
     },
-    /// A server, or every one, loses power, or a process is killed, in the midst of things: after so
-    /// many more acknowledged writes, or completed disk operations.
+    /// Something happens in the midst of things: so many times after something else did, and a number
+    /// of disk operations later.
     Ambush {
-        /// How many.
-        after: u64,
-        /// Of the guest's writes; else disk operations.
-        writes: bool,
-        /// What then.
-        power: bool,
-        /// To whom; `None`: to all servers.
-        who: Option<usize>,
+        /// What is waited for.
+        trigger: Trigger,
+        /// How often it is to happen.
+        count: u64,
+        /// Then so many disk operations of the process where it happened.
+        operations: u64,
+        /// What happens then.
+        deed: Deed,
+        /// To whom.
+        victim: Victim,
     },
     /// The process with the head is cut off, or stands still, while another one takes over.
     TakeOver {
@@ -46,6 +48,24 @@ pub enum FaultKind {
         to: usize,
         /// It stands still; else it is cut off.
         pause: bool,
+        /// And every other server is killed and starts again at once.
+        restart: bool,
+        /// For how long.
+        millis: u64,
+    },
+    /// Every answer to the process with the head comes late.
+    LateAnswers {
+        /// At most so much.
+        micros: u64,
+        /// For how long.
+        millis: u64,
+    },
+    /// A server is to be emptied; when the head has agreed to the next change of members, and nobody
+    /// knows yet what came of it, those who were to count and those who will are cut off from each
+    /// other, and one of the latter takes over.
+    SplitChange {
+        /// Which server.
+        who: usize,
         /// For how long.
         millis: u64,
     },
@@ -55,6 +75,19 @@ pub enum FaultKind {
         who: usize,
         /// How much faster, in millionths.
         millionths: i64,
+    },
+    /// A process's wall clock is set wrong.
+    WallClock {
+        /// Whose.
+        who: usize,
+        /// By how much.
+        seconds: i64,
+    },
+    /// A process without a pool stood still and its clock did not show it, or it ran ahead: its
+    /// monotonic clock jumps forward.
+    ClockJump {
+        /// By how much.
+        millis: u64,
     },
     /// Nothing passes between the processes of a set and the others; nothing is closed.
     Partition {
@@ -173,6 +206,14 @@ pub enum FaultKind {
         /// Which.
         device: usize,
     },
+    /// A device says that it has put things on media, and has not. Only of the faulty server, only
+    /// one of its devices.
+    LyingSync {
+        /// For how long.
+        millis: u64,
+        /// And then the server loses power.
+        power: bool,
+    },
     /// The cluster store cannot be reached.
     StoreAway {
         /// For how long.
@@ -193,11 +234,60 @@ pub enum FaultKind {
         /// Which server.
         who: usize,
     },
+    /// The guest stops, the head rests, and another process attaches the volume, as in a migration.
+    Migrate {
+        /// Which process.
+        to: usize,
+    },
     /// The holder gives the volume up in good order, and another process attaches it.
     HandOver {
         /// Which process.
         to: usize,
     },
+}
+
+/// What an ambush waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trigger {
+    /// A write of the guest's is acknowledged.
+    Acknowledged,
+    /// A disk operation completes.
+    Operation,
+    /// A write to a mass device completes: of data going home, of metadata, of the journal.
+    HomeWrite,
+    /// A process wins the lease.
+    Won,
+    /// A head agrees to a change of members.
+    Change,
+    /// A replica begins to be filled.
+    Fill,
+}
+
+/// What an ambush does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// `kill -9`.
+    Kill,
+    /// The power goes.
+    PowerCut,
+    /// The victim stands still, or is cut off, and another process takes over.
+    TakeOver {
+        /// It stands still.
+        pause: bool,
+        /// For how long.
+        millis: u64,
+    },
+}
+
+/// Whom an ambush strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// The process where it happened.
+    There,
+    /// This server.
+    Server(usize),
+    /// All servers.
+    All,
 }
 
 /// A fault and its time.
@@ -222,6 +312,8 @@ impl fmt::Display for Fault {
 pub struct Profile {
     /// Decides everything.
     pub seed: u64,
+    /// What it is about.
+    pub focus: Focus,
     /// Processes with a pool.
     pub servers: usize,
     /// All processes.
@@ -234,24 +326,103 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 27;
+const KINDS: usize = 35;
+
+/// The longest pause between two faults of a burst.
+const BURST_NANOS: u64 = 40_000_000;
+
+/// What a seed is about. Half of them are about everything at once; a run in which everything goes wrong
+/// seldom gets far enough for the rare things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Focus {
+    /// Everything.
+    Everything,
+    /// Heads that do not know that they are deposed, and are read from.
+    StaleReads,
+    /// Openings that are broken off, one after the other.
+    Openings,
+    /// Changes of members.
+    Members,
+    /// The way home.
+    Home,
+    /// Damage on media.
+    Media,
+    /// Damage on the wire.
+    Wire,
+    /// Members that are filled.
+    Fills,
+    /// Power.
+    Power,
+}
+
+impl Focus {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::Everything,
+        Self::StaleReads,
+        Self::Openings,
+        Self::Members,
+        Self::Home,
+        Self::Media,
+        Self::Wire,
+        Self::Fills,
+        Self::Power,
+    ];
+
+    /// Of a seed.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::of(seed, "focus");
+        if random.one_in(2) {
+            return Self::Everything;
+        }
+        random.choose(&Self::ALL[1..])
+    }
+
+    /// The kinds of faults, see [`kind`]; none: any.
+    const fn kinds(self) -> &'static [usize] {
+        match self {
+            Self::Everything => &[],
+            Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34],
+            Self::Openings => &[0, 22, 22, 32, 32, 32, 24],
+            Self::Members => &[30, 30, 30, 26, 19, 7, 3],
+            Self::Home => &[31, 31, 31, 2, 0],
+            Self::Media => &[17, 17, 17, 18, 0, 22],
+            Self::Wire => &[11, 11, 11, 9, 10, 12, 22],
+            Self::Fills => &[33, 33, 26, 3, 7, 7, 30],
+            Self::Power => &[2, 2, 24, 24, 22, 18],
+        }
+    }
+}
 
 /// All faults of a run, in the order of their times.
 pub fn schedule(profile: &Profile) -> Vec<Fault> {
     let mut random = Random::of(profile.seed, "faults");
+    let focus = profile.focus;
     let mut weights = [0; KINDS];
     for weight in &mut weights {
         *weight = random.choose(&[0, 0, 1, 1, 2, 6]);
     }
     // Somebody always moves the volume.
     weights[20] += 1;
+    let (mut per_second, mut bursts) = (random.choose(&[2, 5, 10, 20, 40]), random.one_in(2));
+    if focus != Focus::Everything {
+        weights = [0; KINDS];
+        focus.kinds().iter().for_each(|kind| weights[*kind] += 1);
+        (per_second, bursts) = (random.choose(&[1, 2, 4]), false);
+    }
     let total: u64 = weights.iter().sum();
-    let per_second = random.choose(&[2, 5, 10, 20, 40]);
     let pause = 2_000_000_000 / per_second;
+    // Faults that strike together are worse than those that strike alone.
+    let mut burst = 0;
     let mut at = profile.from;
     let mut faults = Vec::new();
     loop {
-        at = at + Duration::from_nanos(random.between(1_000, pause));
+        if burst == 0 && bursts && random.one_in(3) {
+            burst = random.between(1, 4);
+        }
+        let most = if burst > 0 { pause.min(BURST_NANOS) } else { pause };
+        burst = u64::saturating_sub(burst, 1);
+        at = at + Duration::from_nanos(random.between(1_000, most));
         if at.since(profile.from) > profile.length {
             return faults;
         }
@@ -263,12 +434,23 @@ pub fn schedule(profile: &Profile) -> Vec<Fault> {
         });
         let number = number.expect("the pick is below the sum");
         let salt = random.bits();
-        faults.push(Fault { at, salt, kind: kind(number, profile, &mut random) });
+        let millis = millis(focus, &mut random);
+        faults.push(Fault { at, salt, kind: kind(number, profile, millis, &mut random) });
     }
 }
 
 /// How long something lasts: mostly short, now and then past every time-out.
-fn millis(random: &mut Random) -> u64 {
+fn millis(focus: Focus, random: &mut Random) -> u64 {
+    match focus {
+        // What follows finds things in order again.
+        Focus::StaleReads
+        | Focus::Openings
+        | Focus::Home
+        | Focus::Media
+        | Focus::Wire
+        | Focus::Power => return random.between(20, 600),
+        Focus::Everything | Focus::Members | Focus::Fills => {}
+    }
     match random.below(8) {
         0..=3 => random.between(1, 100),
         4..=6 => random.between(100, 2000),
@@ -276,18 +458,17 @@ fn millis(random: &mut Random) -> u64 {
     }
 }
 
-fn kind(number: usize, profile: &Profile, random: &mut Random) -> FaultKind {
+fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> FaultKind {
     let who = random.index(profile.processes);
     let server = random.index(profile.servers);
-    let device = random.index(2);
+    let device = random.index(3);
     let (from, to) = (random.index(profile.processes), random.index(profile.processes));
-    let millis = millis(random);
     match number {
         0 | 1 => FaultKind::Kill { who },
         2 => FaultKind::PowerCut { who: (!random.one_in(4)).then_some(server) },
         3 | 4 => FaultKind::Pause { who, millis },
         5 => {
-            let millionths = i64::try_from(random.below(40_001)).expect("small") - 20_000;
+            let millionths = i64::try_from(random.below(200_001)).expect("small") - 100_000;
             FaultKind::Drift { who, millionths }
         }
         6 => FaultKind::Partition { set: random.below(1 << profile.processes), millis },
@@ -315,20 +496,88 @@ fn kind(number: usize, profile: &Profile, random: &mut Random) -> FaultKind {
             2 => FaultKind::LostWrite,
             _ => FaultKind::MisdirectedWrite,
         },
-        18 => FaultKind::FailedSync { device },
+        18 if random.one_in(2) => FaultKind::FailedSync { device },
+        18 => FaultKind::LyingSync { millis, power: !random.one_in(3) },
         19 if random.one_in(2) => FaultKind::StoreAway { millis },
         19 => FaultKind::StoreMute { answers: random.between(1, 4) },
         20 => FaultKind::Attach { who },
         21 => FaultKind::HandOver { to: who },
-        22 | 23 => FaultKind::TakeOver { to: who, pause: random.one_in(2), millis },
-        26 => FaultKind::Drain { who: server },
-        24 | 25 => FaultKind::Ambush {
-            after: random.between(1, 40),
-            writes: random.one_in(2),
-            power: !random.one_in(3),
-            who: (!random.one_in(3)).then_some(server),
+        22 | 23 => FaultKind::TakeOver {
+            to: who,
+            pause: random.one_in(2),
+            restart: random.one_in(4),
+            millis,
         },
+        26 => FaultKind::Drain { who: server },
+        24 | 25 => ambush(server, millis, random),
+        27 => FaultKind::WallClock {
+            who,
+            seconds: i64::try_from(random.below(7201)).expect("small") - 3600,
+        },
+        28 => FaultKind::ClockJump { millis },
+        29 => {
+            let micros = random.choose(&[60_000, 150_000]);
+            FaultKind::LateAnswers { micros, millis: millis + 1000 }
+        }
+        30 => FaultKind::SplitChange { who: server, millis },
+        31 => home_ambush(random),
+        32 => opening_ambush(millis, random),
+        33 => fill_ambush(server, random),
+        34 => FaultKind::Migrate { to: who },
         _ => unreachable!("there are {KINDS} kinds"),
+    }
+}
+
+fn ambush(server: usize, millis: u64, random: &mut Random) -> FaultKind {
+    let deed = match random.below(6) {
+        0..=2 => Deed::PowerCut,
+        3..=4 => Deed::Kill,
+        _ => Deed::TakeOver { pause: random.one_in(2), millis },
+    };
+    FaultKind::Ambush {
+        trigger: random.choose(&[Trigger::Acknowledged, Trigger::Operation]),
+        count: random.between(1, 40),
+        operations: 0,
+        deed,
+        victim: match random.below(3) {
+            0 => Victim::All,
+            1 => Victim::Server(server),
+            _ => Victim::There,
+        },
+    }
+}
+
+/// The order in which data, metadata and the journal reach media matters only to whom the power goes
+/// in between.
+fn home_ambush(random: &mut Random) -> FaultKind {
+    FaultKind::Ambush {
+        trigger: Trigger::HomeWrite,
+        count: random.between(1, 60),
+        operations: random.below(8),
+        deed: Deed::PowerCut,
+        victim: Victim::There,
+    }
+}
+
+/// An opening that is broken off leaves the beginnings of an epoch behind.
+fn opening_ambush(millis: u64, random: &mut Random) -> FaultKind {
+    let pause = random.one_in(2);
+    FaultKind::Ambush {
+        trigger: Trigger::Won,
+        count: random.between(1, 2),
+        operations: random.below(24),
+        deed: random.choose(&[Deed::Kill, Deed::TakeOver { pause, millis }]),
+        victim: Victim::There,
+    }
+}
+
+fn fill_ambush(server: usize, random: &mut Random) -> FaultKind {
+    FaultKind::Ambush {
+        trigger: Trigger::Fill,
+        count: 1,
+        operations: random.below(200),
+        deed: random.choose(&[Deed::Kill, Deed::PowerCut]),
+        victim: random.choose(&[Victim::There, Victim::There, Victim::Server(server)]),
     }
 }
 
@@ -342,6 +591,7 @@ mod tests {
         for seed in 0..200 {
             let profile = Profile {
                 seed,
+                focus: Focus::Everything,
                 servers: 3,
                 processes: 4,
                 from: Instant::ZERO,
@@ -355,6 +605,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 26, "{seen:?}");
+        assert_eq!(seen.len(), 32, "{seen:?}");
     }
 }

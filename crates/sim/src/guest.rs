@@ -19,6 +19,8 @@ pub(crate) struct Guest {
     pub(crate) epoch: Epoch,
     /// A newer head had opened already when it was submitted: it must never take effect.
     pub(crate) stale: bool,
+    /// A write that is on media when it is acknowledged.
+    pub(crate) on_media: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -425,6 +425,13 @@ impl Network {
         }
     }
 
+    /// Bytes that a process has given to be sent and that have no room on their way.
+    pub(crate) fn unsent_bytes(&self, process: usize) -> usize {
+        let ends = self.by_end.iter().filter(|(end, _)| end.process == process);
+        let unsent = ends.flat_map(|(_, socket)| &self.sockets[socket.0 as usize].unsent);
+        unsent.map(Buffer::len).sum()
+    }
+
     /// Some connection of a process, if it has any.
     pub(crate) fn any_of(&self, process: usize, random: &mut Random) -> Option<End> {
         let ends: Vec<End> =

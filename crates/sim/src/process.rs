@@ -105,6 +105,8 @@ pub(crate) fn address(index: usize) -> SocketAddr {
 pub struct PoolLayout {
     /// Bytes of the fast device.
     pub fast_bytes: u64,
+    /// Devices that data goes home to: with two, no copy of the journal is where all of it is.
+    pub mass_devices: usize,
     /// Bytes of a log segment.
     pub segment_bytes: u64,
     /// When data goes home.
@@ -114,13 +116,19 @@ pub struct PoolLayout {
 impl PoolLayout {
     /// A log that a quiet run does not fill.
     pub fn roomy() -> Self {
-        Self { fast_bytes: 16 << 20, segment_bytes: 512 << 10, flush: FlushPolicy::default() }
+        Self {
+            fast_bytes: 16 << 20,
+            mass_devices: 1,
+            segment_bytes: 512 << 10,
+            flush: FlushPolicy::default(),
+        }
     }
 
     /// A log that is always being flushed and trimmed.
     pub fn busy() -> Self {
         Self {
             fast_bytes: 8 << 20,
+            mass_devices: 2,
             segment_bytes: 512 << 10,
             flush: FlushPolicy {
                 log_fill_percent: 10,
@@ -130,13 +138,17 @@ impl PoolLayout {
             },
         }
     }
+
+    /// A log that is full as soon as the way home is slow.
+    pub fn tight() -> Self {
+        Self { fast_bytes: 7 << 20, ..Self::busy() }
+    }
 }
 
 fn devices(layout: PoolLayout) -> Vec<DeviceInfo> {
-    vec![
-        DeviceInfo { bytes: layout.fast_bytes, role: DeviceRole::Fast },
-        DeviceInfo { bytes: MASS_BYTES, role: DeviceRole::Mass },
-    ]
+    let fast = DeviceInfo { bytes: layout.fast_bytes, role: DeviceRole::Fast };
+    let mass = DeviceInfo { bytes: MASS_BYTES, role: DeviceRole::Mass };
+    core::iter::once(fast).chain((0..layout.mass_devices).map(|_| mass)).collect()
 }
 
 impl Process {
@@ -144,7 +156,7 @@ impl Process {
     pub(crate) fn new(index: usize, is_server: bool, layout: PoolLayout) -> Self {
         let mut disks = Vec::new();
         if is_server {
-            disks = vec![Disk::default(), Disk::default()];
+            disks = devices(layout).iter().map(|_| Disk::default()).collect();
             let writes = store::format(&FormatConfig {
                 pool: pool_id(index),
                 cluster: CLUSTER,
@@ -160,7 +172,7 @@ impl Process {
                 disks[usize::from(write.device.0)].write(write.offset, &write.bytes);
             }
             for disk in &mut disks {
-                disk.sync().expect("a new disk syncs");
+                disk.sync(Instant::ZERO).expect("a new disk syncs");
             }
         }
         Self {
@@ -240,7 +252,8 @@ impl Process {
     }
 
     /// `kill -9`, or the power goes.
-    pub(crate) fn stop(&mut self, power_cut: bool, random: &mut Random) {
+    /// True if what was not on media may be gone.
+    pub(crate) fn stop(&mut self, power_cut: bool, random: &mut Random) -> bool {
         self.settle_writes(random);
         self.node = None;
         self.open = false;
@@ -252,12 +265,14 @@ impl Process {
         self.device_failed = false;
         self.operations = Slab::with_capacity(64);
         self.life += 1;
+        let mut lost = power_cut;
         for disk in &mut self.disks {
-            disk.process_died(random);
+            lost |= disk.process_died(random);
             if power_cut {
                 disk.power_cut(random);
             }
         }
+        lost
     }
 
     /// Writes under way when their process dies have reached the disk, page by page, or not.

@@ -1,6 +1,8 @@
 //! The world: simulated time, processes, faults, a guest's workload and its checks.
 
+mod config;
 mod control;
+mod copies;
 mod healing;
 mod processes;
 mod strike;
@@ -13,24 +15,25 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use base::limits::PAGE_BYTES;
 use base::{
-    BlockSize, Durability, Epoch, Instant, Member, Policy, ReplicaKey, Role, ShardIndex,
-    ShardRecord, VolumeId, VolumeRecord,
+    BlockSize, Epoch, Instant, Member, Policy, ReplicaKey, Role, ShardIndex, ShardRecord, VolumeId,
+    VolumeRecord,
 };
 use node::{ConnectionId, HeadEvent, Input, Node, Output};
 
 use crate::checkers::{Checkers, Seen};
 use crate::cluster_store::{Answer, Call, Caller, ClusterStore};
 use crate::disk::Disk;
-use crate::faults::{Fault, Profile, schedule};
+use crate::faults::{Deed, Trigger, Victim};
 use crate::guest::Guest;
 use crate::network::{Later, Network};
 use crate::oracle::Oracle;
 use crate::places::{Place, Places};
-use crate::process::{PoolLayout, Process, pool_id, server_id};
+use crate::process::{Process, pool_id, server_id};
 use crate::queue::Queue;
 use crate::random::Random;
 use crate::trace::Trace;
 
+pub use config::WorldConfig;
 pub(crate) use healing::Healer;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
@@ -38,101 +41,6 @@ const KEY: ReplicaKey = ReplicaKey { volume: VOLUME, shard: ShardIndex(0) };
 
 /// Machines check themselves after every one of so many events, and wherever a fault strikes.
 const CHECK_EVERY: u64 = 32;
-
-/// When faults begin, at the earliest.
-const FAULTS_FROM: Duration = Duration::from_millis(20);
-
-/// A run.
-#[derive(Clone, Debug)]
-pub struct WorldConfig {
-    /// Decides everything.
-    pub seed: u64,
-    /// Servers with a replica each: 1, 2, 3 or 5.
-    pub servers: usize,
-    /// Further servers, without a replica at first.
-    pub spares: usize,
-    /// The head runs in a process without a pool.
-    pub diskless: bool,
-    /// Blocks of 4 KiB of the volume.
-    pub blocks: u64,
-    /// Requests to submit, at most.
-    pub requests: u64,
-    /// The longest pause between two requests but for rare long ones, in nanoseconds.
-    pub pause_nanos: u64,
-    /// What goes wrong; see [`WorldConfig::with_faults`].
-    pub faults: Vec<Fault>,
-    /// The phase of faults lasts so long; zero: until all requests have been submitted.
-    pub length: Duration,
-    /// Now and then a disk or the network is a hundred times slower, and members fall behind.
-    pub hiccups: bool,
-    /// The servers' pools.
-    pub layout: PoolLayout,
-    /// When a write counts. Only with [`Durability::Durable`] do servers lose power: with
-    /// [`Durability::Flush`] that may cost what was acknowledged and not flushed.
-    pub durability: Durability,
-    /// Print what happens.
-    pub trace: bool,
-    /// Print what happens to this block.
-    pub trace_block: Option<u64>,
-    /// Counts the process's allocations, for [`Report::node_allocations`].
-    pub allocations: fn() -> u64,
-}
-
-impl WorldConfig {
-    /// Processes with a pool.
-    pub(crate) fn pools(&self) -> usize {
-        self.servers + self.spares
-    }
-
-    /// A cluster in which nothing fails.
-    pub fn quiet(seed: u64, servers: usize, diskless: bool, requests: u64) -> Self {
-        Self {
-            seed,
-            servers,
-            spares: 0,
-            diskless,
-            blocks: 512,
-            requests,
-            pause_nanos: 80_000,
-            faults: Vec::new(),
-            length: Duration::ZERO,
-            hiccups: true,
-            layout: PoolLayout::roomy(),
-            durability: Durability::Flush,
-            trace: false,
-            trace_block: None,
-            allocations: || 0,
-        }
-    }
-
-    /// The cluster and the faults that a seed stands for.
-    pub fn with_faults(seed: u64) -> Self {
-        let mut random = Random::of(seed, "configuration");
-        let servers = random.choose(&[3, 3, 3, 5, 2, 1]);
-        let diskless = random.one_in(3);
-        let spares = random.choose(&[0, 1, 2]);
-        let length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
-        let profile = Profile {
-            seed,
-            servers: servers + spares,
-            processes: servers + spares + usize::from(diskless),
-            from: Instant::ZERO + FAULTS_FROM,
-            length,
-        };
-        let durability = random.choose(&[Durability::Durable, Durability::Flush]);
-        Self {
-            spares,
-            requests: 4000,
-            pause_nanos: random.choose(&[80_000, 1_000_000, 8_000_000]),
-            faults: schedule(&profile),
-            length,
-            durability,
-            blocks: random.choose(&[64, 512, 512]),
-            layout: random.choose(&[PoolLayout::roomy(), PoolLayout::busy()]),
-            ..Self::quiet(seed, servers, diskless, 0)
-        }
-    }
-}
 
 /// What a run did.
 #[derive(Clone, Debug, Default)]
@@ -228,12 +136,24 @@ enum Event {
         caller: Caller,
         answer: Box<Answer>,
     },
-    Submit,
+    /// The guest's next request, unless it has begun to make them at another pace.
+    Submit {
+        pace: u64,
+    },
     /// Nothing: time passes.
     Wake,
     Sprung {
-        power: bool,
-        who: Option<usize>,
+        deed: Deed,
+        victim: Victim,
+        there: usize,
+    },
+    /// Somebody attaches the volume at a process.
+    Attach {
+        process: usize,
+    },
+    /// Nobody uses a process's head for now.
+    Rest {
+        process: usize,
     },
     Fault {
         number: usize,
@@ -259,10 +179,12 @@ impl Event {
             Self::Control { process, .. } => (13, *process as u64, 0),
             Self::StoreEffect { process, .. } => (14, *process as u64, 0),
             Self::StoreAnswer { process, .. } => (15, *process as u64, 0),
-            Self::Submit => (16, 0, 0),
+            Self::Submit { pace } => (16, *pace, 0),
             Self::Wake => (20, 0, 0),
             Self::Heal { process, .. } => (21, *process as u64, 0),
-            Self::Sprung { power, who } => (19, u64::from(*power), who.unwrap_or(99) as u64),
+            Self::Sprung { there, .. } => (19, *there as u64, 0),
+            Self::Attach { process } => (22, *process as u64, 0),
+            Self::Rest { process } => (23, *process as u64, 0),
             Self::Exit { process, .. } => (18, *process as u64, 0),
             Self::Fault { number } => (17, *number as u64, 0),
         }
@@ -288,6 +210,12 @@ pub struct World {
     opened: Epoch,
     /// Whose disks lie, and no other's.
     faulty: Option<usize>,
+    /// They have done so: its copy may be damaged.
+    damaged_disks: bool,
+    /// Some disk has said that things are on media that were not.
+    disks_lied: bool,
+    /// Members' copies are compared: nobody changes members.
+    comparing: bool,
     /// When the cluster store last heard of each process.
     last_seen_ms: Vec<u64>,
     /// Servers that an operator wants empty.
@@ -298,7 +226,12 @@ pub struct World {
     next_request: u64,
     next_write: u64,
     faults_on: bool,
-    ambush: Option<strike::Ambush>,
+    ambushes: Vec<strike::Ambush>,
+    /// The next change of members is interrupted for so long.
+    split: Option<u64>,
+    /// How wrong each process's wall clock is.
+    wall_offset_ms: Vec<i64>,
+    load: workload::Load,
     checkers: Checkers,
     trace: Trace,
     report: Report,
@@ -327,6 +260,9 @@ impl World {
             faulty: (config.servers >= 3)
                 .then(|| random.index(config.servers))
                 .filter(|_| !config.faults.is_empty()),
+            damaged_disks: false,
+            disks_lied: false,
+            comparing: false,
             last_seen_ms: vec![0; servers + 1],
             draining: vec![false; servers],
             provisioned: 0,
@@ -335,7 +271,10 @@ impl World {
             next_request: 1,
             next_write: 1,
             faults_on: !config.faults.is_empty(),
-            ambush: None,
+            ambushes: Vec::new(),
+            split: None,
+            wall_offset_ms: vec![0; count],
+            load: workload::Load::new(&config),
             checkers: Checkers::new(servers),
             trace: Trace::new(config.trace),
             report: Report::default(),
@@ -356,7 +295,7 @@ impl World {
         let limit = Instant::ZERO + Duration::from_mins(10);
         self.run_until(limit, "to provision", |world| world.provisioned == world.config.servers);
         self.control(self.desired);
-        self.after(0, Event::Submit);
+        self.after(0, Event::Submit { pace: 0 });
         for number in 0..self.config.faults.len() {
             let at = self.config.faults[number].at.max(self.now);
             self.queue.push(at, Event::Fault { number });
@@ -381,7 +320,18 @@ impl World {
             return self.finish();
         }
         self.read_everything(bound);
+        if !self.config.faults.is_empty() {
+            self.read_copies();
+        }
+        self.wind_up();
         self.finish()
+    }
+
+    /// Some disk says that it has put things on media and has not.
+    fn disks_lie(&self) -> bool {
+        let faulty = self.faulty.map(|faulty| &self.processes[faulty]);
+        let mut disks = faulty.iter().flat_map(|process| &process.disks);
+        disks.any(|disk| disk.lied || disk.lies_until > self.now)
     }
 
     /// Known gap: a pool is lost for good and another member that counts needs a copy, which nobody
@@ -484,8 +434,10 @@ impl World {
             | Event::Start { .. }
             | Event::Resume { .. }
             | Event::StoreEffect { .. }
-            | Event::Submit
+            | Event::Submit { .. }
             | Event::Wake
+            | Event::Attach { .. }
+            | Event::Rest { .. }
             | Event::Sprung { .. }
             | Event::Fault { .. } => None,
         }
@@ -536,9 +488,11 @@ impl World {
             Event::StoreAnswer { process, life: _, caller, answer } => {
                 self.store_answer(process, caller, *answer);
             }
-            Event::Submit => self.submit(),
-            Event::Wake => {}
-            Event::Sprung { power, who } => self.sprung(power, who),
+            Event::Submit { pace } => self.submit(pace),
+            Event::Attach { process } if self.faults_on => self.attach(process),
+            Event::Wake | Event::Attach { .. } => {}
+            Event::Rest { process } => self.rest(process),
+            Event::Sprung { deed, victim, there } => self.sprung(deed, victim, there),
             Event::Fault { number } => self.strike(number),
         }
     }
@@ -618,8 +572,13 @@ impl World {
             Output::PoolNotice(store::Notice::Damaged(_) | store::Notice::DamagedBlocks { .. }) => {
                 self.damage_noticed(process);
             }
-            Output::PoolNotice(store::Notice::Stalled(_) | store::Notice::Resumed)
-            | Output::Peer { .. } => {}
+            Output::PoolNotice(store::Notice::Stalled(_)) => {
+                self.report.places.reach(Place::LogFull);
+            }
+            Output::PoolNotice(store::Notice::Resumed) => {
+                self.report.places.reach(Place::LogFreed);
+            }
+            Output::Peer { .. } => {}
             Output::Fill { event, .. } => self.fill_event(process, event),
             Output::Head { event, epoch, .. } => self.head_event(process, epoch, event),
         }
@@ -627,6 +586,9 @@ impl World {
 
     fn fill_event(&mut self, process: usize, event: node::FillEvent) {
         self.trace.say(self.now, || format!("process {process} is filled: {event:?}"));
+        if let node::FillEvent::Started { .. } = event {
+            self.spring(Trigger::Fill, process);
+        }
         self.report.places.reach(match event {
             node::FillEvent::Started { chunks: true } => Place::FillStarted,
             node::FillEvent::Started { chunks: false } => Place::MemberCaughtUp,
@@ -646,6 +608,11 @@ impl World {
                     self.fail(&format!("two heads opened in {epoch} (I7)"));
                 }
                 self.opened = self.opened.max(epoch);
+                let honest = !self.disks_lie();
+                if self.oracle.opened(epoch.0, honest) {
+                    self.report.places.reach(Place::FlushedAfterLoss);
+                }
+                self.begin_burst();
             }
             HeadEvent::Superseded { sealed } => {
                 places.reach(Place::HeadSuperseded);
@@ -691,6 +658,9 @@ impl World {
                 store_epoch: self.store.records.volume.epoch,
                 head: self.processes[process].head.map(|head| head.epoch),
                 honest: self.faulty != Some(process),
+                keeps_its_word: !self.disks_lied && !self.comparing,
+                operations: self.processes[process].operations.iter().count(),
+                unsent_bytes: self.network.unsent_bytes(process),
             };
             if let Err(violation) = self.checkers.look(&seen) {
                 self.fail(&violation);
@@ -715,7 +685,9 @@ impl World {
             }
             self.after(0, Event::Start { process });
         }
-        self.ambush = None;
+        self.ambushes.clear();
+        self.split = None;
+        self.wall_offset_ms.fill(0);
         // Whoever wants the volume takes it to a server that starts.
         if self.faulty == Some(self.desired) {
             self.desired = (self.desired + 1) % self.config.pools();

@@ -22,6 +22,7 @@
 
 use base::chunks::{self, ListEntry, ListHeader, NO_MORE, UNKNOWN};
 use base::limits::PAYLOAD_BYTES_MAX;
+use base::planted::{self, Bug};
 use base::{
     BlockCount, BufferMut, Epoch, Lba, Position, RecordHeader, RecordKind, ReplicaError,
     ReplicaKey, ReplyBody, Seq,
@@ -217,7 +218,8 @@ impl Store {
         let commit = replica.commit;
         let newest = self.index.lookup(slot, block);
         if let Some(entry) = newest
-            && self.segments.all[self.segments.of(entry.sector)].last_seq <= commit
+            && (self.segments.all[self.segments.of(entry.sector)].last_seq <= commit
+                || planted::is(Bug::FetchUnsettled))
         {
             return Some((Source::Log(entry.sector, entry.crc), true));
         }

@@ -659,6 +659,21 @@ impl Store {
         self.by_key.iter().map(|(key, slot)| (*key, self.info(*slot)))
     }
 
+    /// Positions that a replica's log is known to have: where it begins, where it is home, where its
+    /// segments end. For checks.
+    pub fn log_marks(&self, key: ReplicaKey) -> impl Iterator<Item = Position> + '_ {
+        let replica = self.by_key.get(&key).map(|slot| self.replica_ref(*slot));
+        let segments = replica.into_iter().flat_map(|replica| &replica.segments);
+        let ends = segments.map(|segment| {
+            let segment = &self.segments.all[*segment as usize];
+            Position::new(segment.last_epoch, segment.last_seq)
+        });
+        let fixed = replica
+            .into_iter()
+            .flat_map(|replica| [replica.trimmed, replica.flushed, replica.written]);
+        ends.chain(fixed)
+    }
+
     /// What is known of one replica.
     pub fn replica(&self, key: ReplicaKey) -> Option<ReplicaInfo> {
         self.by_key.get(&key).map(|slot| self.info(*slot))

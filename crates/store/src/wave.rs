@@ -544,7 +544,7 @@ impl Store {
             .all(|(device, stamp)| self.devices[usize::from(device.0)].syncs_done >= *stamp);
         let hasty = match phase {
             Phase::DataSync => planted::is(Bug::HomeBeforeData),
-            Phase::MetaSync => planted::is(Bug::HomeBeforeMeta),
+            Phase::MetaSync => planted::is(Bug::HomeBeforeMeta) || planted::is(Bug::HomeBeforeData),
             Phase::Gather | Phase::Move | Phase::Meta | Phase::Journal => false,
         };
         if !done && !hasty {

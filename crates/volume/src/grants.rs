@@ -67,9 +67,10 @@ impl Grant {
         self.unanswered = 0;
     }
 
-    /// A command sent at `sent` was answered as done.
-    pub(crate) fn learn(&mut self, sent: Instant) {
-        self.until = self.until.max(sent + TRUSTED);
+    /// A command sent at `sent` was answered as done, just now.
+    pub(crate) fn learn(&mut self, sent: Instant, now: Instant) {
+        let from = if planted::is(Bug::GrantFromAnswer) { now } else { sent };
+        self.until = self.until.max(from + TRUSTED);
     }
 
     /// The member is told that it need not keep its grant.
@@ -163,8 +164,7 @@ impl Head {
         match result {
             Ok(_) => {
                 if let Some(sent) = sent {
-                    let late = planted::is(Bug::GrantFromAnswer);
-                    member.grant.learn(if late { self.now } else { sent });
+                    member.grant.learn(sent, self.now);
                 }
             }
             // It does not know the command: there are no grants to be had from it.

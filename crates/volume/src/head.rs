@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use base::limits::HEAD_REQUESTS_MAX;
+use base::planted::{self, Bug};
 use base::time::earliest;
 use base::{
     BlockCount, BlockReply, BlockRequest, BlockSize, BufferPool, CommandBody, Epoch, Instant, Lba,
@@ -446,6 +447,7 @@ impl Head {
     /// Sends a command to a member; commit news rides along, and counts where a replica looks at it.
     pub(crate) fn send(&mut self, index: usize, kind: Kind, number: u64, body: CommandBody) -> u64 {
         let (commit, now) = (self.log.durable, self.now);
+        let commit = if planted::is(Bug::CommitNewsTooHigh) { self.log.last().seq } else { commit };
         let member = &mut self.members[index];
         assert!(member.connected, "commands go to connected members only");
         // What a member has not acknowledged it may yet have to truncate, or may not hold.

@@ -129,7 +129,8 @@ impl Head {
             fua,
         };
         let record = Record::encode(header, buffer);
-        let media = fua || self.policy.durability == Durability::Durable;
+        let media =
+            fua && !planted::is(Bug::FuaForgotten) || self.policy.durability == Durability::Durable;
         self.newest.note(lba, blocks, header.position.seq);
         self.pace.wrote(header.header_bytes() + header.payload_bytes());
         self.log.push(Entry { record, request, arrived, media });

@@ -107,7 +107,7 @@ impl Matching {
         if high <= self.floor {
             return Step::Park(MemberMode::TooFarBehind);
         }
-        if self.low.next() >= high {
+        if self.low.next() >= high || planted::is(Bug::TruncatesTooFar) {
             return Step::Shared(self.low);
         }
         let middle = Seq(self.low.0 + (high.0 - self.low.0) / 2);

@@ -198,7 +198,7 @@ impl Head {
             return Err(MembershipError::NotCaughtUp(self.members[slot].server));
         }
         let set = Sets::of(new);
-        if !set.write_quorum_met(hold) {
+        if !set.write_quorum_met(hold) && !planted::is(Bug::PromotedTooEarly) {
             let (have, needed, of) = set.shortest(hold);
             return Err(MembershipError::NoQuorum { have, needed, of });
         }

@@ -98,10 +98,7 @@ impl Head {
     /// survive, unless a member of the seal quorum lost its power and with it records that were
     /// acknowledged but not flushed: then it may have them.
     pub(crate) fn better_tail(&self, index: usize, state: ReplicaState) -> bool {
-        self.members[index].in_sync()
-            && !self.cut
-            && state.last > self.log.tail()
-            && !planted::is(Bug::BetterTailDropped)
+        self.members[index].in_sync() && !self.cut && state.last > self.log.tail()
     }
 
     /// Chooses again among those that answer: nobody connected holds the whole tail any more, or
@@ -146,7 +143,8 @@ impl Head {
             fua: false,
         };
         let record = Record::encode(header, buffer);
-        self.log.push(Entry { record, request: None, arrived: self.now, media: true });
+        let media = !planted::is(Bug::StartNotOnMedia);
+        self.log.push(Entry { record, request: None, arrived: self.now, media });
         self.phase = Phase::Starting;
     }
 

@@ -386,7 +386,7 @@ impl Head {
                 let now = self.now;
                 let member = &mut self.members[index];
                 member.speed.reads.learn(now.since(at), now);
-                member.grant.learn(at);
+                member.grant.learn(at, now);
                 self.hold_or_answer(slot, data);
                 self.reads.free_if_done(slot);
                 return;

@@ -219,7 +219,7 @@ impl Head {
             && done
         {
             member.speed.appends.learn(now.since(sent), now);
-            member.grant.learn(sent);
+            member.grant.learn(sent, now);
         }
     }
 }

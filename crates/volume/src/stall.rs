@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use base::limits::GRANT_MS;
+use base::planted::{self, Bug};
 use base::{Instant, Seq};
 
 use crate::head::{Head, Output, Phase};
@@ -150,7 +151,8 @@ impl Head {
                 last: if follows { member.acked } else { Seq::ZERO },
                 durable: if follows { member.durable() } else { Seq::ZERO },
                 lag: follows.then(|| last.seq.0 - member.acked.0),
-                caught_up: follows && member.acked >= self.log.commit(),
+                caught_up: follows
+                    && (member.acked >= self.log.commit() || planted::is(Bug::PromotedTooEarly)),
                 damaged: member.damaged,
                 fill: match &member.mode {
                     Mode::Filling(filling) => filling.estimate(last.seq),

@@ -2,6 +2,7 @@
 
 use base::Seq;
 use base::chunks::{ListEntry, NO_MORE, UNKNOWN};
+use base::planted::{self, Bug};
 
 /// What is to be done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +111,11 @@ impl Comparison {
                 return (Some(Next::Own(self.own.next)), source, own);
             }
             (None, None) => return (Some(Next::End), source, own),
+            (Some(_), None) if planted::is(Bug::FillSkipsChunk) => return (None, source + 1, own),
             (Some(theirs), None) => return (Some(Next::Copy(theirs)), source + 1, own),
+            (None, Some(_)) if planted::is(Bug::FillKeepsDiscarded) => {
+                return (None, source, own + 1);
+            }
             (None, Some(ours)) => return (Some(Next::Free(ours.chunk)), source, own + 1),
             (Some(theirs), Some(ours)) => (theirs, ours),
         };
@@ -127,7 +132,8 @@ impl Comparison {
 
 /// Whether what is here of a chunk is what the source has. Zero here: not known.
 fn is_as_good(ours: Seq, theirs: Seq) -> bool {
-    ours != Seq::ZERO && theirs != UNKNOWN && ours >= theirs
+    let newer = ours >= theirs || planted::is(Bug::FillTrustsOldChunk);
+    ours != Seq::ZERO && theirs != UNKNOWN && newer
 }
 
 #[cfg(test)]

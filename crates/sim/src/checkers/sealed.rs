@@ -14,16 +14,16 @@ impl Sealed {
         Self { highest: vec![Epoch::NONE; servers] }
     }
 
-    fn forget(&mut self, seen: &Seen<'_>) {
-        if seen.node.store().is_some() {
-            self.highest[seen.process] = Epoch::NONE;
+    pub(super) fn forget(&mut self, process: usize) {
+        if let Some(highest) = self.highest.get_mut(process) {
+            *highest = Epoch::NONE;
         }
     }
 
     pub(super) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
         let Some((_, info)) = seen.node.store().and_then(|store| store.replicas().next()) else {
             // Deleted, or never made: nothing is promised any more.
-            self.forget(seen);
+            self.forget(seen.process);
             return Ok(());
         };
         let highest = &mut self.highest[seen.process];

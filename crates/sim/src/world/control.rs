@@ -4,7 +4,9 @@
 use base::{Epoch, Holder, HolderId};
 
 use super::{Event, World};
+use crate::checkers::quorums;
 use crate::cluster_store::{Answer, Call, Caller, Lease, Records};
+use crate::faults::Trigger;
 use crate::places::Place;
 use crate::process::{RunningHead, host_id};
 
@@ -62,7 +64,11 @@ impl World {
         call: Call,
         heard: Option<base::Instant>,
     ) {
+        let before = self.store.records.shard.clone();
         let answer = Box::new(self.store.perform(call));
+        if let Err(violation) = quorums::look(&before, &self.store.records.shard) {
+            self.fail(&violation);
+        }
         if let Some(at) = heard {
             self.queue.push(at, Event::StoreAnswer { process, life, caller, answer });
         }
@@ -121,6 +127,7 @@ impl World {
             return;
         }
         self.report.heads += 1;
+        self.spring(Trigger::Won, process);
         let state = &mut self.processes[process];
         let local = state.clock.local(self.now);
         let node = state.node.as_mut().expect("an open process runs");
@@ -135,6 +142,7 @@ impl World {
     /// Somebody wants the head in another process.
     pub(super) fn attach(&mut self, process: usize) {
         self.desired = process;
+        self.begin_burst();
         // A head that runs there already is of an older epoch, or nobody moves anything.
         let state = &mut self.processes[process];
         if let Some(head) = state.head

@@ -41,17 +41,20 @@ impl World {
         self.after(nanos, Event::Heal { process, life });
     }
 
-    fn wall_ms(&self) -> u64 {
-        EPOCH_MS + self.now.nanos() / 1_000_000
+    /// What the wall clock of a process shows.
+    fn wall_ms(&self, process: usize) -> u64 {
+        let right = EPOCH_MS + self.now.nanos() / 1_000_000;
+        right.saturating_add_signed(self.wall_offset_ms[process])
     }
 
     /// A process looks after what it holds and what it keeps.
     pub(super) fn heal_turn(&mut self, process: usize) {
         self.heal_later(process);
-        if !self.processes[process].open || self.provisioned < self.config.servers {
+        let ready = self.processes[process].open && self.provisioned >= self.config.servers;
+        if !ready || self.comparing {
             return;
         }
-        self.last_seen_ms[process] = self.wall_ms();
+        self.last_seen_ms[process] = self.wall_ms(process);
         if self.processes[process].head.is_none() {
             let healer = &mut self.processes[process].healer;
             healer.told = None;
@@ -185,7 +188,7 @@ impl World {
             versions: Versions { volume: records.revision, shard: records.revision },
         };
         let picture = Picture::of(std::slice::from_ref(&entry), self.servers());
-        let plan = heal::plan(&entry, &facts, &picture, &policy(), self.wall_ms());
+        let plan = heal::plan(&entry, &facts, &picture, &policy(), self.wall_ms(process));
         let Some(step) = plan.step else { return };
         let new = step.apply(&records.shard);
         if step.alters_in_sync(&records.shard) {
@@ -199,6 +202,7 @@ impl World {
                 return;
             }
             self.report.places.reach(Place::JointChange);
+            self.change_agreed(process, &records.shard, &new);
         }
         self.trace.say(self.now, || format!("process {process}: {step:?}: {}", plan.cause));
         self.processes[process].healer.pending = Some((records.shard.clone(), new.clone()));

@@ -48,6 +48,17 @@ impl World {
     }
 
     pub(super) fn stop(&mut self, process: usize, power_cut: bool) {
+        // Whoever is back at once finds others that have not noticed.
+        let nanos = if self.random.one_in(2) {
+            self.random.between(1_000_000, 30_000_000)
+        } else {
+            self.random.between(1_000_000, 3_000_000_000)
+        };
+        self.stop_for(process, power_cut, nanos);
+    }
+
+    /// A process dies, and is started again after so long.
+    pub(super) fn stop_for(&mut self, process: usize, power_cut: bool, nanos: u64) {
         if self.processes[process].node.is_none() {
             return;
         }
@@ -59,10 +70,16 @@ impl World {
         }
         self.check_invariants(process);
         self.held[process].clear();
-        self.processes[process].stop(power_cut, &mut self.random);
+        let lied = self.processes[process].disks.iter().any(|disk| disk.lied);
+        if self.processes[process].stop(power_cut, &mut self.random) {
+            self.oracle.power_lost();
+            if lied {
+                // What was said to be on media was not.
+                self.checkers.log_lost(process);
+            }
+        }
         self.network.break_all(self.now, process, power_cut);
-        let delay = self.random.between(1_000_000, 3_000_000_000);
-        self.after(delay, Event::Start { process });
+        self.after(nanos, Event::Start { process });
     }
 
     /// Nobody will answer: the guest's requests are undecided for ever.

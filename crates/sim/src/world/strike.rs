@@ -3,13 +3,15 @@
 
 use core::time::Duration;
 
-use base::Durability;
+use base::ShardRecord;
 use base::limits::GRANT_MS;
+use base::membership::write_quorum;
 
 use super::{Event, World};
-use crate::disk::WriteFault;
-use crate::faults::FaultKind;
+use crate::disk::{Disk, WriteFault};
+use crate::faults::{Deed, FaultKind, Trigger, Victim};
 use crate::places::Place;
+use crate::process::server_id;
 use crate::random::Random;
 
 /// The device that data goes home to.
@@ -18,10 +20,33 @@ const MASS: usize = 1;
 /// Something that happens when something else has happened so often.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ambush {
+    trigger: Trigger,
     left: u64,
-    writes: bool,
-    power: bool,
-    who: Option<usize>,
+    operations: u64,
+    deed: Deed,
+    victim: Victim,
+    /// Where it has happened, and whether operations of other processes count there.
+    sprung: Option<(usize, bool)>,
+}
+
+impl Ambush {
+    /// Something has happened in `process`: is that the moment?
+    fn is_met(&mut self, trigger: Trigger, process: usize, has_disks: bool) -> bool {
+        match self.sprung {
+            None if trigger == self.trigger => {
+                self.left -= 1;
+                if self.left == 0 {
+                    self.sprung = Some((process, !has_disks));
+                }
+                self.left == 0 && self.operations == 0
+            }
+            Some((there, anywhere)) if trigger == Trigger::Operation => {
+                self.operations -= u64::from(there == process || anywhere);
+                self.operations == 0
+            }
+            None | Some(_) => false,
+        }
+    }
 }
 
 impl World {
@@ -37,11 +62,14 @@ impl World {
             | FaultKind::Pause { .. }
             | FaultKind::Ambush { .. }
             | FaultKind::TakeOver { .. }
+            | FaultKind::WallClock { .. }
+            | FaultKind::ClockJump { .. }
             | FaultKind::Drift { .. } => self.strike_process(fault.kind),
             FaultKind::Partition { .. }
             | FaultKind::Silence { .. }
             | FaultKind::Reset { .. }
             | FaultKind::Loss { .. }
+            | FaultKind::LateAnswers { .. }
             | FaultKind::Corruption { .. }
             | FaultKind::Delay { .. }
             | FaultKind::Bandwidth { .. } => self.strike_network(fault.kind, &mut random),
@@ -51,12 +79,15 @@ impl World {
             | FaultKind::BadPage { .. }
             | FaultKind::Rot { .. }
             | FaultKind::LostWrite
+            | FaultKind::LyingSync { .. }
             | FaultKind::MisdirectedWrite
             | FaultKind::FailedSync { .. } => self.strike_disk(fault.kind, &mut random),
             FaultKind::StoreAway { .. }
             | FaultKind::StoreMute { .. }
             | FaultKind::Attach { .. }
             | FaultKind::Drain { .. }
+            | FaultKind::SplitChange { .. }
+            | FaultKind::Migrate { .. }
             | FaultKind::HandOver { .. } => self.strike_control(fault.kind),
         };
         let note = if struck { "" } else { " (nothing to strike)" };
@@ -74,21 +105,41 @@ impl World {
                 self.stop(who, false);
                 running
             }
-            FaultKind::PowerCut { who } => self.cut_power(who),
-            FaultKind::Pause { who, millis } => self.pause(who, millis),
-            FaultKind::Ambush { after, writes, power, who } => {
-                self.ambush = Some(Ambush { left: after, writes, power, who });
+            FaultKind::PowerCut { who } => {
+                self.cut_power(who);
                 true
             }
-            FaultKind::TakeOver { to, pause, millis } => {
+            FaultKind::Pause { who, millis } => self.pause(who, millis),
+            FaultKind::Ambush { trigger, count, operations, deed, victim } => {
+                let left = count.max(1);
+                let ambush = Ambush { trigger, left, operations, deed, victim, sprung: None };
+                self.ambushes.push(ambush);
+                true
+            }
+            FaultKind::TakeOver { to, pause, restart, millis } => {
                 let from = self.desired;
-                let struck = if pause {
-                    self.pause(from, millis)
-                } else {
-                    self.partition(1 << from, self.now + Duration::from_millis(millis))
-                };
-                self.attach(to);
-                struck && from != to
+                let to = self.other_than(from, to);
+                let struck = self.take_over(from, to, pause, millis);
+                if restart {
+                    for other in (0..self.config.pools()).filter(|other| *other != from) {
+                        let nanos = self.random.between(100_000, 10_000_000);
+                        self.stop_for(other, false, nanos);
+                    }
+                }
+                struck
+            }
+            FaultKind::WallClock { who, seconds } => {
+                self.wall_offset_ms[who] = seconds * 1000;
+                self.report.places.reach(Place::WallClockWrong);
+                true
+            }
+            FaultKind::ClockJump { millis } => {
+                let who = self.config.pools();
+                let Some(process) = self.processes.get_mut(who) else { return false };
+                process.clock.jump(self.now, Duration::from_millis(millis));
+                self.report.places.reach(Place::ClockJumped);
+                self.schedule_tick_again(who);
+                true
             }
             FaultKind::Drift { who, millionths } => {
                 let now = self.now;
@@ -118,31 +169,90 @@ impl World {
         true
     }
 
-    /// A write was acknowledged, or a disk operation completed: was that what somebody waited for?
-    pub(super) fn spring(&mut self, write: bool) {
-        let Some(ambush) = self.ambush.as_mut().filter(|ambush| ambush.writes == write) else {
-            return;
-        };
-        ambush.left -= 1;
-        if ambush.left > 0 {
-            return;
-        }
-        let Ambush { power, who, .. } = *ambush;
-        self.ambush = None;
-        // Not from within what a node is doing.
-        self.after(0, Event::Sprung { power, who });
+    /// `to`, or the next process if that is `from`.
+    fn other_than(&self, from: usize, to: usize) -> usize {
+        if from == to { (to + 1) % self.processes.len() } else { to }
     }
 
-    pub(super) fn sprung(&mut self, power: bool, who: Option<usize>) {
+    /// A process is cut off, or stands still, while another one takes over.
+    fn take_over(&mut self, from: usize, to: usize, pause: bool, millis: u64) -> bool {
+        let struck = if pause {
+            self.pause(from, millis)
+        } else {
+            self.partition(1 << from, self.now + Duration::from_millis(millis))
+        };
+        self.attach(to);
+        struck && from != to
+    }
+
+    /// Something has happened in a process: was that what somebody waited for?
+    pub(super) fn spring(&mut self, trigger: Trigger, process: usize) {
+        let has_disks = self.processes[process].is_server();
+        let mut number = 0;
+        while number < self.ambushes.len() {
+            if self.ambushes[number].is_met(trigger, process, has_disks) {
+                let Ambush { deed, victim, sprung, .. } = self.ambushes.remove(number);
+                let there = sprung.map_or(process, |(there, _)| there);
+                // Not from within what a node is doing.
+                self.after(0, Event::Sprung { deed, victim, there });
+            } else {
+                number += 1;
+            }
+        }
+    }
+
+    pub(super) fn sprung(&mut self, deed: Deed, victim: Victim, there: usize) {
         if !self.faults_on {
             return;
         }
-        self.trace.say(self.now, || format!("ambush: power {power}, server {who:?}"));
-        if power && self.cut_power(who) {
+        self.trace.say(self.now, || format!("ambush: {deed:?} {victim:?} {there}"));
+        let victims = match victim {
+            Victim::There => there..there + 1,
+            Victim::Server(who) => who..who + 1,
+            Victim::All => 0..self.config.pools(),
+        };
+        match deed {
+            Deed::PowerCut => {
+                self.cut_power((victim != Victim::All).then_some(victims.start));
+            }
+            Deed::Kill => victims.for_each(|victim| self.stop(victim, false)),
+            Deed::TakeOver { pause, millis } => {
+                let from = victims.start;
+                self.take_over(from, (from + 1) % self.processes.len(), pause, millis);
+            }
+        }
+    }
+
+    /// A head has agreed to a change of members, and the cluster store is about to be asked.
+    pub(super) fn change_agreed(&mut self, process: usize, old: &ShardRecord, new: &ShardRecord) {
+        self.spring(Trigger::Change, process);
+        if !self.faults_on {
             return;
         }
-        let victims = who.map_or(0..self.config.pools(), |who| who..who + 1);
-        victims.for_each(|victim| self.stop(victim, false));
+        let Some(millis) = self.split.take() else { return };
+        let pools = self.config.pools();
+        let is_in = |shard: &ShardRecord, index: usize| {
+            shard.in_sync().any(|server| server == server_id(index))
+        };
+        // On the head's side those that leave, and as many others as were a quorum.
+        let quorum = write_quorum(old.in_sync().count());
+        let mut side = 1_u64 << process;
+        let mut have = usize::from(is_in(old, process));
+        for leaves in [true, false] {
+            for index in (0..pools).filter(|index| is_in(old, *index)) {
+                if have < quorum && side >> index & 1 == 0 && leaves != is_in(new, index) {
+                    side |= 1 << index;
+                    have += 1;
+                }
+            }
+        }
+        let other = (0..pools).find(|index| is_in(new, *index) && side >> index & 1 == 0);
+        let Some(other) = other else { return };
+        self.report.places.reach(Place::ChangeSplit);
+        self.store.mute = self.store.mute.max(1);
+        self.partition(side, self.now + Duration::from_millis(millis));
+        let nanos = self.random.between(5_000_000, 400_000_000);
+        self.after(nanos, Event::Attach { process: other });
     }
 
     fn schedule_tick_again(&mut self, process: usize) {
@@ -152,22 +262,16 @@ impl World {
         }
     }
 
-    /// With [`Durability::Flush`] a power cut may cost what was acknowledged and not flushed, which
-    /// the oracle does not model yet.
-    fn cut_power(&mut self, who: Option<usize>) -> bool {
-        if self.config.durability != Durability::Durable {
-            return false;
-        }
+    fn cut_power(&mut self, who: Option<usize>) {
         if let Some(server) = who {
             self.report.places.reach(Place::PowerLost);
             self.stop(server, true);
-            return true;
+            return;
         }
         self.report.places.reach(Place::AllPowerLost);
         for process in 0..self.processes.len() {
             self.stop(process, true);
         }
-        true
     }
 
     fn strike_network(&mut self, kind: FaultKind, random: &mut Random) -> bool {
@@ -202,6 +306,13 @@ impl World {
                 self.network.link(from, to).byte_nanos = Some((byte_nanos, until(millis)));
                 from != to
             }
+            FaultKind::LateAnswers { micros, millis } => {
+                let head = self.desired;
+                for from in (0..self.processes.len()).filter(|from| *from != head) {
+                    self.network.link(from, head).extra = Some((micros * 1000, until(millis)));
+                }
+                self.processes.len() > 1
+            }
             _ => unreachable!("the caller sorts kinds"),
         }
     }
@@ -224,28 +335,40 @@ impl World {
         cut > 0 && cut < count
     }
 
+    fn disk(&mut self, who: usize, device: usize) -> &mut Disk {
+        let disks = &mut self.processes[who].disks;
+        let count = disks.len();
+        &mut disks[device % count]
+    }
+
     fn strike_disk(&mut self, kind: FaultKind, random: &mut Random) -> bool {
+        self.damaged_disks |= matches!(
+            kind,
+            FaultKind::ReadErrors { .. }
+                | FaultKind::LyingSync { .. }
+                | FaultKind::FailedSync { .. }
+        );
         match kind {
             FaultKind::SlowDisk { who, device, times, millis } => {
-                let disk = &mut self.processes[who].disks[device];
+                let slow_until = self.now + Duration::from_millis(millis);
+                let disk = self.disk(who, device);
                 disk.slowness = times;
-                disk.slow_until = self.now + Duration::from_millis(millis);
+                disk.slow_until = slow_until;
                 true
             }
             FaultKind::HangingDisk { who, device, millis } => {
-                let disk = &mut self.processes[who].disks[device];
-                disk.hangs_until = self.now + Duration::from_millis(millis);
+                self.disk(who, device).hangs_until = self.now + Duration::from_millis(millis);
                 true
             }
             FaultKind::ReadErrors { who, device, count } => {
                 let allowed = self.faulty == Some(who);
                 if allowed {
-                    self.processes[who].disks[device].read_errors = count;
+                    self.disk(who, device).read_errors = count;
                 }
                 allowed
             }
             FaultKind::BadPage { device } => self.damage(device, random, |world, who, page, _| {
-                world.processes[who].disks[device].make_bad(page);
+                world.disk(who, device).make_bad(page);
                 Place::ReadErrorHit
             }),
             FaultKind::Rot { device, pages, kill } => {
@@ -253,7 +376,7 @@ impl World {
                 for _ in 0..pages {
                     struck |= self.damage(device, random, |world, who, page, random| {
                         let bit = random.index(8 * base::limits::PAGE_BYTES);
-                        world.processes[who].disks[device].rot(page, bit);
+                        world.disk(who, device).rot(page, bit);
                         Place::PageRotted
                     });
                 }
@@ -269,11 +392,23 @@ impl World {
             }
             FaultKind::FailedSync { device } => {
                 let Some(who) = self.faulty else { return false };
-                // What the sync should have kept may be gone, as after a power cut.
-                if self.config.durability != Durability::Durable {
-                    return false;
+                self.disk(who, device).sync_fails = true;
+                true
+            }
+            FaultKind::LyingSync { millis, power } => {
+                let Some(who) = self.faulty else { return false };
+                // Always the log's device: the journal has another copy elsewhere, so that a seal is
+                // not forgotten, which no quorum survives.
+                let until = self.now + Duration::from_millis(millis);
+                self.disk(who, 0).lies_until = until;
+                self.oracle.lied();
+                self.disks_lied = true;
+                self.report.places.reach(Place::SyncLied);
+                if power {
+                    let deed = Deed::PowerCut;
+                    let (victim, there) = (Victim::Server(who), who);
+                    self.queue.push(until, Event::Sprung { deed, victim, there });
                 }
-                self.processes[who].disks[device].sync_fails = true;
                 true
             }
             _ => unreachable!("the caller sorts kinds"),
@@ -288,10 +423,10 @@ impl World {
         what: impl FnOnce(&mut Self, usize, u64, &mut Random) -> Place,
     ) -> bool {
         let Some(who) = self.faulty else { return false };
-        let Some(page) = self.processes[who].disks[device].some_page(random.below(1 << 14)) else {
-            return false;
-        };
+        let number = random.bits();
+        let Some(page) = self.disk(who, device).some_page(number) else { return false };
         let place = what(self, who, page, random);
+        self.damaged_disks = true;
         if place != Place::ReadErrorHit {
             self.report.places.reach(place);
         }
@@ -301,6 +436,7 @@ impl World {
     fn misdo(&mut self, fault: WriteFault, place: Place) -> bool {
         let Some(who) = self.faulty else { return false };
         self.processes[who].disks[MASS].write_fault = Some(fault);
+        self.damaged_disks = true;
         self.report.places.reach(place);
         true
     }
@@ -326,8 +462,23 @@ impl World {
                 self.draining[who] ^= true;
                 true
             }
+            FaultKind::SplitChange { who, millis } => {
+                self.draining.fill(false);
+                self.draining[who] = true;
+                self.split = Some(millis);
+                true
+            }
+            FaultKind::Migrate { to } => {
+                let from = self.desired;
+                let to = self.other_than(from, to);
+                self.stop_guest(Duration::from_millis(20));
+                self.after(10_000_000, Event::Rest { process: from });
+                self.after(12_000_000, Event::Attach { process: to });
+                true
+            }
             FaultKind::HandOver { to } => {
                 let from = self.desired;
+                let to = self.other_than(from, to);
                 let head = self.processes[from].head;
                 let running = self.processes[from].paused_until <= self.now;
                 if let Some(head) = head.filter(|_| running && from != to) {

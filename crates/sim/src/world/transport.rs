@@ -7,6 +7,7 @@ use node::{ConnectionId, Input};
 use store::{DiskId, DiskKind, DiskOperation, DiskResult};
 
 use super::{Event, World};
+use crate::faults::Trigger;
 use crate::network::{End, Later};
 use crate::places::Place;
 use crate::process::address;
@@ -37,6 +38,7 @@ impl World {
         let state = &mut self.processes[process];
         let life = state.life;
         let operation = state.operations.remove(tag).expect("an operation ends once");
+        let wrote = matches!(operation.kind, DiskKind::Write { .. });
         let disk = &mut state.disks[usize::from(operation.device.0)];
         let result = match operation.kind {
             DiskKind::Read { offset, mut buffer, start, length } => {
@@ -54,11 +56,14 @@ impl World {
                 }
                 DiskResult::Written(Ok(()))
             }
-            DiskKind::Sync => DiskResult::Synced(disk.sync()),
+            DiskKind::Sync => DiskResult::Synced(disk.sync(self.now)),
             DiskKind::Discard { .. } => DiskResult::Discarded(Ok(())),
         };
         let id: DiskId = operation.id;
-        self.spring(false);
+        self.spring(Trigger::Operation, process);
+        if wrote && operation.device.0 > 0 {
+            self.spring(Trigger::HomeWrite, process);
+        }
         self.input(process, life, Input::DiskDone { id, result });
     }
 

@@ -1,51 +1,141 @@
 //! The guest: requests, and whether their answers can be explained.
 
 use base::limits::PAGE_BYTES;
-use base::{BlockCount, BlockReply, BlockRequest, Lba, Operation, RequestId, Status};
+use base::{BlockCount, BlockReply, BlockRequest, Durability, Lba, Operation, RequestId, Status};
 use core::time::Duration;
 use node::{FrontEnd, Input};
 
-use super::{Event, World};
+use super::{Event, World, WorldConfig};
 use crate::content::{fill, value_of};
+use crate::faults::Trigger;
 use crate::guest::{Guest, Kind};
 use crate::oracle::Explained;
 use crate::places::Place;
+use crate::process::Process;
 
 /// Requests that the guest has under way, at most.
 const DEPTH: usize = 32;
+/// Blocks that half of the requests begin in.
+const HOT_BLOCKS: u64 = 24;
+
+/// How fast the guest makes requests: bursts, and pauses such that they last as long as the faults.
+#[derive(Clone, Debug)]
+pub(super) struct Load {
+    /// Requests left of this burst.
+    burst: u64,
+    /// The longest pause between two bursts.
+    idle_nanos: u64,
+    /// Which pace counts.
+    pace: u64,
+    /// Where the newest head wrote last.
+    written: Option<u64>,
+    /// The guest does nothing before.
+    stopped_until: base::Instant,
+}
+
+impl Load {
+    pub(super) fn new(config: &WorldConfig) -> Self {
+        let bursts = (config.requests / config.burst.max(1)).max(1);
+        let nanos = u64::try_from(config.length.as_nanos()).expect("seconds");
+        Self {
+            burst: 0,
+            idle_nanos: 2 * nanos / bursts + 1,
+            pace: 0,
+            written: None,
+            stopped_until: base::Instant::ZERO,
+        }
+    }
+}
 
 impl World {
-    pub(super) fn submit(&mut self) {
-        let pause = self.random.between(2_000, self.config.pause_nanos);
-        if self.next_request > self.config.requests || !self.submitting() {
+    /// Something has happened: the guest is busy now.
+    pub(super) fn begin_burst(&mut self) {
+        if self.config.burst > 0 {
+            self.load.burst = self.load.burst.max(self.config.burst / 2);
+            self.load.pace += 1;
+            let pace = self.load.pace;
+            self.after(1_000, Event::Submit { pace });
+        }
+    }
+
+    /// The guest stands still for so long.
+    pub(super) fn stop_guest(&mut self, how_long: Duration) {
+        self.load.stopped_until = self.now + how_long;
+    }
+
+    /// Nobody uses the head of a process for now.
+    pub(super) fn rest(&mut self, process: usize) {
+        let Some(head) = self.processes[process].head else { return };
+        if self.processes[process].paused_until <= self.now {
+            self.report.places.reach(Place::HeadRested);
+            let life = self.processes[process].life;
+            self.input(process, life, Input::RestHead(head.handle));
+        }
+    }
+
+    /// How long until the next request.
+    fn next_pause(&mut self) -> u64 {
+        if self.config.burst > 0 && self.load.burst == 0 {
+            self.load.burst = self.random.between(1, self.config.burst);
+            return self.random.between(2_000, self.load.idle_nanos + 2_000);
+        }
+        self.load.burst = self.load.burst.saturating_sub(1);
+        self.random.between(2_000, self.config.pause_nanos)
+    }
+
+    pub(super) fn submit(&mut self, pace: u64) {
+        if self.next_request > self.config.requests || !self.submitting() || pace != self.load.pace
+        {
             return;
         }
-        self.after(pause, Event::Submit);
-        if self.processes[self.desired].head.is_none() {
+        let pause = self.next_pause();
+        self.after(pause, Event::Submit { pace });
+        if self.now < self.load.stopped_until {
             return;
         }
-        let kind = match self.random.below(20) {
-            0 => Kind::Flush,
-            1 => Kind::Discard,
-            2..=8 => Kind::Read,
-            _ => Kind::Write,
+        let Some(process) = self.used_head() else { return };
+        // From a head that may be deposed mostly what another one has just written is read: what waits
+        // there for a quorum, and what overlaps that, says nothing.
+        let elsewhere = (process != self.desired && !self.random.one_in(8))
+            .then_some(self.load.written)
+            .flatten();
+        let kind = if elsewhere.is_some() || self.random.below(100) < self.config.reads_percent {
+            Kind::Read
+        } else {
+            match self.random.below(12) {
+                0 => Kind::Flush,
+                1 => Kind::Discard,
+                _ => Kind::Write,
+            }
         };
         let blocks = match self.random.below(8) {
             0 => self.random.between(1, 32),
             _ => self.random.between(1, 3),
         };
         let blocks = blocks.min(self.config.blocks);
-        let lba = self.random.below(self.config.blocks - blocks + 1);
-        // Now and then somebody goes on using a head that was deposed.
-        let process = match self.random.below(4) {
-            0 => self.random.index(self.processes.len()),
-            _ => self.desired,
-        };
+        // Half of the requests meet in a few blocks.
+        let most = self.config.blocks - blocks + 1;
+        let most = if self.random.one_in(2) { most.min(HOT_BLOCKS) } else { most };
+        let lba = self.random.below(most);
+        let (lba, blocks) = elsewhere.map_or((lba, blocks), |lba| (lba, 1));
         // Each front end has a depth of its own: what a lost head holds is not in another's way.
         let begun = self.requests.values().filter(|guest| guest.process == process).count();
-        if begun < DEPTH {
+        let most = if process == self.desired || kind == Kind::Read { DEPTH } else { DEPTH / 2 };
+        if begun < most {
             self.submit_request(process, kind, lba, blocks);
         }
+    }
+
+    /// Where the next request goes. Now and then somebody goes on using a head that was deposed.
+    fn used_head(&mut self) -> Option<usize> {
+        let heads = |process: &&Process| process.head.is_some();
+        let desired = self.processes[self.desired].head.is_some();
+        if desired && !self.random.one_in(3) {
+            return Some(self.desired);
+        }
+        let count = self.processes.iter().filter(heads).count();
+        let number = if count > 1 { self.random.index(count) } else { 0 };
+        self.processes.iter().filter(heads).nth(number).map(|process| process.index)
     }
 
     /// The guest goes on until the faults end, or until it has submitted everything.
@@ -68,6 +158,8 @@ impl World {
         let Some(mut buffer) = state.guest_buffers.take(bytes) else { return };
         let life = state.life;
         let number = self.next_write;
+        let fua = kind == Kind::Write && self.random.one_in(10);
+        let on_media = fua || self.config.durability == Durability::Durable;
         let operation = match kind {
             Kind::Read => Operation::Read { buffer },
             Kind::Flush => Operation::Flush,
@@ -78,7 +170,7 @@ impl World {
             Kind::Write => {
                 self.next_write += 1;
                 fill(&mut buffer, lba, blocks, number);
-                Operation::Write { buffer, fua: self.random.one_in(10) }
+                Operation::Write { buffer, fua }
             }
         };
         for block in lba..lba + blocks {
@@ -93,7 +185,7 @@ impl World {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         let (submitted, epoch) = (self.oracle.stamp(), head.epoch);
-        let guest = Guest { lba, blocks, kind, number, submitted, process, epoch, stale };
+        let guest = Guest { lba, blocks, kind, number, submitted, process, epoch, stale, on_media };
         self.trace_blocks("submit", &guest);
         self.requests.insert(id.0, guest);
         if stale {
@@ -149,13 +241,17 @@ impl World {
     fn check_answer(&mut self, reply: &BlockReply, guest: &Guest) {
         let blocks = guest.lba..guest.lba + guest.blocks;
         match guest.kind {
-            Kind::Flush => {}
+            Kind::Flush => self.oracle.flushed(guest.submitted),
             Kind::Write | Kind::Discard => {
                 self.report.written += 1;
-                self.spring(true);
+                self.spring(Trigger::Acknowledged, guest.process);
+                if guest.epoch == self.opened {
+                    self.load.written = Some(guest.lba);
+                }
                 for block in blocks {
                     let block = usize::try_from(block).expect("a small volume");
-                    self.oracle.acknowledged(block, guest.epoch.0, guest.number);
+                    let (epoch, number) = (guest.epoch.0, guest.number);
+                    self.oracle.acknowledged(block, epoch, number, guest.on_media);
                 }
             }
             Kind::Read => {
@@ -206,6 +302,10 @@ impl World {
             lba += blocks;
             self.run_until(bound, "to read everything back", |world| world.requests.is_empty());
         }
+    }
+
+    /// Nothing may be left of what the run began.
+    pub(super) fn wind_up(&mut self) {
         for process in 0..self.processes.len() {
             self.check_invariants(process);
             let life = self.processes[process].life;

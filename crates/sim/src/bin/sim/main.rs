@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
+use sim::faults::Focus;
 use sim::places::{Place, Places};
 use sim::runner::{self, Violation};
 use sim::{Report, WorldConfig};
@@ -38,6 +39,9 @@ struct Arguments {
     /// Run this seed alone and print what happens.
     #[arg(long)]
     replay: Option<u64>,
+    /// With --replay: make the seed about this (`Home`, say), as --planted says.
+    #[arg(long)]
+    focus: Option<String>,
     /// With --replay: only the faults that the violation takes.
     #[arg(long)]
     minimal: bool,
@@ -50,6 +54,9 @@ struct Arguments {
     /// Prove that planted bugs are found, each within so many seeds (--seeds, 400 by default).
     #[arg(long)]
     planted: bool,
+    /// With --planted: only bugs that a few seeds find, to see that the simulator still bites.
+    #[arg(long)]
+    quick: bool,
     /// With --planted or --replay: this bug only.
     #[arg(long)]
     bug: Option<String>,
@@ -117,6 +124,14 @@ fn replay(arguments: &Arguments, seed: u64) -> ExitCode {
         return ExitCode::from(2);
     }
     let mut config = WorldConfig::with_faults(seed);
+    if let Some(name) = &arguments.focus {
+        let named = |focus: &&Focus| format!("{focus:?}") == *name;
+        let Some(focus) = Focus::ALL.iter().find(named) else {
+            eprintln!("sim: a seed can be about one of {:?}", Focus::ALL);
+            return ExitCode::from(2);
+        };
+        config = WorldConfig::with_focus(seed, *focus);
+    }
     if arguments.minimal
         && let Err(violation) = runner::run(config.clone())
     {

@@ -25,6 +25,7 @@ mod with_bugs {
 
     use base::planted::{Bug, plant};
     use sim::WorldConfig;
+    use sim::faults::Focus;
     use sim::runner::{self, Violation};
 
     use super::super::Arguments;
@@ -32,11 +33,25 @@ mod with_bugs {
     /// Seeds that a bug may take.
     const SEEDS: u64 = 400;
 
+    /// Bugs that a few seeds find, in every part of the code, and how many seeds that may take.
+    const QUICK: &[Bug] = &[
+        Bug::AckBeforeQuorum,
+        Bug::OneAckTooFew,
+        Bug::ShortestTail,
+        Bug::ReadOfStaleMember,
+        Bug::UndecidedRead,
+        Bug::ReuseSeq,
+        Bug::SealNotPersisted,
+        Bug::NewerBlockDropped,
+        Bug::DiscardForgotten,
+    ];
+    const QUICK_SEEDS: u64 = 40;
+
     struct Found {
         bug: Bug,
         seeds: u64,
         events: u64,
-        violation: Option<(u64, Violation)>,
+        violation: Option<(u64, Focus, Violation)>,
     }
 
     fn named(name: &str) -> Result<Bug, String> {
@@ -52,21 +67,69 @@ mod with_bugs {
         Ok(())
     }
 
+    /// What a run must be about for a bug to show soon.
+    fn focus(bug: Bug) -> Focus {
+        match bug {
+            Bug::GrantUnchecked
+            | Bug::GrantFromAnswer
+            | Bug::GrantNotWaited
+            | Bug::RestKeepsGrants
+            | Bug::GrantForgottenByRestart => Focus::StaleReads,
+            Bug::JointRuleForgotten | Bug::PromotedTooEarly => Focus::Members,
+            Bug::OpenWithoutSealQuorum
+            | Bug::ShortestTail
+            | Bug::TailMatchedBySeq
+            | Bug::NoFencingOnArrival
+            | Bug::NoGateOnDeparture
+            | Bug::UncommittedHome
+            | Bug::TruncatesTooFar
+            | Bug::CommitNewsTooHigh => Focus::Openings,
+            Bug::HomeBeforeData
+            | Bug::HomeBeforeMeta
+            | Bug::HomeMetaInPlace
+            | Bug::NewerBlockDropped
+            | Bug::DiscardForgotten
+            | Bug::TrimBeforeHome => Focus::Home,
+            Bug::DamageTakenForTear | Bug::ReadUnverified | Bug::MendedOverNewer => Focus::Media,
+            Bug::RecordUnverified | Bug::AnswerUnverified | Bug::HeaderUnverified => Focus::Wire,
+            Bug::FillSkipsChunk
+            | Bug::FillTrustsOldChunk
+            | Bug::FillKeepsDiscarded
+            | Bug::FetchUnsettled
+            | Bug::StagedBeforeMedia => Focus::Fills,
+            Bug::AckBeforeMedia
+            | Bug::FuaForgotten
+            | Bug::FlushBeforeQuorum
+            | Bug::StartNotOnMedia
+            | Bug::SealNotPersisted
+            | Bug::SyncNotAwaited
+            | Bug::TornTailAccepted => Focus::Power,
+            Bug::AckBeforeQuorum
+            | Bug::OneAckTooFew
+            | Bug::ReadOfStaleMember
+            | Bug::UndecidedRead
+            | Bug::ReuseSeq
+            | Bug::EarlyRelease => Focus::Everything,
+        }
+    }
+
+    /// Every second seed is about what the bug is about.
     fn hunt(bug: Bug, base: u64, seeds: u64) -> Found {
         plant(Some(bug));
         let mut found = Found { bug, seeds: 0, events: 0, violation: None };
         for seed in base..base + seeds {
             found.seeds += 1;
-            match runner::run(WorldConfig::with_faults(seed)) {
+            let focus = if seed.is_multiple_of(2) { focus(bug) } else { Focus::of(seed) };
+            match runner::run(WorldConfig::with_focus(seed, focus)) {
                 Ok(report) => found.events += report.events,
                 Err(violation) => {
                     found.events += violation.events;
                     // What this seed violates without the bug is not the bug's.
                     plant(None);
-                    let clean = runner::run(WorldConfig::with_faults(seed)).is_ok();
+                    let clean = runner::run(WorldConfig::with_focus(seed, focus)).is_ok();
                     plant(Some(bug));
                     if clean {
-                        found.violation = Some((seed, violation));
+                        found.violation = Some((seed, focus, violation));
                         break;
                     }
                 }
@@ -78,9 +141,11 @@ mod with_bugs {
 
     pub(crate) fn prove(arguments: &Arguments) -> ExitCode {
         let base = arguments.seed_base.unwrap_or(0);
-        let seeds = arguments.seeds.unwrap_or(SEEDS);
+        let usual = if arguments.quick { QUICK_SEEDS } else { SEEDS };
+        let seeds = arguments.seeds.unwrap_or(usual);
         let bugs: Vec<Bug> = match arguments.bug.as_deref().map(named).transpose() {
             Ok(Some(bug)) => vec![bug],
+            Ok(None) if arguments.quick => QUICK.to_vec(),
             Ok(None) => Bug::ALL.to_vec(),
             Err(error) => {
                 eprintln!("sim: {error}");
@@ -110,11 +175,11 @@ mod with_bugs {
     fn tell(found: &Found) -> bool {
         let Found { bug, seeds, events, violation } = found;
         match violation {
-            Some((seed, violation)) => {
+            Some((seed, focus, violation)) => {
                 let first = violation.what.lines().next().unwrap_or_default();
                 let first: String = first.chars().take(120).collect();
                 println!(
-                    "{:24} found by seed {seed} ({seeds} seeds, {events} events): {first}",
+                    "{:24} found by seed {seed} {focus:?} ({seeds} seeds, {events} events): {first}",
                     bug.name()
                 );
             }

@@ -1,0 +1,135 @@
+//! What a run is made of: the cluster, the load and the faults that a seed stands for.
+
+use core::time::Duration;
+
+use base::{Durability, Instant};
+
+use crate::faults::{Fault, Focus, Profile, schedule};
+use crate::process::PoolLayout;
+use crate::random::Random;
+
+/// When faults begin, at the earliest.
+const FAULTS_FROM: Duration = Duration::from_millis(20);
+
+/// A run.
+#[derive(Clone, Debug)]
+pub struct WorldConfig {
+    /// Decides everything.
+    pub seed: u64,
+    /// Servers with a replica each: 1, 2, 3 or 5.
+    pub servers: usize,
+    /// Further servers, without a replica at first.
+    pub spares: usize,
+    /// The head runs in a process without a pool.
+    pub diskless: bool,
+    /// Blocks of 4 KiB of the volume.
+    pub blocks: u64,
+    /// Requests to submit, at most.
+    pub requests: u64,
+    /// The longest pause between two requests of a burst, in nanoseconds.
+    pub pause_nanos: u64,
+    /// Requests of a burst; zero: there is one burst, and no pause in it.
+    pub burst: u64,
+    /// Of a hundred requests, how many are reads.
+    pub reads_percent: u64,
+    /// What goes wrong; see [`WorldConfig::with_faults`].
+    pub faults: Vec<Fault>,
+    /// The phase of faults lasts so long; zero: until all requests have been submitted.
+    pub length: Duration,
+    /// Now and then a disk or the network is a hundred times slower, and members fall behind.
+    pub hiccups: bool,
+    /// The servers' pools.
+    pub layout: PoolLayout,
+    /// When a write counts. With [`Durability::Flush`], servers that lose power may cost what was
+    /// acknowledged and not flushed.
+    pub durability: Durability,
+    /// Print what happens.
+    pub trace: bool,
+    /// Print what happens to this block.
+    pub trace_block: Option<u64>,
+    /// Counts the process's allocations, for [`Report::node_allocations`].
+    pub allocations: fn() -> u64,
+}
+
+impl WorldConfig {
+    /// Processes with a pool.
+    pub(crate) fn pools(&self) -> usize {
+        self.servers + self.spares
+    }
+
+    /// A cluster in which nothing fails.
+    pub fn quiet(seed: u64, servers: usize, diskless: bool, requests: u64) -> Self {
+        Self {
+            seed,
+            servers,
+            spares: 0,
+            diskless,
+            blocks: 512,
+            requests,
+            pause_nanos: 80_000,
+            burst: 0,
+            reads_percent: 35,
+            faults: Vec::new(),
+            length: Duration::ZERO,
+            hiccups: true,
+            layout: PoolLayout::roomy(),
+            durability: Durability::Flush,
+            trace: false,
+            trace_block: None,
+            allocations: || 0,
+        }
+    }
+
+    /// The cluster and the faults that a seed stands for.
+    pub fn with_faults(seed: u64) -> Self {
+        Self::with_focus(seed, Focus::of(seed))
+    }
+
+    /// What a seed stands for if it is about `focus`.
+    pub fn with_focus(seed: u64, focus: Focus) -> Self {
+        let mut random = Random::of(seed, "configuration");
+        let mut servers = random.choose(&[3, 3, 3, 5, 2, 1]);
+        let mut spares = random.choose(&[0, 1, 2]);
+        let diskless = random.one_in(3);
+        let mut length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
+        let mut pause_nanos = random.choose(&[80_000, 300_000, 1_000_000, 8_000_000]);
+        let mut layout =
+            random.choose(&[PoolLayout::roomy(), PoolLayout::busy(), PoolLayout::tight()]);
+        if focus != Focus::Everything {
+            length = Duration::from_millis(random.choose(&[4000, 8000]));
+            pause_nanos = random.choose(&[80_000, 300_000]);
+        }
+        match focus {
+            Focus::Everything | Focus::Openings | Focus::Wire | Focus::Media => {}
+            Focus::StaleReads => servers = random.choose(&[2, 3, 3]),
+            Focus::Members | Focus::Fills => {
+                (servers, spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
+                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
+            }
+            Focus::Home => layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]),
+            Focus::Power => servers = random.choose(&[1, 2, 3, 3, 5]),
+        }
+        let profile = Profile {
+            seed,
+            focus,
+            servers: servers + spares,
+            processes: servers + spares + usize::from(diskless),
+            from: Instant::ZERO + FAULTS_FROM,
+            length,
+        };
+        let durability = random.choose(&[Durability::Durable, Durability::Flush]);
+        Self {
+            spares,
+            requests: 4000,
+            pause_nanos,
+            burst: random.choose(&[20, 100, 400]),
+            reads_percent: random.choose(&[10, 35, 35, 70]),
+            faults: schedule(&profile),
+            length,
+            durability,
+            blocks: random.choose(&[64, 512, 512]),
+            layout,
+            ..Self::quiet(seed, servers, diskless, 0)
+        }
+    }
+}
