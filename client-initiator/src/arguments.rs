@@ -128,6 +128,15 @@ pub(crate) enum ServerCommand {
         /// The server's name or id.
         server: String,
     },
+    /// Forget a server that does not run and keeps nothing: nobody waits for it any more.
+    Remove {
+        /// The server's name or id.
+        server: String,
+        /// Though it keeps replicas, because its pool is gone for good: the volumes are healed from
+        /// their other copies. Refused all the same where too few of those are left.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Args)]

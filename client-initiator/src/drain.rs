@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use cluster::drain::{self, Remaining};
-use cluster::{ClusterStore, Create, ServerEntry};
+use cluster::{ClusterStore, Create, ServerEntry, VolumeEntry};
 use serde::Serialize;
 
 use crate::arguments::{DrainArguments, StoreArgument};
@@ -85,7 +85,8 @@ fn wait_until_empty(
     loop {
         let revision = store.revision()?;
         let entry = find(store, name)?;
-        let left = Remaining::on(&entry, &store.volumes()?);
+        let volumes = store.volumes()?;
+        let left = Remaining::on(&entry, &volumes);
         if left.is_empty() {
             return Ok(left);
         }
@@ -100,7 +101,7 @@ fn wait_until_empty(
                  with `holdfast server undrain {name}`){}",
                 start.elapsed().as_secs(),
                 what_is_left(&left),
-                advice(&entry, &left)
+                advice(&entry, &left, &volumes)
             );
             return Err(Failure::new(Exit::NotReady, text));
         }
@@ -110,17 +111,23 @@ fn wait_until_empty(
     }
 }
 
-fn advice(entry: &ServerEntry, left: &Remaining) -> String {
+fn advice(entry: &ServerEntry, left: &Remaining, volumes: &[VolumeEntry]) -> String {
     let mut parts = String::new();
     if state(entry, cluster::unix_ms()) != "up" {
         parts.push_str("; the server does not run, so it cannot give back what it holds");
     }
-    if let Some(volume) = left.held.first() {
-        let _infallible = write!(
-            parts,
-            "; guests that are connected to the server keep their volumes there: move or stop \
-             them, or remove the export (`holdfast volume show {volume}`)"
-        );
+    let volumes: Vec<_> =
+        volumes.iter().filter(|entry| left.held.contains(&entry.volume.name)).collect();
+    for volume in volumes {
+        let name = &volume.volume.name;
+        let said = entry.server.problems.iter().find(|said| said.volume == volume.volume.id);
+        let _infallible = match said {
+            Some(said) => write!(parts, "; volume {name}: {}", said.reason),
+            None => write!(
+                parts,
+                "; volume {name}: its head has not been given back yet (`holdfast volume show {name}`)"
+            ),
+        };
     }
     parts
 }

@@ -1,6 +1,6 @@
 //! Exit codes, and which error ends with which.
 
-use cluster::drain::DrainError;
+use cluster::drain::{DrainError, RemoveError};
 use cluster::lease::{AcquireError, ReleaseError};
 use cluster::resize::ResizeError;
 use cluster::servers::RegisterError;
@@ -171,6 +171,19 @@ impl From<DrainError> for Failure {
             DrainError::NotFound(_) => Self::new(Exit::NotFound, error.to_string()),
             DrainError::Stuck { .. } => Self::new(Exit::NotReady, error.to_string()),
             DrainError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<RemoveError> for Failure {
+    fn from(error: RemoveError) -> Self {
+        match error {
+            RemoveError::NotFound(_) => Self::new(Exit::NotFound, error.to_string()),
+            RemoveError::Running(_) | RemoveError::InUse { .. } => {
+                Self::new(Exit::Conflict, error.to_string())
+            }
+            RemoveError::BelowFloor { .. } => Self::new(Exit::NotReady, error.to_string()),
+            RemoveError::Store(error) => error.into(),
         }
     }
 }

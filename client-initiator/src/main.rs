@@ -45,6 +45,9 @@ fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
             ServerCommand::List => server::list(&store, output),
             ServerCommand::Drain(arguments) => drain::drain(&store, &arguments, output),
             ServerCommand::Undrain { server } => drain::undrain(&store, &server, output),
+            ServerCommand::Remove { server, force } => {
+                server::remove(&store, &server, force, output)
+            }
         },
         Command::Volume(command) => match command {
             VolumeCommand::Create(create) => volume::create(&store, &create, output),

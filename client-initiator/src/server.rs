@@ -105,3 +105,30 @@ pub(crate) fn list(store: &StoreArgument, output: &Output) -> Result<(), Failure
     });
     Ok(())
 }
+
+/// The JSON of `server remove`.
+#[derive(Serialize)]
+struct RemovedView {
+    /// UUID.
+    id: String,
+    name: String,
+}
+
+pub(crate) fn remove(
+    store: &StoreArgument,
+    server: &str,
+    force: bool,
+    output: &Output,
+) -> Result<(), Failure> {
+    let store = cluster::open(store.address()?, Create::Never)?;
+    let server = find(store.as_ref(), server)?.server;
+    cluster::servers::remove(store.as_ref(), &server.name, force)?;
+    let view = RemovedView { id: server.id.to_string(), name: server.name };
+    output.print(&view, || {
+        format!(
+            "server {} is forgotten; its pool can join again only after `holdfast pool format --force`",
+            view.name
+        )
+    });
+    Ok(())
+}

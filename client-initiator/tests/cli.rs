@@ -10,7 +10,7 @@ use std::sync::Arc;
 use base::{Holder, HolderId, PoolId, Role, ServerId};
 use cluster::lease::{self, Acquire};
 use cluster::{
-    ClusterStore, Create, Event, EventKind, FillReport, Heartbeat, MemberReport, Rates,
+    ClusterStore, Create, Event, EventKind, FillReport, Heartbeat, MemberReport, Problem, Rates,
     StallReport, VolumeStatus, servers, unix_ms, volumes,
 };
 use serde_json::Value;
@@ -88,18 +88,15 @@ impl Bench {
     }
 
     fn beat(&self, server: ServerId, pool: PoolId) {
-        let beat = Heartbeat {
-            server,
-            pool,
-            addresses: Vec::new(),
-            labels: BTreeMap::new(),
-            capacity_bytes: 1 << 40,
-            free_bytes: 1 << 40,
-            version: "0.1.0".to_owned(),
-            stopping: false,
-            problems: Vec::new(),
-        };
-        self.store.heartbeat(&beat).unwrap();
+        self.store.heartbeat(&heartbeat(server, pool)).unwrap();
+    }
+
+    /// The server says that it stops.
+    fn stop(&self, number: u8) {
+        let name = format!("s{number}");
+        let entry = servers::named(self.store.as_ref(), &name).unwrap().unwrap();
+        let last = heartbeat(entry.server.id, entry.server.pool);
+        self.store.heartbeat(&Heartbeat { stopping: true, ..last }).unwrap();
     }
 
     /// Does what the servers of all volumes are to do.
@@ -380,6 +377,90 @@ fn what_a_holder_tells_is_shown_with_its_age() {
     assert!(old["members"][1]["seen"].is_null(), "nothing old is shown as if it were so now");
     lease::release_forced(store, id, true).unwrap();
     assert_eq!(bench.run(&["volume", "wait", "v"]).json()["health"], "healthy");
+}
+
+fn heartbeat(server: ServerId, pool: PoolId) -> Heartbeat {
+    Heartbeat {
+        server,
+        pool,
+        addresses: Vec::new(),
+        labels: BTreeMap::new(),
+        capacity_bytes: 1 << 40,
+        free_bytes: 1 << 40,
+        version: "0.1.0".to_owned(),
+        stopping: false,
+        problems: Vec::new(),
+    }
+}
+
+#[test]
+fn servers_are_forgotten_only_when_nothing_is_lost() {
+    let bench = Bench::new();
+    bench.servers(4);
+    bench.run(&["volume", "create", "v", "--size", "4G", "--wait", "0"]).json();
+    bench.provision();
+    let volume = bench.store.volume_named("v").unwrap().unwrap();
+    let keeps = |number: &u8| {
+        let name = format!("s{number}");
+        let entry = servers::named(bench.store.as_ref(), &name).unwrap().unwrap();
+        volume.shard.members.iter().any(|member| member.server == entry.server.id)
+    };
+    let (used, spare): (Vec<u8>, Vec<u8>) = (1..=4).partition(keeps);
+    let name = |number: u8| format!("s{number}");
+    bench.run(&["server", "remove", "s9"]).refused(3, &["no server 's9'", "server list"]);
+    let (used, spare) = (&used[..], spare[0]);
+    bench
+        .run(&["server", "remove", &name(spare), "--force"])
+        .refused(4, &["is running", "stop it"]);
+    bench.stop(spare);
+    assert_eq!(bench.run(&["server", "remove", &name(spare)]).json()["name"], name(spare).as_str());
+    bench.run(&["server", "remove", &name(spare)]).refused(3, &["no server"]);
+    // One that keeps a replica: not by accident.
+    bench.stop(used[0]);
+    let first = name(used[0]);
+    let refused = bench.run(&["server", "remove", &first]);
+    refused.refused(4, &["keeps replicas of v", "drain it first", "--force"]);
+    bench.run(&["server", "remove", &first, "--force"]).json();
+    assert_eq!(bench.run(&["server", "list"]).json().as_array().unwrap().len(), 2);
+    // Of a single copy, never.
+    let bench = Bench::new();
+    bench.servers(1);
+    bench.run(&["volume", "create", "w", "--size", "1G", "--replicas", "1", "--wait", "0"]).json();
+    bench.provision();
+    bench.stop(1);
+    let refused = bench.run(&["server", "remove", "s1", "--force"]);
+    refused.refused(5, &["copies that w cannot do without", "start it again"]);
+    bench.run(&["volume", "delete", "w"]).json();
+    bench.run(&["server", "remove", "s1"]).json();
+}
+
+#[test]
+fn a_drain_names_what_still_holds_a_server() {
+    let bench = Bench::new();
+    bench.servers(4);
+    bench.run(&["volume", "create", "v", "--size", "4G", "--wait", "0"]).json();
+    bench.provision();
+    let store = bench.store.as_ref();
+    let volume = store.volume_named("v").unwrap().unwrap();
+    let not_member = |entry: &cluster::ServerEntry| {
+        volume.shard.members.iter().all(|member| member.server != entry.server.id)
+    };
+    let holder = store.servers().unwrap().into_iter().find(not_member).unwrap().server;
+    let id = HolderId::from_bytes(holder.id.bytes());
+    let me =
+        Holder { id, name: format!("server {}", holder.name), repair: false, yieldable: false };
+    lease::acquire(store, volume.volume.id, &me, Acquire::default()).unwrap();
+    let wait = ["server", "drain", &holder.name, "--wait", "0"];
+    bench.run(&wait).refused(5, &["the head of volume v", "has not been given back yet"]);
+    let reason = "a guest uses it at /run/vm7.sock; migrate the guest or stop it".to_owned();
+    let problems = vec![Problem { volume: volume.volume.id, reason }];
+    store.heartbeat(&Heartbeat { problems, ..heartbeat(holder.id, holder.pool) }).unwrap();
+    bench
+        .run(&wait)
+        .refused(5, &["volume v: a guest uses it at /run/vm7.sock", "migrate the guest"]);
+    let held = store.volume_named("v").unwrap().unwrap();
+    lease::release(store, held.volume.id, me.id, held.volume.epoch).unwrap();
+    assert_eq!(bench.run(&wait).json()["state"], "drained");
 }
 
 #[test]
