@@ -14,13 +14,14 @@ mod change;
 mod facts;
 mod repair;
 mod report;
+mod servers;
 mod view;
 mod watch;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base::ServerId;
 use cluster::heal::HealPolicy;
@@ -31,6 +32,7 @@ use crate::heads::Heads;
 use change::Changes;
 use repair::Repairs;
 use report::Reports;
+use servers::Servers;
 use view::View;
 use watch::Watch;
 
@@ -85,6 +87,8 @@ pub struct Healer {
     changes: Changes,
     repairs: Option<Repairs>,
     watch: Watch,
+    /// In a daemon: who else runs.
+    servers: Option<Servers>,
     reports: Reports,
     /// Events that the store has not taken yet.
     untold: Vec<cluster::Event>,
@@ -115,6 +119,7 @@ impl Healer {
             changes: Changes::default(),
             repairs: server.map(Repairs::new),
             watch: Watch::default(),
+            servers: server.map(Servers::new),
             reports: Reports::default(),
             untold: Vec::new(),
             trouble: None,
@@ -154,6 +159,11 @@ impl Healer {
         let refreshed = self.view.refresh(self.store.as_ref());
         let happened = self.watch.news(&status.heads, &self.view, &self.heads.holder().name);
         self.tell_later(happened);
+        if let (Ok(()), Some(servers)) = (&refreshed, &mut self.servers) {
+            let known = &self.view.picture().servers;
+            let happened = servers.news(known, Instant::now(), cluster::unix_ms());
+            self.tell_later(happened);
+        }
         let worked = refreshed.and_then(|()| self.work(&status.heads));
         self.note(worked);
         Ok(())
