@@ -395,24 +395,27 @@ impl World {
                 self.disk(who, device).sync_fails = true;
                 true
             }
-            FaultKind::LyingSync { millis, power } => {
-                let Some(who) = self.faulty else { return false };
-                // Always the log's device: the journal has another copy elsewhere, so that a seal is
-                // not forgotten, which no quorum survives.
-                let until = self.now + Duration::from_millis(millis);
-                self.disk(who, 0).lies_until = until;
-                self.oracle.lied();
-                self.disks_lied = true;
-                self.report.places.reach(Place::SyncLied);
-                if power {
-                    let deed = Deed::PowerCut;
-                    let (victim, there) = (Victim::Server(who), who);
-                    self.queue.push(until, Event::Sprung { deed, victim, there });
-                }
-                true
-            }
+            FaultKind::LyingSync { millis, power } => self.lie(millis, power),
             _ => unreachable!("the caller sorts kinds"),
         }
+    }
+
+    /// The faulty server's log device lies about what is on media.
+    fn lie(&mut self, millis: u64, power: bool) -> bool {
+        let Some(who) = self.faulty else { return false };
+        // Always the log's device: the journal has another copy elsewhere, so that a seal is
+        // not forgotten, which no quorum survives.
+        let until = self.now + Duration::from_millis(millis);
+        self.disk(who, 0).lies_until = until;
+        self.oracle.lied();
+        self.disks_lied = true;
+        self.report.places.reach(Place::SyncLied);
+        if power {
+            let deed = Deed::PowerCut;
+            let (victim, there) = (Victim::Server(who), who);
+            self.queue.push(until, Event::Sprung { deed, victim, there });
+        }
+        true
     }
 
     /// Does something to a page in use of the faulty server.
