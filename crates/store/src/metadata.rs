@@ -439,7 +439,7 @@ mod tests {
                 assert_eq!(Entry::decode(&mut Reader::new(&expected[..length])), None);
             }
         }
-        assert_eq!(Entry::decode(&mut Reader::new(&[13; 40])), None);
+        assert_eq!(Entry::decode(&mut Reader::new(&[14; 40])), None);
     }
 
     #[test]
