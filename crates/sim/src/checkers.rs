@@ -59,6 +59,11 @@ impl Checkers {
         self.durable.forget(process);
     }
 
+    /// Pages of a server's disks have rotted.
+    pub(crate) fn rotted(&mut self, process: usize) {
+        self.durable.rotted(process);
+    }
+
     /// Looks at a process; what it finds wrong begins with the invariant's name.
     pub(crate) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
         self.durable.look(seen)?;

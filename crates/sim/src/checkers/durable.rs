@@ -5,20 +5,30 @@ use base::Seq;
 
 use super::Seen;
 
+/// Records of a batch in a log, at most (as `store` has it).
+const BATCH_RECORDS_MAX: u64 = 32;
+
 pub(super) struct Durable {
     /// Of each server, the highest seq that was both on media and settled.
     kept: Vec<Seq>,
+    /// Of each server, whether its disk may have rotted since it was last looked at.
+    rotten: Vec<bool>,
 }
 
 impl Durable {
     pub(super) fn new(servers: usize) -> Self {
-        Self { kept: vec![Seq::ZERO; servers] }
+        Self { kept: vec![Seq::ZERO; servers], rotten: vec![false; servers] }
     }
 
     pub(super) fn forget(&mut self, process: usize) {
         if let Some(kept) = self.kept.get_mut(process) {
             *kept = Seq::ZERO;
         }
+    }
+
+    /// Rot in the last batch cannot be told from a write that was cut off: so much may go.
+    pub(super) fn rotted(&mut self, process: usize) {
+        self.rotten[process] = true;
     }
 
     pub(super) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
@@ -33,6 +43,10 @@ impl Durable {
             // What it had is lost and it says so.
             *kept = Seq::ZERO;
             return Ok(());
+        }
+        let rotten = std::mem::take(&mut self.rotten[seen.process]);
+        if rotten && state.last.seq < *kept && kept.0 - state.last.seq.0 <= BATCH_RECORDS_MAX {
+            *kept = state.last.seq;
         }
         if state.last.seq < *kept {
             return Err(format!(

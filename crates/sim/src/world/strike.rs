@@ -382,6 +382,7 @@ impl World {
                 }
                 if let Some(who) = self.faulty.filter(|_| kill) {
                     self.stop(who, false);
+                    self.checkers.rotted(who);
                 }
                 struck
             }
