@@ -47,7 +47,7 @@ pub struct WorldConfig {
     pub trace: bool,
     /// Print what happens to this block.
     pub trace_block: Option<u64>,
-    /// Counts the process's allocations, for [`Report::node_allocations`].
+    /// Counts the process's allocations, for [`Report::node_allocations`](crate::Report::node_allocations).
     pub allocations: fn() -> u64,
 }
 

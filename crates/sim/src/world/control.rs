@@ -129,6 +129,7 @@ impl World {
         self.report.heads += 1;
         self.spring(Trigger::Won, process);
         let state = &mut self.processes[process];
+        state.healer.forget_head();
         let local = state.clock.local(self.now);
         let node = state.node.as_mut().expect("an open process runs");
         match node.open_head(local, records.volume.clone(), records.shard.clone()) {

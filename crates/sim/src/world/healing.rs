@@ -34,6 +34,14 @@ pub(crate) struct Healer {
     own: Option<Role>,
 }
 
+impl Healer {
+    /// A head begins, or none runs: what an earlier one was about is nobody's business any more.
+    pub(super) fn forget_head(&mut self) {
+        self.told = None;
+        self.pending = None;
+    }
+}
+
 impl World {
     pub(super) fn heal_later(&mut self, process: usize) {
         let life = self.processes[process].life;
@@ -56,9 +64,7 @@ impl World {
         }
         self.last_seen_ms[process] = self.wall_ms(process);
         if self.processes[process].head.is_none() {
-            let healer = &mut self.processes[process].healer;
-            healer.told = None;
-            healer.pending = None;
+            self.processes[process].healer.forget_head();
         }
         if !self.processes[process].healer.busy {
             self.processes[process].healer.busy = true;
