@@ -167,7 +167,8 @@ fn replica_answer(bytes: &mut Bytes<'_>, body: CommandBody) -> Result<ReplyBody,
         CommandBody::Truncate { .. } => {
             ReplyBody::Truncated { last: base::Position::new(base::Epoch(1), durable) }
         }
-        CommandBody::Trim
+        CommandBody::Grow { .. }
+        | CommandBody::Trim
         | CommandBody::Release
         | CommandBody::Renew
         | CommandBody::Hello { .. }
