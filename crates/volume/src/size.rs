@@ -52,8 +52,7 @@ impl Size {
 impl Head {
     /// The volume record says `blocks` now. Shrinking is not possible, so a smaller number is old news.
     pub(crate) fn grow(&mut self, blocks: u64) {
-        let limit = base::limits::VOLUME_BYTES_MAX >> self.block_size.log2();
-        if blocks > limit {
+        if blocks > self.blocks_max() {
             return;
         }
         self.size.recorded = self.size.recorded.max(blocks);
@@ -61,10 +60,16 @@ impl Head {
         self.tell_sizes();
     }
 
-    /// A member has sealed, and says how large its replica is.
+    /// The largest volume there can be.
+    fn blocks_max(&self) -> u64 {
+        base::limits::VOLUME_BYTES_MAX >> self.block_size.log2()
+    }
+
+    /// A member has sealed, and says how large its replica is. The others are not told a size that no
+    /// volume has.
     pub(crate) fn learn_size(&mut self, index: usize, blocks: u64) {
         self.members[index].size = MemberSize { has: blocks, told: blocks, number: 0 };
-        if blocks > self.size.members {
+        if blocks > self.size.members && blocks <= self.blocks_max() {
             self.size.members = blocks;
             self.tell_sizes();
         }
