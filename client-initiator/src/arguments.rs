@@ -198,6 +198,8 @@ pub(crate) enum VolumeCommand {
     Wait(WaitArguments),
     /// Make a volume larger, also while it is used; its guests see the new size at once.
     Resize(ResizeArguments),
+    /// Name the servers that are to take a lost member's place, best first.
+    Failover(FailoverArguments),
     /// Delete a volume with its data.
     Delete(DeleteArguments),
     /// Take a volume's lease from a holder that is gone for good.
@@ -223,6 +225,18 @@ pub(crate) struct ResizeArguments {
 }
 
 #[derive(Args)]
+pub(crate) struct FailoverArguments {
+    /// The volume's name or id.
+    pub(crate) volume: String,
+    /// Servers that keep no replica of it and have room, best first.
+    #[arg(required_unless_present = "any")]
+    pub(crate) servers: Vec<String>,
+    /// No server in particular: take back what was named.
+    #[arg(long, conflicts_with = "servers")]
+    pub(crate) any: bool,
+}
+
+#[derive(Args)]
 pub(crate) struct CreateArguments {
     /// The volume's name.
     pub(crate) name: String,
@@ -245,6 +259,10 @@ pub(crate) struct CreateArguments {
     /// Guests can only read it.
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// The servers that are to take a lost member's place, best first; none of them gets a replica
+    /// now. Whichever qualify, if not given.
+    #[arg(long, value_name = "SERVER", value_delimiter = ',')]
+    pub(crate) failover: Vec<String>,
     /// How many seconds to wait for the servers; 0: not at all.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) wait: u64,

@@ -2,6 +2,7 @@
 
 use cluster::drain::{DrainError, RemoveError};
 use cluster::lease::{AcquireError, ReleaseError};
+use cluster::named_failover::NamedError;
 use cluster::resize::ResizeError;
 use cluster::servers::RegisterError;
 use cluster::volumes::{CreateError, DeleteError, FindError};
@@ -109,7 +110,22 @@ impl From<CreateError> for Failure {
             | CreateError::SizeOutOfRange { .. }
             | CreateError::Replicas(_) => Self::new(Exit::Usage, error.to_string()),
             CreateError::Placement(_) => Self::new(Exit::NotReady, error.to_string()),
+            CreateError::Failover(error) => error.into(),
             CreateError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<NamedError> for Failure {
+    fn from(error: NamedError) -> Self {
+        match error {
+            NamedError::NotFound(_) => Self::new(Exit::NotFound, error.to_string()),
+            NamedError::Twice(_) | NamedError::TooMany(_) => {
+                Self::new(Exit::Usage, error.to_string())
+            }
+            NamedError::Member(_) => Self::new(Exit::Conflict, error.to_string()),
+            NamedError::Unsuitable { .. } => Self::new(Exit::NotReady, error.to_string()),
+            NamedError::Store(error) => error.into(),
         }
     }
 }

@@ -55,6 +55,7 @@ fn run(arguments: Arguments, output: &Output) -> Result<(), Failure> {
             VolumeCommand::Show { volume } => volume::show(&store, &volume, output),
             VolumeCommand::Wait(wait) => volume::wait(&store, &wait, output),
             VolumeCommand::Resize(arguments) => resize::resize(&store, &arguments, output),
+            VolumeCommand::Failover(arguments) => volume::failover(&store, &arguments, output),
             VolumeCommand::Delete(delete) => volume::delete(&store, &delete, output),
             VolumeCommand::Release { volume, force } => {
                 volume::release(&store, &volume, force, output)

@@ -42,6 +42,8 @@ pub(crate) struct VolumeView {
     pub(crate) members: Vec<MemberView>,
     /// The names of the servers that can take a lost member's place, best first.
     pub(crate) failover: Vec<String>,
+    /// Those that an operator named for that, whether or not they qualify now.
+    pub(crate) preferred_failover: Vec<String>,
     /// What the holder told last, if it told anything in this epoch.
     pub(crate) head: Option<HeadView>,
 }
@@ -176,6 +178,8 @@ pub(crate) fn view(
         .map(|member| member_view(member, all, current, now_ms))
         .collect();
     let (health, problems) = judge(entry, &members, status, now_ms);
+    let names =
+        |ids: &[ServerId]| ids.iter().map(|id| servers::name_of(all, *id)).collect::<Vec<_>>();
     VolumeView {
         id: volume.id.to_string(),
         name: volume.name.clone(),
@@ -193,7 +197,8 @@ pub(crate) fn view(
         yieldable: volume.holder.as_ref().is_some_and(|holder| holder.yieldable),
         waiting: None,
         members,
-        failover: entry.shard.failover.iter().map(|id| servers::name_of(all, *id)).collect(),
+        failover: names(&entry.shard.failover),
+        preferred_failover: names(&entry.shard.preferred_failover),
         head: status.map(|status| head_view(status, entry, now_ms)),
     }
 }
@@ -429,6 +434,9 @@ pub(crate) fn text(view: &VolumeView) -> String {
     lines.extend(view.members.iter().map(member_line));
     if !view.failover.is_empty() {
         lines.push(format!("failover    {}", view.failover.join(", ")));
+    }
+    if !view.preferred_failover.is_empty() {
+        lines.push(format!("            named: {}", view.preferred_failover.join(", ")));
     }
     lines.join("\n")
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use base::{Policy, VolumeId};
+use cluster::named_failover::name_failover;
 use cluster::volumes::{self, CreateError, NewVolume};
 use cluster::{
     ClusterStore, Create, ServerEntry, VolumeEntry, VolumeStatus, lease, servers, unix_ms,
@@ -10,7 +11,9 @@ use cluster::{
 use serde::Serialize;
 use target_daemon::size::format_size;
 
-use crate::arguments::{CreateArguments, DeleteArguments, StoreArgument, WaitArguments};
+use crate::arguments::{
+    CreateArguments, DeleteArguments, FailoverArguments, StoreArgument, WaitArguments,
+};
 use crate::exit::{Exit, Failure};
 use crate::output::{Output, table};
 use crate::progress::{Done, Progress};
@@ -38,6 +41,7 @@ pub(crate) fn create(
             stall_deadline_ms: arguments.stall_deadline,
             read_only: arguments.read_only,
         },
+        failover: arguments.failover.clone(),
     };
     let created = create_when_possible(store.as_ref(), &new, arguments.wait, output)?;
     let entry = match arguments.wait {
@@ -236,6 +240,22 @@ pub(crate) fn filled(view: &VolumeView) -> Done {
             bytes_per_second: fill.bytes_per_second,
         })
     })
+}
+
+pub(crate) fn failover(
+    store: &StoreArgument,
+    arguments: &FailoverArguments,
+    output: &Output,
+) -> Result<(), Failure> {
+    let store = cluster::open(store.address()?, Create::Never)?;
+    let id = volumes::find(store.as_ref(), &arguments.volume)?.volume.id;
+    let entry = name_failover(store.as_ref(), id, &arguments.servers)?;
+    let view = view(&entry, &store.servers()?, None);
+    output.print(&view, || match view.failover.as_slice() {
+        [] => format!("volume {} has no failover server: none qualifies", view.name),
+        names => format!("failover servers of volume {}: {}", view.name, names.join(", ")),
+    });
+    Ok(())
 }
 
 /// What the volume's holder published.

@@ -192,6 +192,26 @@ fn creations_that_cannot_be() {
 }
 
 #[test]
+fn failover_servers_by_name() {
+    let bench = Bench::new();
+    bench.servers(4);
+    let create = ["volume", "create", "v", "--size", "1G", "--replicas", "2", "--wait", "0"];
+    let with = |servers| bench.run(&[&create[..], &["--failover", servers]].concat());
+    with("s9").refused(3, &["no server 's9'", "server list"]);
+    with("s1,s1").refused(2, &["'s1' is named twice"]);
+    with("s1,s2,s3").refused(5, &["1 ready (s4)", "s2: is to be a failover server"]);
+    let made = with("s3,s1").json();
+    assert_eq!(made["failover"], serde_json::json!(["s3", "s1"]));
+    let failover = |more: &[&str]| bench.run(&[&["volume", "failover", "v"], more].concat());
+    failover(&[]).refused(2, &["SERVERS"]);
+    failover(&["s2"]).refused(4, &["'s2' keeps a replica", "volume show"]);
+    let named = failover(&["s1"]).json();
+    assert_eq!(named["failover"], serde_json::json!(["s1", "s3"]));
+    assert_eq!(named["preferred_failover"], serde_json::json!(["s1"]));
+    assert_eq!(failover(&["--any"]).json()["preferred_failover"], serde_json::json!([]));
+}
+
+#[test]
 fn stores_that_are_not_usable() {
     holdfast(&["volume", "list"]).refused(2, &["--store", "HOLDFAST_STORE"]);
     holdfast(&["--store", "etcd://127.0.0.1:1", "volume", "list"])

@@ -146,6 +146,10 @@ pub struct ShardRecord {
     /// Servers that can take a lost member's place, best first, with room kept for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failover: Vec<ServerId>,
+    /// Servers that an operator named for that, best first: while they qualify, they come before all
+    /// others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preferred_failover: Vec<ServerId>,
     /// The latest moves, oldest first: a volume that moves again and again is left alone for a
     /// while, lest it fell server after server.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

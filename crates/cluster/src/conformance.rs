@@ -15,6 +15,7 @@ use crate::events::{Event, EventKind};
 use crate::heal::Step;
 use crate::lease::{self, Acquire, AcquireError, Marked};
 use crate::members::{self, ChangeOutcome};
+use crate::named_failover::{NamedError, name_failover};
 use crate::records::{Draining, Heartbeat, Problem, ServerRecord, VolumeEntry};
 use crate::resize::{ResizeError, resize};
 use crate::servers::{self, DrainError, RegisterError, Remaining, RemoveError};
@@ -34,7 +35,7 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
 
 /// Runs those tests in which no one else gets between an attempt and the next.
 pub(crate) fn run_apart(open: impl Fn() -> Opened) {
-    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 18] = [
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 19] = [
         inserts_are_unique_and_seen_by_others,
         updates_are_conditional_on_both_versions,
         epochs_and_tombstones_do_not_go_back,
@@ -51,6 +52,7 @@ pub(crate) fn run_apart(open: impl Fn() -> Opened) {
         members_change_only_as_expected,
         late_members_do_not_count_and_do_not_hold_up,
         repairers_give_way,
+        failover_servers_are_named,
         servers_are_drained_if_there_is_room,
         servers_are_forgotten_if_nobody_needs_them,
     ];
@@ -79,6 +81,7 @@ pub(crate) fn shard(number: u8) -> ShardRecord {
         shard: ShardIndex(0),
         members: vec![Member { server, pool, role: Role::InSync }],
         failover: Vec::new(),
+        preferred_failover: Vec::new(),
         moves: Vec::new(),
     }
 }
@@ -98,6 +101,7 @@ fn new_volume(name: &str, replicas: u8) -> NewVolume {
         size_bytes: 1 << 20,
         block_size: BlockSize::B512,
         policy: policy(replicas),
+        failover: Vec::new(),
     }
 }
 
@@ -674,6 +678,39 @@ fn repairers_give_way(one: &dyn ClusterStore, two: &dyn ClusterStore) {
     repair(1).unwrap();
     volumes::delete(one, id).unwrap();
     assert!(matches!(repair(1), Err(AcquireError::Deleted { .. })));
+}
+
+fn failover_servers_are_named(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    let ids: Vec<_> = (1..=4).map(|number| running_server(one, number, 64 << 20)).collect();
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let new = |failover: &[&str]| NewVolume { failover: names(failover), ..new_volume("v", 2) };
+    let text = volumes::create(one, &new(&["s4", "s9"])).unwrap_err().to_string();
+    assert!(text.contains("no server 's9'"), "{text}");
+    let text = volumes::create(one, &new(&["s4", "s1", "s2"])).unwrap_err().to_string();
+    assert!(text.contains("1 ready (s3)") && text.contains("s1: is to be a failover"), "{text}");
+    let made = volumes::create(one, &new(&["s4", "s1"])).unwrap();
+    let members: Vec<_> = made.shard.members.iter().map(|member| member.server).collect();
+    assert!(members.contains(&ids[1]) && members.contains(&ids[2]), "not those: {members:?}");
+    assert_eq!(made.shard.failover, [ids[3], ids[0]]);
+    let name = |list: &[&str]| name_failover(two, made.volume.id, &names(list));
+    assert_eq!(name(&["s1"]).unwrap().shard.failover, [ids[0], ids[3]]);
+    let revision = one.revision().unwrap();
+    assert_eq!(name(&["s1"]).unwrap(), one.volume(made.volume.id).unwrap().unwrap());
+    assert_eq!(one.revision().unwrap(), revision, "that was so");
+    assert!(matches!(name(&["s1", "s1"]), Err(NamedError::Twice(_))));
+    assert!(matches!(name(&["s2"]), Err(NamedError::Member(_))));
+    assert!(matches!(name(&["s1", "s2", "s3", "s4"]), Err(NamedError::TooMany(4))));
+    servers::drain(one, "s4", false).unwrap();
+    assert!(
+        name(&["s4"])
+            .unwrap_err()
+            .to_string()
+            .contains("'s4' cannot be a failover server: is being")
+    );
+    assert_eq!(one.volume(made.volume.id).unwrap().unwrap().shard.preferred_failover, [ids[0]]);
+    assert_eq!(name(&[]).unwrap().shard.preferred_failover, []);
+    volumes::delete(one, made.volume.id).unwrap();
+    assert!(matches!(name(&["s1"]), Err(NamedError::Store(_))), "it is gone");
 }
 
 fn servers_are_drained_if_there_is_room(one: &dyn ClusterStore, two: &dyn ClusterStore) {

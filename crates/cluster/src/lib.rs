@@ -23,6 +23,7 @@ pub mod heal;
 pub mod lease;
 pub mod members;
 mod name;
+pub mod named_failover;
 mod placement;
 mod records;
 pub mod resize;

@@ -14,7 +14,7 @@ pub const FAILOVER_MAX: usize = 3;
 const CHUNK_BYTES_MAX: u64 = 4 << 20;
 
 /// Bytes of home that a volume of `size_bytes` may come to take.
-fn home_bytes(size_bytes: u64) -> u64 {
+pub(crate) fn home_bytes(size_bytes: u64) -> u64 {
     size_bytes.checked_next_multiple_of(CHUNK_BYTES_MAX).unwrap_or(u64::MAX)
 }
 
@@ -236,7 +236,8 @@ pub fn place(
 /// The server that had best be given a replica of `entry`'s volume beside those of `staying`: alive,
 /// not being drained, without a replica of it, with room (kept for other volumes only if nothing else
 /// is left); in other failure domains than `staying` as far as possible, then the first failover
-/// server, then the one with most room. Else why no server qualifies.
+/// server, then the one with most room. A server that an operator named for it comes before all that.
+/// Else why no server qualifies.
 pub(crate) fn spare<'a>(
     entry: &VolumeEntry,
     staying: &[ServerId],
@@ -262,7 +263,7 @@ pub(crate) fn spare<'a>(
                 Ok(room) => {
                     let others = staying.iter().map(|other| &other.server);
                     let shared = Shared::of(&server.server, others);
-                    let key = (shared, failover(id), u64::MAX - room, id);
+                    let key = (preference(entry, id), shared, failover(id), u64::MAX - room, id);
                     if best.is_none_or(|(other, _)| key < other) {
                         best = Some((key, server));
                     }
@@ -281,14 +282,20 @@ pub(crate) fn spare<'a>(
     }
 }
 
+/// Where an operator placed `id` among the failover servers that are to come first.
+pub(crate) fn preference(entry: &VolumeEntry, id: ServerId) -> usize {
+    let at = entry.shard.preferred_failover.iter().position(|other| *other == id);
+    at.unwrap_or(usize::MAX)
+}
+
 fn without_reservations(usage: &Usage) -> Usage {
     Usage { promised: usage.promised.clone(), reserved: BTreeMap::new() }
 }
 
 /// Servers that can take the place of a lost member of `entry`'s volume, best first, at most
 /// [`FAILOVER_MAX`]: alive, not being drained, with room, without a replica of it, in other failure
-/// domains than the members and each other as far as possible. What is there and still fits stays
-/// in front.
+/// domains than the members and each other as far as possible. Those that an operator named come
+/// first; what is there and still fits stays in front of others.
 pub fn failover(entry: &VolumeEntry, picture: &Picture, now_ms: u64) -> Vec<ServerId> {
     let needed = home_bytes(entry.volume.size_bytes);
     let is_member = |id| entry.shard.members.iter().any(|member| member.server == id);
@@ -308,7 +315,8 @@ pub fn failover(entry: &VolumeEntry, picture: &Picture, now_ms: u64) -> Vec<Serv
         let best = candidates.iter().enumerate().min_by_key(|(_, (room, server))| {
             let id = server.server.id;
             let shared = Shared::of(&server.server, others.iter().map(|other| &other.server));
-            (shared, !entry.shard.failover.contains(&id), u64::MAX - room, id)
+            let is_new = !entry.shard.failover.contains(&id);
+            (preference(entry, id), shared, is_new, u64::MAX - room, id)
         });
         let Some((at, _)) = best else { break };
         let (_, server) = candidates.swap_remove(at);
@@ -358,7 +366,7 @@ pub(crate) fn short_of_room(
 
 /// Bytes that `entry` can still promise, if they are enough.
 /// Room that is kept for the volume of `replaced` counts as free.
-fn room(
+pub(crate) fn room(
     entry: &ServerEntry,
     needed: u64,
     usage: &Usage,

@@ -14,6 +14,7 @@ use base::{
 
 use crate::error::{StoreError, StoreErrorKind};
 use crate::name::{InvalidName, check_name};
+use crate::named_failover::{NamedError, check_named, set_apart};
 use crate::placement::{Picture, PlacementError, failover as failover_of, place};
 use crate::records::{Versions, VolumeEntry, unix_ms};
 use crate::store::ClusterStore;
@@ -36,6 +37,9 @@ pub struct NewVolume {
     pub block_size: BlockSize,
     /// Replicas, durability and the rest.
     pub policy: Policy,
+    /// Names of the servers that are to take a lost member's place, best first; empty for any. None of
+    /// them gets a replica now.
+    pub failover: Vec<String>,
 }
 
 /// Why a volume was not created.
@@ -66,6 +70,9 @@ pub enum CreateError {
     /// The replica count is not one of [`REPLICA_COUNTS`].
     #[error("{0} replicas are not supported; use 1, 2, 3 or 5")]
     Replicas(u8),
+    /// A failover server that was named cannot be one.
+    #[error(transparent)]
+    Failover(#[from] NamedError),
     /// Too few servers.
     #[error(transparent)]
     Placement(#[from] PlacementError),
@@ -140,8 +147,14 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             return Err(StoreError { store: store.address(), kind }.into());
         }
         let (picture, now_ms) = (Picture::of(&volumes, servers), unix_ms());
+        let (preferred_failover, others) = set_apart(&picture.servers, &new.failover)?;
         let replicas = usize::from(new.policy.replicas);
-        let members = place(new.size_bytes, replicas, &picture.servers, &picture.usage, now_ms)?;
+        let members = place(new.size_bytes, replicas, &others, &picture.usage, now_ms);
+        let members = members.map_err(|mut error| {
+            let apart = |name: &String| (name.clone(), "is to be a failover server".to_owned());
+            error.unsuitable.extend(new.failover.iter().map(apart));
+            error
+        })?;
         let volume = VolumeRecord {
             id,
             name: new.name.clone(),
@@ -152,9 +165,17 @@ pub fn create(store: &dyn ClusterStore, new: &NewVolume) -> Result<VolumeEntry, 
             holder: None,
         };
         let (failover, moves) = (Vec::new(), Vec::new());
-        let shard = ShardRecord { volume: id, shard: ShardIndex(0), members, failover, moves };
+        let shard = ShardRecord {
+            volume: id,
+            shard: ShardIndex(0),
+            members,
+            failover,
+            preferred_failover,
+            moves,
+        };
         let versions = Versions { volume: 0, shard: 0 };
         let mut entry = VolumeEntry { volume, shard, deleted: false, versions };
+        check_named(&entry, &picture, now_ms)?;
         entry.shard.failover = failover_of(&entry, &picture, now_ms);
         attempt += 1;
         match store.insert_volume(&entry.volume, &entry.shard, revision) {

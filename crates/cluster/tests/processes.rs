@@ -43,6 +43,7 @@ fn insert(store: &dyn ClusterStore) {
         shard: ShardIndex(0),
         members: Vec::new(),
         failover: Vec::new(),
+        preferred_failover: Vec::new(),
         moves: Vec::new(),
     };
     while store.volume(id).unwrap().is_none() {

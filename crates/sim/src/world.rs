@@ -726,6 +726,7 @@ fn records(config: &WorldConfig) -> (VolumeRecord, ShardRecord) {
         shard: ShardIndex(0),
         members,
         failover: Vec::new(),
+        preferred_failover: Vec::new(),
         moves: Vec::new(),
     };
     (volume, shard)

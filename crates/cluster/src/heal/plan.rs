@@ -6,7 +6,9 @@ use base::{Role, ServerId};
 
 use super::view::{Trouble, View};
 use super::{Blocked, HealPolicy, Plan, Stage, Step, VolumeFacts};
-use crate::placement::{Picture, Shared, failover, may_stay_failover, spare};
+use crate::placement::{
+    FAILOVER_MAX, Picture, Shared, failover, may_stay_failover, preference, spare,
+};
 use crate::records::VolumeEntry;
 
 /// The next step for the volume of `entry`, of which its head knows `facts`; or why there is none.
@@ -342,16 +344,21 @@ impl Planner<'_> {
         let fits = |id: &ServerId| may_stay_failover(self.entry, *id, self.picture, self.now_ms);
         let not_leaving = || self.views.iter().filter(|view| !view.is(Role::Leaving));
         let shared = |list: &[ServerId]| list.first().map(|id| self.shared(*id, not_leaving()));
+        let preference = |id: &ServerId| preference(self.entry, *id);
+        let named = |id: &&ServerId| preference(id) != usize::MAX;
         let stays = old.iter().all(fits)
             && old.len() >= new.len()
+            && old.is_sorted_by_key(preference)
+            && new.iter().filter(named).all(|id| old.contains(id))
             && (old.is_empty() || new.is_empty() || shared(old) <= shared(&new));
         if stays {
             return None;
         }
         // Servers that are merely late keep their places if there is nobody better.
         let kept = old.iter().filter(|id| fits(id) && !new.contains(id)).copied();
-        let failover: Vec<_> =
-            new.iter().copied().chain(kept).take(crate::placement::FAILOVER_MAX).collect();
+        let mut failover: Vec<_> = new.iter().copied().chain(kept).collect();
+        failover.sort_by_key(preference);
+        failover.truncate(FAILOVER_MAX);
         (failover != *old).then(|| Decision::Do(Step::UpdateFailover { failover }, String::new()))
     }
 }

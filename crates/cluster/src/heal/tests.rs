@@ -88,6 +88,7 @@ fn entry(replicas: u8, members: &[(u8, Role)]) -> VolumeEntry {
             shard: ShardIndex(0),
             members: members.iter().map(member).collect(),
             failover: Vec::new(),
+            preferred_failover: Vec::new(),
             moves: Vec::new(),
         },
         deleted: false,
@@ -662,6 +663,38 @@ fn room_is_kept_for_failover_and_given_to_whom_it_is_kept_for() {
     world.kill(1);
     world.settle();
     assert!(world.entry.shard.in_sync().any(|id| id == server_id(4)), "its own room");
+}
+
+#[test]
+fn named_failover_servers_come_first_while_they_qualify() {
+    let mut world = World::new(6, 3);
+    let (four, five, six) = (server_id(4), server_id(5), server_id(6));
+    world.settle();
+    assert_eq!(world.entry.shard.failover, [four, five, six]);
+    world.entry.shard.preferred_failover = vec![six];
+    let step = world.plan().step.unwrap();
+    assert_eq!(step, Step::UpdateFailover { failover: vec![six, four, five] });
+    world.take(&step);
+    assert_eq!(world.plan(), Plan::default(), "once");
+    // One that restarts keeps its place; one that is away for long loses it, and gets it back.
+    world.kill(6);
+    for _ in 0..10 {
+        world.tick();
+    }
+    assert_eq!(world.plan(), Plan::default(), "it is only late");
+    for _ in 0..15 {
+        world.tick();
+    }
+    world.settle();
+    assert_eq!(world.entry.shard.failover, [four, five]);
+    world.truth.get_mut(&six).unwrap().silent_since_ms = None;
+    world.tick();
+    world.settle();
+    assert_eq!(world.entry.shard.failover, [six, four, five]);
+    world.kill(3);
+    world.settle();
+    assert!(world.entry.shard.in_sync().any(|id| id == six), "{:?}", world.roles());
+    assert_eq!(world.entry.shard.preferred_failover, [six]);
 }
 
 #[test]

@@ -73,6 +73,7 @@ pub(crate) fn shard(members: &[(usize, Role)]) -> ShardRecord {
         shard: ShardIndex(0),
         members,
         failover: Vec::new(),
+        preferred_failover: Vec::new(),
         moves: Vec::new(),
     }
 }

@@ -44,6 +44,7 @@ pub(super) fn config(members: usize, epoch: u64, buffers: &BufferPool) -> HeadCo
             shard: ShardIndex(0),
             members: (0..members).map(member).collect(),
             failover: Vec::new(),
+            preferred_failover: Vec::new(),
             moves: Vec::new(),
         },
         epoch: Epoch(epoch),

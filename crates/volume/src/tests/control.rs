@@ -29,6 +29,7 @@ pub(super) fn first_record(members: usize) -> ShardRecord {
         shard: ShardIndex(0),
         members: (0..members).map(member).collect(),
         failover: Vec::new(),
+        preferred_failover: Vec::new(),
         moves: Vec::new(),
     }
 }
