@@ -136,6 +136,7 @@ impl Bench {
                 stall_deadline_ms: None,
                 read_only: false,
             },
+            failover: Vec::new(),
         };
         let id = volumes::create(self.store.as_ref(), &new).unwrap().volume.id;
         until("provisioning", || {

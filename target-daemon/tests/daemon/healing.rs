@@ -79,6 +79,7 @@ impl<'a> Others<'a> {
                 stall_deadline_ms: None,
                 read_only: false,
             },
+            failover: Vec::new(),
         };
         // The daemon has to be one of its servers: all but the wanted ones are made full.
         let id = volumes::create(self.store, &new).unwrap().volume.id;

@@ -192,6 +192,7 @@ fn a_replica_that_cannot_be_made_is_reported_to_the_cluster() {
             stall_deadline_ms: None,
             read_only: false,
         },
+        failover: Vec::new(),
     };
     let id = volumes::create(bench.store.as_ref(), &new).unwrap().volume.id;
     let problem = until("a report", || {
