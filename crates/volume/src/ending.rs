@@ -155,30 +155,36 @@ impl Head {
         self.stall = None;
     }
 
-    /// The next request that goes back; `None` also while the pool has no buffer for it.
+    /// The next request that goes back; `None` also while the pool has no buffer for it. A read that needs
+    /// one lets those behind it go first: they may be who has it.
     pub(crate) fn next_returned(&mut self) -> Option<BlockRequest> {
-        match self.returned.pop_front()? {
-            Unanswered::Request(request) => Some(request),
-            Unanswered::Write { id, lba, blocks, payload, fua } => match self.writable(payload) {
-                Ok(buffer) => {
-                    let operation = Operation::Write { buffer, fua };
-                    Some(BlockRequest { id, lba, blocks, operation })
+        for _ in 0..self.returned.len() {
+            match self.returned.pop_front()? {
+                Unanswered::Request(request) => return Some(request),
+                Unanswered::Write { id, lba, blocks, payload, fua } => {
+                    return match self.writable(payload) {
+                        Ok(buffer) => {
+                            let operation = Operation::Write { buffer, fua };
+                            Some(BlockRequest { id, lba, blocks, operation })
+                        }
+                        Err(payload) => {
+                            let write = Unanswered::Write { id, lba, blocks, payload, fua };
+                            self.returned.push_front(write);
+                            None
+                        }
+                    };
                 }
-                Err(payload) => {
-                    let write = Unanswered::Write { id, lba, blocks, payload, fua };
-                    self.returned.push_front(write);
-                    None
+                Unanswered::Read { id, lba, blocks } => {
+                    let bytes = usize::try_from(blocks.bytes(self.block_size));
+                    if let Some(buffer) = self.buffers.take(bytes.unwrap_or(usize::MAX)) {
+                        let operation = Operation::Read { buffer };
+                        return Some(BlockRequest { id, lba, blocks, operation });
+                    }
+                    self.returned.push_back(Unanswered::Read { id, lba, blocks });
                 }
-            },
-            Unanswered::Read { id, lba, blocks } => {
-                let bytes = usize::try_from(blocks.bytes(self.block_size)).unwrap_or(usize::MAX);
-                let Some(buffer) = self.buffers.take(bytes) else {
-                    self.returned.push_front(Unanswered::Read { id, lba, blocks });
-                    return None;
-                };
-                Some(BlockRequest { id, lba, blocks, operation: Operation::Read { buffer } })
             }
         }
+        None
     }
 
     /// A payload in a writable buffer: its own if nobody shares it any more, else a copy.

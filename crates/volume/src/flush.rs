@@ -6,7 +6,7 @@ use base::planted::{self, Bug};
 use base::{CommandBody, Instant, ReplicaError, ReplyBody, RequestId, Seq};
 
 use crate::gate::Grounds;
-use crate::head::Head;
+use crate::head::{Head, Phase};
 use crate::sessions::Answer;
 use crate::tag::Kind;
 
@@ -65,20 +65,24 @@ impl Head {
         }
     }
 
-    /// What is on media at a write quorum stays there, so this only grows.
-    fn learn_durable_quorum(&mut self) {
+    /// The seq through which members that follow have everything on media, a write quorum of them.
+    pub(crate) fn write_quorum_durable(&self) -> Seq {
         let mut positions = [Seq::ZERO; base::limits::MEMBERS_MAX];
         for (position, member) in positions.iter_mut().zip(&self.members) {
             if member.follows() {
                 *position = member.durable();
             }
         }
-        let reached = if planted::is(Bug::FlushBeforeQuorum) {
+        if planted::is(Bug::FlushBeforeQuorum) {
             positions.into_iter().max().unwrap_or(Seq::ZERO)
         } else {
             self.sets.write_quorum_reached(&positions)
-        };
-        let durable = reached.min(self.log.commit());
+        }
+    }
+
+    /// What is on media at a write quorum stays there, so this only grows.
+    fn learn_durable_quorum(&mut self) {
+        let durable = self.write_quorum_durable().min(self.log.commit());
         if durable > self.log.durable {
             self.log.durable = durable;
             self.plan_commit_news();
@@ -88,6 +92,9 @@ impl Head {
     /// Acknowledged records must reach media some time even if no guest asks, so that members may
     /// take them home. Says through which record that is due.
     fn plan_settling(&mut self) -> Option<Seq> {
+        if self.phase == Phase::Reconciling {
+            return self.plan_settling_tail();
+        }
         let (commit, durable) = (self.log.commit(), self.log.durable);
         if self.settle_target.is_some_and(|target| target <= durable) {
             self.settle_target = None;
@@ -98,8 +105,10 @@ impl Head {
         }
         let at = *self.settle_at.get_or_insert(self.now + self.tunables.settle_delay);
         let records = usize::try_from(commit.0 - durable.0).unwrap_or(usize::MAX);
+        // Well before the backlog is full: then writes would wait.
+        let bytes = self.tunables.settle_bytes.min(self.tunables.backlog_bytes_max / 2);
         if at <= self.now
-            || self.log.unsettled_bytes >= self.tunables.settle_bytes
+            || self.log.unsettled_bytes >= bytes
             || (self.settle_target.is_none() && records > self.tunables.backlog_records_max / 2)
         {
             self.settle_target = Some(commit);
@@ -107,6 +116,21 @@ impl Head {
             self.log.unsettled_bytes = 0;
         }
         self.settle_target
+    }
+
+    /// In an opening that lasts: what all members hold is put on media, so that it is settled and they have
+    /// room for the rest. Says through which record, when that is due.
+    fn plan_settling_tail(&mut self) -> Option<Seq> {
+        if !self.all_follow() {
+            self.settle_at = None;
+            return None;
+        }
+        let at = *self.settle_at.get_or_insert(self.now + self.tunables.settle_delay);
+        if at > self.now {
+            return None;
+        }
+        self.settle_at = Some(self.now + self.tunables.settle_delay);
+        self.members.iter().filter(|member| member.in_sync()).map(|member| member.acked).min()
     }
 
     pub(crate) fn flush_answered(&mut self, index: usize, result: &Answer) {

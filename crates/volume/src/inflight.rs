@@ -78,7 +78,9 @@ impl Head {
         let BlockRequest { id, lba, blocks, operation } = request;
         let give_back = |operation| Err(BlockRequest { id, lba, blocks, operation });
         // After a stall deadline, undecided records outlive their requests.
-        let room = self.log.undecided() < HEAD_REQUESTS_MAX && self.holdback.may_begin(self.now);
+        let room = self.log.undecided() < HEAD_REQUESTS_MAX
+            && !self.waits_for_media()
+            && self.holdback.may_begin(self.now);
         let (kind, buffer, fua) = match operation {
             Operation::Read { buffer } if self.reads.room() => {
                 self.begin_read(arrived, id, lba, blocks, buffer);
@@ -213,24 +215,33 @@ impl Head {
         self.release_held_reads();
     }
 
+    /// True if the acknowledged records in memory are more than the backlog's limits.
+    fn backlog_over(&self) -> bool {
+        let (records, bytes) = self.log.backlog();
+        records > self.tunables.backlog_records_max || bytes > self.tunables.backlog_bytes_max
+    }
+
+    /// True if what is acknowledged and not on media at a write quorum fills the backlog. Members may lose
+    /// all of it with their power, and only this head could give it back: it is kept, and no more
+    /// is begun until some of it is on media.
+    pub(crate) fn waits_for_media(&self) -> bool {
+        self.log.base() > self.log.durable && self.backlog_over()
+    }
+
     /// Forgets settled records that every member that follows has been sent, and beyond the
     /// backlog's limits the oldest: members that still lack those read another's log.
     pub(crate) fn forget_acknowledged(&mut self) {
         loop {
-            let (records, bytes) = self.log.backlog();
-            if records == 0 {
-                return;
-            }
             let first = self.log.base();
             // What is not settled can be lost with the members' power; while it is here, it can
             // be sent again.
-            let wanted = first > self.log.durable
-                || self.members.iter().any(|m| m.follows() && m.next_send <= first)
+            if self.log.backlog().0 == 0 || first > self.log.durable {
+                return;
+            }
+            let wanted = self.members.iter().any(|m| m.follows() && m.next_send <= first)
                 // Who is about to follow needs no other's log if it is still here then.
                 || self.members.iter().any(Member::comes_soon);
-            let over = records > self.tunables.backlog_records_max
-                || bytes > self.tunables.backlog_bytes_max;
-            if wanted && !over {
+            if wanted && !self.backlog_over() {
                 return;
             }
             self.log.forget_first();

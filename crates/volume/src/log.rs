@@ -85,6 +85,13 @@ impl Log {
         self.durable = self.commit;
     }
 
+    /// Of the log that an opening chose, everything through `seq` is settled.
+    pub(crate) fn settle(&mut self, seq: Seq) {
+        assert!(self.start.is_none() && seq <= self.tail.seq, "before the EpochStart only");
+        self.commit = self.commit.max(seq);
+        self.durable = self.durable.max(seq);
+    }
+
     pub(crate) fn push(&mut self, entry: Entry) {
         let header = entry.record.header();
         assert_eq!(header.position.seq, self.last.seq.next(), "records follow each other");

@@ -19,7 +19,8 @@ use base::{
 
 use crate::head::{Head, Output, Phase};
 use crate::log::Entry;
-use crate::member::Mode;
+use crate::member::{Member, Mode};
+use crate::quorum::bit;
 use crate::status::HeadPhase;
 
 impl Head {
@@ -85,6 +86,7 @@ impl Head {
 
     fn advance_reconciling(&mut self) {
         self.drop_unreadable();
+        self.settle_tail();
         let tail = self.log.tail();
         let holders = self.holders(tail.seq, false);
         if holders & self.sets.old() == 0 {
@@ -92,6 +94,33 @@ impl Head {
         } else if self.sets.write_quorum_met(holders) {
             self.write_epoch_start(tail);
         }
+    }
+
+    /// Settles what is on media at a write quorum while every member in sync is known to hold a prefix of
+    /// the chosen log and nothing else. Else a member whose log is full of what this opening may not
+    /// settle never has room for the rest of it.
+    ///
+    /// Why that is safe before an EpochStart is there: records of old epochs at a write quorum do not count
+    /// by themselves since a member elsewhere may have a log that ends in a newer epoch and lacks
+    /// them. Here there is none: all members in sync, of both sets while a change is open, have sealed
+    /// this epoch and their logs are prefixes of this one. A later opening chooses among such prefixes, and
+    /// logs that go on from one that was chosen so; those that have what is on media at a write quorum
+    /// are in every seal quorum, and of two prefixes the longer one wins.
+    fn settle_tail(&mut self) {
+        if !self.all_follow() {
+            return;
+        }
+        let reached = self.write_quorum_durable().min(self.log.tail().seq);
+        if reached > self.log.durable {
+            self.log.settle(reached);
+            self.plan_commit_news();
+        }
+    }
+
+    /// True if the log of every member in sync is known to be a prefix of the head's.
+    pub(crate) fn all_follow(&self) -> bool {
+        let follow = self.members_where(Member::follows);
+        (0..self.members.len()).all(|slot| !self.sets.counts(slot) || follow & bit(slot) != 0)
     }
 
     /// True if a member that answered late has a tail to prefer. It holds nothing that had to

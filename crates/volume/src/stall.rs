@@ -60,10 +60,24 @@ impl Head {
         {
             return Some(StallReason::Unanswered { seq });
         }
+        if let Some((seq, since)) = self.unsettled_too_long()
+            && since <= self.now
+        {
+            return Some(StallReason::NotOnMedia { seq });
+        }
         if self.reads_ungranted() {
             return Some(self.no_grant());
         }
         self.reads_stalled().then_some(StallReason::NoReader)
+    }
+
+    /// The oldest record whose way to media keeps writes from being begun, and when that is a stall.
+    fn unsettled_too_long(&self) -> Option<(Seq, Instant)> {
+        if self.queue.is_empty() || !self.waits_for_media() {
+            return None;
+        }
+        let seq = self.log.base();
+        self.log.entry(seq).map(|entry| (seq, entry.arrived + self.tunables.slow_write))
     }
 
     /// When an opening that makes no progress counts as a stall.
@@ -134,7 +148,8 @@ impl Head {
         }
         let seq = self.log.commit().next().max(self.log.base());
         let slow_write = self.log.entry(seq).map(|entry| entry.arrived + self.tunables.slow_write);
-        base::time::earliest(slow_write, self.slow_opening_at())
+        let slow_media = self.unsettled_too_long().map(|(_, at)| at);
+        base::time::earliest(base::time::earliest(slow_write, slow_media), self.slow_opening_at())
     }
 
     /// How it is doing.

@@ -76,6 +76,12 @@ pub enum StallReason {
         /// The oldest record that is not at a quorum.
         seq: Seq,
     },
+    /// So much is acknowledged and not on media at a write quorum that no more is begun: members do not
+    /// complete their flushes.
+    NotOnMedia {
+        /// The oldest such record.
+        seq: Seq,
+    },
     /// No in-sync member that holds the newest data can be read.
     NoReader,
     /// Too few in-sync members confirm that this head has not been deposed, so what was read may
@@ -104,6 +110,9 @@ impl fmt::Display for StallReason {
                 write!(f, "the log record at {seq} is damaged at every reachable member")
             }
             Self::Unanswered { seq } => write!(f, "members do not answer the write at {seq}"),
+            Self::NotOnMedia { seq } => {
+                write!(f, "members do not put the write at {seq} on media")
+            }
             Self::NoReader => f.write_str("no reachable member holds the newest data"),
             Self::NoGrant { granted, needed } => {
                 write!(f, "{granted} members confirm this head, {needed} needed to read")

@@ -75,6 +75,10 @@ pub(super) struct Bench {
     pub(super) wires: Vec<VecDeque<Sent>>,
     /// Members whose commands are not delivered for now.
     pub(super) held: Vec<bool>,
+    /// Members do not answer flushes for now.
+    pub(super) flushes_hang: bool,
+    /// Records beyond its commit seq that a member's log has room for.
+    pub(super) room: Vec<usize>,
     /// What members answer to scans instead of records.
     pub(super) failing_scans: Option<ReplicaError>,
     pub(super) replies: Vec<BlockReply>,
@@ -103,6 +107,8 @@ impl Bench {
             truth: Truth::default(),
             wires: (0..members).map(|_| VecDeque::new()).collect(),
             held: vec![false; members],
+            flushes_hang: false,
+            room: vec![usize::MAX; members],
             failing_scans: None,
             replies: Vec::new(),
             returned: Vec::new(),
@@ -121,6 +127,7 @@ impl Bench {
             bench.models.push(Model::sized(BLOCKS));
             bench.wires.push(VecDeque::new());
             bench.held.push(false);
+            bench.room.push(usize::MAX);
         }
         bench.up(0..members);
         assert_eq!(bench.head.status().phase, HeadPhase::Serving);
@@ -207,9 +214,27 @@ impl Bench {
         self.input(Input::Reply { server: server(index), tag, result });
     }
 
+    /// The next command for a member that it can carry out now: what waits for room or hangs does not
+    /// keep it from the others.
+    fn next_command(&self, index: usize) -> Option<usize> {
+        let model = &self.models[index];
+        let committed = usize::try_from(model.commit.0).unwrap();
+        let full = model.log.len() - committed >= self.room[index];
+        let can = |(_, command): &Sent| match command.body {
+            CommandBody::Append { .. } => !full,
+            CommandBody::Flush => !self.flushes_hang,
+            _ => true,
+        };
+        if self.held[index] { None } else { self.wires[index].iter().position(can) }
+    }
+
     /// Delivers one command to a member and its answer to the head.
     pub(super) fn deliver(&mut self, index: usize) {
-        let (tag, command) = self.wires[index].pop_front().unwrap();
+        self.deliver_at(index, 0);
+    }
+
+    fn deliver_at(&mut self, index: usize, place: usize) {
+        let (tag, command) = self.wires[index].remove(place).unwrap();
         let ReplicaCommand { epoch, commit, body, .. } = command;
         if let (CommandBody::Scan { .. }, Some(error)) = (&body, self.failing_scans) {
             return self.answer(index, tag, Err(error));
@@ -246,10 +271,10 @@ impl Bench {
     /// Delivers what there is, until nothing moves.
     pub(super) fn settle(&mut self) {
         let ready = |bench: &Self| {
-            (0..bench.models.len()).find(|i| !bench.held[*i] && !bench.wires[*i].is_empty())
+            (0..bench.models.len()).find_map(|index| Some((index, bench.next_command(index)?)))
         };
-        while let Some(index) = ready(self) {
-            self.deliver(index);
+        while let Some((index, place)) = ready(self) {
+            self.deliver_at(index, place);
         }
     }
 

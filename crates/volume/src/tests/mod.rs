@@ -7,6 +7,7 @@ mod control;
 mod deposed;
 mod faults;
 mod fill;
+mod full;
 mod growth;
 mod latency;
 mod membership;
