@@ -242,6 +242,11 @@ impl Process {
         }));
     }
 
+    /// Free buffers, small and large: of guests, the store, the target, heads and peers.
+    pub(crate) fn free_buffers(&self) -> [Option<(usize, usize)>; 5] {
+        self.buffers.0.each_ref().map(|pool| pool.as_ref().map(BufferPool::available))
+    }
+
     /// Notes that a tick is due in `nanos`.
     ///
     /// # Panics

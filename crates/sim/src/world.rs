@@ -212,6 +212,8 @@ pub struct World {
     faulty: Option<usize>,
     /// They have done so: its copy may be damaged.
     damaged_disks: bool,
+    /// A mass device has not written what it said, or not there.
+    writes_lost: bool,
     /// Some disk has said that things are on media that were not.
     disks_lied: bool,
     /// Members' copies are compared: nobody changes members.
@@ -261,6 +263,7 @@ impl World {
                 .then(|| random.index(config.servers))
                 .filter(|_| !config.faults.is_empty()),
             damaged_disks: false,
+            writes_lost: false,
             disks_lied: false,
             comparing: false,
             last_seen_ms: vec![0; servers + 1],
@@ -402,6 +405,8 @@ impl World {
             let (index, open, lease) = (process.index, process.open, &process.lease);
             let running = process.node.is_some();
             let _ = write!(text, "\n  process {index}: running {running}, open {open}, {lease:?}");
+            let free = process.free_buffers();
+            let _ = write!(text, ", free buffers {free:?}");
             for (_, _, status, _) in process.node.iter().flat_map(Node::heads) {
                 let _ = write!(text, "\n    head: {status} {:?}", status.members);
             }

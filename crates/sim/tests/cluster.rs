@@ -49,6 +49,12 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "a fetch under a record that is not settled, after a crash on its predecessor's way home",
     ),
     (41309, "commit news that reads had carried away, with one server"),
+    (501_195, "an opening that a full log kept from going on"),
+    (448, "a running head that had let go of what its only member lost with its power"),
+    (700_350, "the same, with two openings before"),
+    (501_755, "an ended head whose unanswered reads waited for each other's buffers"),
+    (502_897, "a deposed head whose members were all replaced"),
+    (502_814, "a copy that was about to go, read alone"),
 ];
 
 #[test]

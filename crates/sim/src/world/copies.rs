@@ -44,7 +44,11 @@ impl World {
                 member.role == Role::InSync && !whole
             }
         };
-        members.filter(wanted).map(|member| member.server).collect()
+        // The head may not have been told yet who is about to go.
+        let record = &self.store.records.shard;
+        let stays = |server: &ServerId| record.in_sync().any(|member| member == *server);
+        let servers = members.filter(wanted).map(|member| member.server);
+        servers.filter(|server| role != Role::InSync || stays(server)).collect()
     }
 
     /// The volume has this copy alone, and what is read is what it was.

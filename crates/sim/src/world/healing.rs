@@ -3,6 +3,7 @@
 //! came of it; servers make and delete their own replicas. The same steps as the daemons take, with a
 //! store whose answers are late or lost.
 
+use core::time::Duration;
 use std::collections::BTreeMap;
 
 use base::{BlockSize, Health, HolderId, Role, ShardRecord};
@@ -18,6 +19,9 @@ use crate::process::{address, host_id, pool_id, server_id};
 
 /// A healer's turn.
 const TURN_NANOS: u64 = 100_000_000;
+/// How often daemons ask the cluster store whether their heads are deposed, and how long such a head may take to
+/// end by itself.
+const TEND: Duration = Duration::from_secs(1);
 /// The wall clock at the beginning of the world, in milliseconds since 1970.
 const EPOCH_MS: u64 = 1_700_000_000_000;
 
@@ -32,6 +36,8 @@ pub(crate) struct Healer {
     pending: Option<(ShardRecord, ShardRecord)>,
     /// What its server is to do for its own replica, once it is done.
     own: Option<Role>,
+    /// Since when the cluster store has said that its head is deposed.
+    deposed: Option<(base::Epoch, base::Instant)>,
 }
 
 impl Healer {
@@ -76,12 +82,31 @@ impl World {
         self.processes[process].healer.busy = false;
         match answer {
             Answer::Records(records) => {
+                self.tend(process, &records);
                 if !self.keep_own(process, &records) {
                     self.look_after(process, &records);
                 }
             }
             // Whether it came true shows when the records are read the next time.
             Answer::Swapped | Answer::Conflict | Answer::Lost => {}
+        }
+    }
+
+    /// As the daemons do every second: a head that the store says is deposed, and that may hear of it from
+    /// nobody else, is released, and abandoned if that does not end it.
+    fn tend(&mut self, process: usize, records: &Records) {
+        let state = &mut self.processes[process];
+        let Some(head) = state.head.filter(|head| head.epoch < records.volume.epoch) else {
+            state.healer.deposed = None;
+            return;
+        };
+        let since = state.healer.deposed.filter(|(epoch, _)| *epoch == head.epoch);
+        let (_, since) = *state.healer.deposed.insert(since.unwrap_or((head.epoch, self.now)));
+        let (lasted, life) = (self.now.since(since), state.life);
+        if lasted >= 2 * TEND {
+            self.input(process, life, Input::AbandonHead(head.handle));
+        } else if lasted >= TEND {
+            self.input(process, life, Input::ReleaseHead(head.handle));
         }
     }
 

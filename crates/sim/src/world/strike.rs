@@ -403,9 +403,10 @@ impl World {
 
     /// The faulty server's log device lies about what is on media.
     fn lie(&mut self, millis: u64, power: bool) -> bool {
-        let Some(who) = self.faulty else { return false };
         // Always the log's device: the journal has another copy elsewhere, so that a seal is
-        // not forgotten, which no quorum survives.
+        // not forgotten, which no quorum survives. That copy must be whole, then: a page that was never
+        // written there ends it, and nothing tells.
+        let Some(who) = self.faulty.filter(|_| !self.writes_lost) else { return false };
         let until = self.now + Duration::from_millis(millis);
         self.disk(who, 0).lies_until = until;
         self.oracle.lied();
@@ -438,9 +439,10 @@ impl World {
     }
 
     fn misdo(&mut self, fault: WriteFault, place: Place) -> bool {
-        let Some(who) = self.faulty else { return false };
+        let Some(who) = self.faulty.filter(|_| !self.disks_lie()) else { return false };
         self.processes[who].disks[MASS].write_fault = Some(fault);
         self.damaged_disks = true;
+        self.writes_lost = true;
         self.report.places.reach(place);
         true
     }
