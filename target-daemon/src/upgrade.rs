@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, pidfd_send_signal};
-use shell::handover::Left;
 use shell::handover::wire::{Channel, Frame, State, VERSIONS, WireError, agree};
+use shell::handover::{HandOver, HandOverError, HandOverWaits, Left, LeftExport};
 
 use crate::notify::notify;
 
@@ -30,6 +30,8 @@ const PREPARATION: Duration = Duration::from_mins(1);
 const READINESS: Duration = Duration::from_secs(10);
 /// How long to wait for what a process leaves: all bounds of handing over, and some.
 const STATE: Duration = Duration::from_secs(30);
+/// How long to wait before everything is taken back once more.
+const RETRY: Duration = Duration::from_millis(200);
 /// How soon it is noticed that the process is to stop.
 const TURN: Duration = Duration::from_millis(200);
 
@@ -82,6 +84,43 @@ pub enum Outcome {
     Gone,
     /// Everything was taken back, because of this.
     TakenBack(String),
+}
+
+/// Stops a data plane and passes on what is left with the `named` descriptors. If the next process
+/// does not serve, the data plane runs again, `again` goes on with the exports, and then their front
+/// ends' messages are read.
+pub fn leave_by(
+    hand_over: &dyn HandOver,
+    named: &[(&str, BorrowedFd<'_>)],
+    pass_on: &mut PassOn<'_>,
+    again: impl FnOnce(Vec<LeftExport>),
+) -> Result<Outcome, String> {
+    let (left, passed) = match hand_over.hand_over(HandOverWaits::default()) {
+        Ok(left) => {
+            let passed = pass_on(&left, named);
+            (left, passed)
+        }
+        Err(HandOverError::Stays(error)) => return Err(error.to_string()),
+        Err(HandOverError::Stuck { left, source }) => (*left, Err(source.to_string())),
+    };
+    let Err(reason) = passed else { return Ok(Outcome::Gone) };
+    let Left { listener, exports } = left;
+    loop {
+        let listener =
+            listener.as_ref().map(OwnedFd::try_clone).transpose().unwrap_or_else(|error| {
+                tracing::warn!(%error, "the replica service's socket is made anew");
+                None
+            });
+        match hand_over.take_back(listener) {
+            Ok(()) => break,
+            // A pool that another process holds for a moment; or a device that is gone.
+            Err(error) => tracing::error!(%error, "the data plane does not run; trying on"),
+        }
+        std::thread::sleep(RETRY);
+    }
+    again(exports);
+    hand_over.go();
+    Ok(Outcome::TakenBack(reason))
 }
 
 /// Answers whoever connects to `listener` until `stop` is set. True once another process has taken
@@ -179,7 +218,7 @@ fn converse(stream: UnixStream, leaves: &dyn Leaves) -> Result<Outcome, String> 
         (Frame::Failed { reason }, _) => return Err(reason),
         _ => return Err(peer.refuse("out of turn".to_owned())),
     }
-    let left = leaves.leave(&mut |left, named| pass_on(&mut peer, left, named));
+    let left = leaves.leave(&mut |left, named| pass_on(&mut peer, version, left, named));
     if let Err(reason) = &left {
         let failed = Frame::Failed { reason: reason.clone() };
         let _ = peer.channel.send(&failed, &[], ANSWER);
@@ -189,8 +228,13 @@ fn converse(stream: UnixStream, leaves: &dyn Leaves) -> Result<Outcome, String> 
 
 /// Sends everything, waits for the next process to serve, and lets it go on alone. With an error it
 /// is dead.
-fn pass_on(peer: &mut Peer, left: &Left, named: &[(&str, BorrowedFd<'_>)]) -> Result<(), String> {
-    let (state, fds) = State::pack(left, named);
+fn pass_on(
+    peer: &mut Peer,
+    version: u16,
+    left: &Left,
+    named: &[(&str, BorrowedFd<'_>)],
+) -> Result<(), String> {
+    let (state, fds) = State::pack(version, left, named);
     let sent = peer.channel.send(&Frame::State(state), &fds, ANSWER);
     let ready = sent.and_then(|()| peer.channel.receive(READINESS));
     let failed = match ready {

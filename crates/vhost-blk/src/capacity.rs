@@ -80,6 +80,17 @@ impl Capacity {
         self.front_end().channel = Some(channel);
     }
 
+    /// The back-end channel and the size that the front end was given last, for another process.
+    pub(crate) fn take_channel(&self) -> Option<(OwnedFd, Option<u64>)> {
+        let FrontEnd { channel, has_read } = std::mem::take(&mut *self.front_end());
+        channel.map(|channel| (channel, has_read))
+    }
+
+    /// Goes on with what another process had.
+    pub(crate) fn resume_channel(&self, channel: OwnedFd, has_read: Option<u64>) {
+        *self.front_end() = FrontEnd { channel: Some(channel), has_read };
+    }
+
     /// The disk is larger from now on; its device serves that already.
     pub(crate) fn grow(&self, blocks: u64) {
         self.shared.blocks.fetch_max(blocks, Ordering::AcqRel);

@@ -52,6 +52,19 @@ pub struct ConnectionState {
     pub log: Option<LogState>,
     /// The queues that it spoke of, by index.
     pub rings: Vec<RingState>,
+    /// Where it reads messages of the device. Absent in version 1 of the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<ChannelState>,
+}
+
+/// The back-end channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChannelState {
+    /// The socket.
+    pub socket: FdIndex,
+    /// The size in blocks that the front end was given last: it is told of another one.
+    pub known_blocks: Option<u64>,
 }
 
 /// A region of guest memory.

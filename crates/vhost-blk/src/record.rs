@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use crate::handover::{
-    AddressState, ConnectionState, FdIndex, FdTable, InflightState, LogState, RegionState,
-    RingState,
+    AddressState, ChannelState, ConnectionState, FdIndex, FdTable, InflightState, LogState,
+    RegionState, RingState,
 };
 use crate::memory::Region;
 use crate::ring::RingAddresses;
@@ -77,9 +77,11 @@ impl Record {
         self.rings.iter().any(|ring| ring.kick.is_some())
     }
 
-    /// As plain data, with the descriptors in `table`; and the mappings.
+    /// As plain data, with the descriptors in `table`; and the mappings. `channel`: the back-end
+    /// channel, which the device has, and the size that the front end was given last.
     pub(crate) fn export(
         self,
+        channel: Option<(OwnedFd, Option<u64>)>,
         stream: FdIndex,
         table: &mut FdTable,
     ) -> (ConnectionState, Vec<Region>) {
@@ -114,6 +116,10 @@ impl Record {
                 file: table.add(known.file),
             }),
             rings: self.rings.into_iter().map(|ring| ring.export(table)).collect(),
+            channel: channel.map(|(socket, known_blocks)| ChannelState {
+                socket: table.add(socket),
+                known_blocks,
+            }),
         };
         (state, mapped)
     }

@@ -109,7 +109,8 @@ impl Session {
         stream: FdIndex,
         table: &mut FdTable,
     ) -> (ConnectionState, Vec<Region>) {
-        core::mem::take(&mut self.record).export(stream, table)
+        let channel = self.config.capacity.take_channel();
+        core::mem::take(&mut self.record).export(channel, stream, table)
     }
 
     /// True if the connection could be handed over.
@@ -153,6 +154,11 @@ impl Session {
         if let Some(log) = &state.log {
             let file = File::from(fds.take(log.file)?);
             self.use_log(log.offset, log.bytes, file).map_err(refused)?;
+        }
+        // Before the rings: whoever starts one may have to be told of a new size.
+        if let Some(channel) = &state.channel {
+            let socket = fds.take(channel.socket)?;
+            self.config.capacity.resume_channel(socket, channel.known_blocks);
         }
         for (index, ring) in state.rings.iter().enumerate() {
             let queue = u16::try_from(index).expect("fewer than the device's queues");

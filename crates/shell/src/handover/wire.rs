@@ -40,8 +40,8 @@ use vhost_blk::handover::{FdIndex, Handover, ListenerState};
 use crate::control::ExportSpec;
 use crate::handover::{Left, LeftExport};
 
-/// The versions of the state that this program reads and writes.
-pub const VERSIONS: RangeInclusive<u16> = 1..=1;
+/// The versions of the state that this program reads and writes. 2: front ends' back-end channels.
+pub const VERSIONS: RangeInclusive<u16> = 1..=2;
 
 const MAGIC: [u8; 8] = *b"HFUPGRDE";
 const FRAME_VERSION: u16 = 1;
@@ -307,8 +307,9 @@ impl Channel {
 }
 
 impl State {
-    /// What there is to send of `left`, and its descriptors.
+    /// What there is to send of `left` to a process that reads this version, and its descriptors.
     pub fn pack<'a>(
+        version: u16,
         left: &'a Left,
         named: &[(&str, BorrowedFd<'a>)],
     ) -> (Self, Vec<BorrowedFd<'a>>) {
@@ -329,9 +330,15 @@ impl State {
         for export in &left.exports {
             let first = index(&fds);
             fds.extend(export.front_end.fds().iter().map(AsFd::as_fd));
+            let mut front_end = export.front_end.state().clone();
+            if version < 2
+                && let Some(connection) = &mut front_end.connection
+            {
+                connection.channel = None;
+            }
             exports.push(ExportState {
                 spec: export.spec.clone(),
-                front_end: export.front_end.state().clone(),
+                front_end,
                 first,
                 count: index(&fds) - first,
             });
@@ -473,6 +480,50 @@ mod tests {
         assert_eq!(serde_json::from_str::<Frame>(&text).unwrap(), Frame::State(state(0, 1)));
         let more = text.replace("\"exports\"", "\"surprise\":1,\"exports\"");
         assert!(serde_json::from_str::<Frame>(&more).is_err());
+    }
+
+    #[test]
+    fn the_version_before_gets_what_it_can_read() {
+        use vhost_blk::handover::{ChannelState, ConnectionState};
+        let channel = ChannelState { socket: FdIndex(2), known_blocks: Some(7) };
+        let connection = ConnectionState {
+            stream: FdIndex(1),
+            features: Some(1),
+            protocol_features: None,
+            memory: Vec::new(),
+            inflight: None,
+            log: None,
+            rings: Vec::new(),
+            channel: Some(channel),
+        };
+        let state = ListenerState {
+            path: "/disk".into(),
+            file: (1, 2),
+            socket: FdIndex(0),
+            connection: Some(connection),
+        };
+        let spec = ExportSpec {
+            volume: base::VolumeId::from_bytes([1; 16]),
+            blocks: 7,
+            block_size: base::BlockSize::B512,
+            socket: "/disk".into(),
+            queues: 1,
+            read_only: false,
+        };
+        let front_end = Handover::new(state, vec![file("a"), file("b"), file("c")]);
+        let left = Left { listener: None, exports: vec![LeftExport { spec, front_end }] };
+        let packed = |version| {
+            let (state, fds) = State::pack(version, &left, &[]);
+            let text = serde_json::to_string(&Frame::State(state)).unwrap();
+            let fds: Vec<OwnedFd> = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+            let Frame::State(state) = serde_json::from_str(&text).unwrap() else { panic!() };
+            let (left, _) = state.unpack(fds).unwrap();
+            (text, left.exports[0].front_end.state().connection.clone().unwrap())
+        };
+        let (text, before) = packed(1);
+        assert!(!text.contains("channel") && before.channel.is_none());
+        assert_eq!(before.features, Some(1));
+        assert!(packed(2).1.channel.is_some());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -96,6 +97,41 @@ fn front_ends_hear_of_a_larger_disk_and_read_its_size() {
         backend.shared.disk.lock().unwrap().len() as u64 == 4 * BLOCKS * 512
     });
     assert_eq!(capacity(&mut front_end), 4 * BLOCKS);
+    backend.stop();
+}
+
+#[test]
+fn the_channel_is_handed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = DeviceConfig::new(BLOCKS, BlockSize::B512, "capacity-test");
+    let backend = Backend::start(&dir.path().join("disk"), &config);
+    let (mut front_end, mut channel) = connect(&backend);
+    assert_eq!(capacity(&mut front_end), BLOCKS);
+    let eventfd = start_ring(&mut front_end, &backend);
+    let handover = backend.hand_over();
+    let state = handover.state().connection.clone().unwrap();
+    assert_eq!(state.channel.unwrap().known_blocks, Some(BLOCKS));
+
+    // The next one gets some way and dies. Nothing has grown, so nothing is said.
+    let lost = Backend::resume(handover.try_clone().unwrap(), &config, Arc::default()).unwrap();
+    wait_for("the ring to run", || lost.shared.live.load(Ordering::Acquire));
+    drop(lost);
+    let mut backend = Backend::resume(handover, &config, Arc::default()).unwrap();
+    backend.go();
+    wait_for("the ring to run", || backend.shared.live.load(Ordering::Acquire));
+    hears_nothing(&mut channel);
+    grow(&backend, 2 * BLOCKS);
+    hears_of_a_change(&mut channel);
+    assert_eq!(capacity(&mut front_end), 2 * BLOCKS);
+
+    // Grown between two processes, as far as the front end is concerned.
+    let handover = backend.hand_over();
+    let larger = DeviceConfig::new(3 * BLOCKS, BlockSize::B512, "capacity-test");
+    let mut backend = Backend::resume(handover, &larger, Arc::default()).unwrap();
+    backend.go();
+    hears_of_a_change(&mut channel);
+    assert_eq!(capacity(&mut front_end), 3 * BLOCKS);
+    drop((front_end, channel, eventfd));
     backend.stop();
 }
 
