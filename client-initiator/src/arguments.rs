@@ -328,6 +328,11 @@ pub(crate) struct AttachArguments {
     /// migration. The holder before yields it when its guest has stopped there.
     #[arg(long)]
     pub(crate) standby: bool,
+    /// Take over from the `holdfast attach` that serves the socket, which may be of another version:
+    /// its guest notices a pause of some milliseconds. Everything else must be as it was given
+    /// there. If that fails, the running one goes on.
+    #[arg(long, conflicts_with = "force")]
+    pub(crate) upgrade: bool,
     /// Memory for the data of requests under way.
     #[arg(long, default_value = "64M", value_parser = parse_size, value_name = "SIZE")]
     pub(crate) buffers: u64,

@@ -1,15 +1,18 @@
 //! `holdfast attach`: the head of one volume, without a pool. It runs in the foreground.
 
+mod upgrade;
+
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use base::Epoch;
+use base::{Epoch, Holder};
 use cluster::lease::{self, Acquire, AcquireError};
 use cluster::{ClusterStore, Create, StoreError, VolumeEntry, volumes};
 use rustix::fs::{FlockOperation, flock};
@@ -30,6 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::arguments::{AttachArguments, StoreArgument};
 use crate::exit::{Exit, Failure};
 use crate::output::Output;
+use upgrade::Upgrades;
 
 /// How long one turn waits for an event, and how late a signal or a moved server may be noticed.
 const TURN: Duration = Duration::from_millis(200);
@@ -47,8 +51,9 @@ const BUFFER_BYTES_MIN: u64 = 16 << 20;
 struct AttachView {
     /// `standby`: the socket is there, no guest uses it, the lease is not taken. `waiting`: guests'
     /// requests wait for `reason`. `ready`: it serves. `yielding`: the guest stopped the disk; the
-    /// lease cannot be taken by another one yet, for `reason`. `yielded`: it can. `detached`: it has
-    /// ended in good order.
+    /// lease cannot be taken by another one yet, for `reason`. `yielded`: it can. `handed-over`:
+    /// another process serves the socket, and this one has ended. `detached`: it has ended in good
+    /// order.
     state: &'static str,
     volume: String,
     /// UUID.
@@ -73,53 +78,60 @@ pub(crate) fn run(
     let entry = volumes::find(store.as_ref(), &arguments.volume)?;
     let path = canonical(&arguments.socket)?;
     let me = heads::attach_holder(&path);
+    let asked = Asked { store, entry, path, me, arguments, output };
+    let stop = stop_on_signals()?;
+    if arguments.upgrade { upgrade::take_over(&asked, &stop) } else { start(&asked, &stop) }
+}
+
+/// What a process is to serve, and how.
+struct Asked<'a> {
+    store: Arc<dyn ClusterStore>,
+    entry: VolumeEntry,
+    path: PathBuf,
+    me: Holder,
+    arguments: &'a AttachArguments,
+    output: &'a Output,
+}
+
+fn plane_config(asked: &Asked<'_>) -> DataPlaneConfig {
+    DataPlaneConfig {
+        holder: asked.me.id,
+        pool: None,
+        listen: None,
+        buffer_bytes: asked.arguments.buffers,
+        state_messages: true,
+    }
+}
+
+fn start(asked: &Asked<'_>, stop: &AtomicBool) -> Result<(), Failure> {
+    let Asked { store, entry, path, me, arguments, .. } = asked;
     let how = Acquire { force: arguments.force, standby: arguments.standby, ..Acquire::default() };
-    match lease::check(&entry, me.id, how) {
+    match lease::check(entry, me.id, how) {
         // A standby waits for who holds it.
         Err(AcquireError::Held { .. }) if arguments.standby => {}
         checked => checked?,
     }
     // The lock keeps a second process with the same holder id from deposing this one.
     let locked = |failure: &Failure| failure.exit == Exit::Conflict;
-    let _lock = while_lingering(locked, || lock_socket(&path))?;
+    let lock = while_lingering(locked, || lock_socket(path))?;
     let in_use = |error: &SocketError| matches!(error, SocketError::InUse(_));
-    while_lingering(in_use, || socket::check_free(&path))
+    while_lingering(in_use, || socket::check_free(path))
         .map_err(|error| Failure::new(Exit::Conflict, format!("socket: {error}")))?;
-    let stop = stop_on_signals()?;
-    let plane = shell::start(&DataPlaneConfig {
-        holder: me.id,
-        pool: None,
-        listen: None,
-        buffer_bytes: arguments.buffers,
-        state_messages: true,
-    })?;
-    let heads = Heads::new(Arc::clone(&store), Arc::clone(&plane), me);
-    let healing = Healing::start(&store, &plane, &heads, arguments)?;
+    let plane = shell::start(&plane_config(asked))?;
+    let heads = Heads::new(Arc::clone(store), Arc::clone(&plane), me.clone());
+    let attached = Attached::new(asked, plane, heads, lock)?;
     let head = if arguments.standby {
-        heads::address_book(store.as_ref(), plane.as_ref()).map(|()| None).map_err(Failure::from)
+        let known = heads::address_book(store.as_ref(), attached.plane.as_ref());
+        known.map(|()| None).map_err(Failure::from)
     } else {
-        let opened = heads.open(entry.volume.id, arguments.force, OPEN_WAIT);
+        let opened = attached.heads.open(entry.volume.id, arguments.force, OPEN_WAIT);
         opened.map(|head| Some(head.entry)).map_err(Failure::from)
     };
     let served = head.and_then(|head| {
-        let listening = Arc::<AtomicBool>::default();
-        let teller = Teller {
-            entry: entry.clone(),
-            path: path.clone(),
-            json: output.json,
-            listening: Arc::clone(&listening),
-        };
-        let tell = Box::new(move |_, state: &LeaseState| teller.state(state));
-        let follow = Follow::new(heads.clone(), Arc::clone(&plane), tell);
-        follow.join(&entry, &path, arguments.standby, head);
-        let plane = Arc::clone(&plane);
-        let attached = Attached { store, plane, heads, follow, entry, path, healing, listening };
-        attached.serve(arguments, &stop, output)
+        attached.follow.join(entry, path, arguments.standby, head);
+        attached.serve(asked, Sockets::Make, stop)
     });
-    match plane.shutdown(DRAIN) {
-        Ok(()) | Err(ControlError::Stopped) => served,
-        Err(error) => served.and(Err(error.into())),
-    }
+    attached.shut_down(served)
 }
 
 /// The socket's path without links, so that it always names the same holder.
@@ -312,32 +324,61 @@ struct Attached {
     /// As it was at the start.
     entry: VolumeEntry,
     path: PathBuf,
+    lock: File,
     healing: Healing,
     /// The socket is there: what is told is true from now on.
     listening: Arc<AtomicBool>,
+    /// Held while another process takes over.
+    changing: Arc<Mutex<()>>,
+}
+
+/// The sockets to serve at.
+enum Sockets {
+    Make,
+    /// They came from another process, as did the exports.
+    Taken(UnixListener),
 }
 
 impl Attached {
+    fn new(
+        asked: &Asked<'_>,
+        plane: Arc<dyn DataPlane>,
+        heads: Heads,
+        lock: File,
+    ) -> Result<Self, Failure> {
+        let Asked { store, entry, path, arguments, output, .. } = asked;
+        let healing = Healing::start(store, &plane, &heads, arguments)?;
+        let listening = Arc::<AtomicBool>::default();
+        let teller = Teller {
+            entry: entry.clone(),
+            path: path.clone(),
+            json: output.json,
+            listening: Arc::clone(&listening),
+        };
+        let tell = Box::new(move |_, state: &LeaseState| teller.state(state));
+        let follow = Follow::new(heads.clone(), Arc::clone(&plane), tell);
+        let (store, entry, path) = (Arc::clone(store), entry.clone(), path.clone());
+        let changing = Arc::default();
+        Ok(Self { store, plane, heads, follow, entry, path, lock, healing, listening, changing })
+    }
+
+    /// Ends the data plane; `served`: how that went so far.
+    fn shut_down(&self, served: Result<(), Failure>) -> Result<(), Failure> {
+        match self.plane.shutdown(DRAIN) {
+            Ok(()) | Err(ControlError::Stopped) => served,
+            Err(error) => served.and(Err(error.into())),
+        }
+    }
+
     /// Serves until told to stop or deposed; then drains, closes and gives the lease back.
-    fn serve(
-        &self,
-        arguments: &AttachArguments,
-        stop: &AtomicBool,
-        output: &Output,
-    ) -> Result<(), Failure> {
+    fn serve(&self, asked: &Asked<'_>, sockets: Sockets, stop: &AtomicBool) -> Result<(), Failure> {
         let volume = &self.entry.volume;
-        let spec = ExportSpec {
-            volume: volume.id,
-            blocks: volume.blocks(),
-            block_size: volume.block_size,
-            socket: self.path.clone(),
-            queues: arguments.queues,
-            read_only: arguments.read_only || volume.policy.read_only,
-        };
-        let served = match self.plane.start_export(&spec, START_WAIT) {
-            Ok(()) => self.watch(stop, output),
-            Err(error) => Err(error.into()),
-        };
+        let served = self.served(asked, sockets).and_then(|upgrades| {
+            let watched = self.watch(stop, asked.output);
+            // Whoever asks for everything now comes too late, or has it.
+            drop(upgrades);
+            watched
+        });
         notify::notify("STOPPING=1");
         let drain = if served.is_ok() { DRAIN } else { Duration::ZERO };
         let stopped = self.plane.stop_export(&self.path, drain);
@@ -347,8 +388,34 @@ impl Attached {
         served?;
         stopped?;
         closed?;
-        self.teller(output).say("detached", epoch, None);
+        self.teller(asked.output).say("detached", epoch, None);
         Ok(())
+    }
+
+    /// Serves at the sockets; the thread that answers whoever wants to take over.
+    fn served(&self, asked: &Asked<'_>, sockets: Sockets) -> Result<Option<Upgrades>, Failure> {
+        let volume = &self.entry.volume;
+        let arguments = asked.arguments;
+        let listener = match sockets {
+            Sockets::Taken(listener) => Some(listener),
+            Sockets::Make => {
+                let spec = ExportSpec {
+                    volume: volume.id,
+                    blocks: volume.blocks(),
+                    block_size: volume.block_size,
+                    socket: self.path.clone(),
+                    queues: arguments.queues,
+                    read_only: arguments.read_only || volume.policy.read_only,
+                };
+                self.plane.start_export(&spec, START_WAIT)?;
+                upgrade::listen(&self.path)
+            }
+        };
+        let started = listener
+            .map(|listener| Upgrades::start(self, arguments, listener, self.teller(asked.output)));
+        started.transpose().map_err(|error| {
+            Failure::new(Exit::Failed, format!("cannot start the thread for upgrades: {error}"))
+        })
     }
 
     fn teller(&self, output: &Output) -> Teller {
@@ -358,6 +425,12 @@ impl Attached {
             json: output.json,
             listening: Arc::clone(&self.listening),
         }
+    }
+
+    /// Waits while another process takes over: what that does to the volume's records is not to be
+    /// taken for somebody else's.
+    fn staying(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes events as they come. The cluster store is asked elsewhere: it may take its time.
@@ -392,8 +465,9 @@ impl Attached {
     ) -> Result<(), Failure> {
         let mut pending = Pending::default();
         while !stop.load(Ordering::Acquire) {
-            pending.look(self, output);
             let event = self.plane.next_event(TURN);
+            let _staying = self.staying();
+            pending.look(self, output);
             if let Some(event) = event {
                 // Nobody takes them only if that thread has panicked, which is told at the end.
                 let _ = self.healing.news.send(event.clone());
@@ -446,6 +520,7 @@ impl Attached {
 
     /// Takes in the store's news; who has taken the volume from a guest that uses it, if somebody has.
     fn refresh(&self, book: &mut AddressBook) -> Option<String> {
+        let _staying = self.staying();
         if !book.refresh(self.store.as_ref(), self.plane.as_ref()) {
             return None;
         }

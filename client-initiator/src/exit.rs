@@ -9,6 +9,7 @@ use cluster::volumes::{CreateError, DeleteError, FindError};
 use cluster::{StoreError, StoreErrorKind};
 use shell::control::{ControlError, StartError};
 use target_daemon::heads::HeadError;
+use target_daemon::upgrade::UpgradeError;
 
 /// The meaning of an exit status above 0. Documented in [`HELP`]; never renumbered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +128,17 @@ impl From<NamedError> for Failure {
             NamedError::Unsuitable { .. } => Self::new(Exit::NotReady, error.to_string()),
             NamedError::Store(error) => error.into(),
         }
+    }
+}
+
+impl From<UpgradeError> for Failure {
+    fn from(error: UpgradeError) -> Self {
+        let exit = match &error {
+            UpgradeError::Nobody { .. } => Exit::NotFound,
+            UpgradeError::Refused(_) => Exit::NotReady,
+            UpgradeError::Wire(_) | UpgradeError::OutOfTurn(_) => Exit::Failed,
+        };
+        Self::new(exit, error.to_string())
     }
 }
 

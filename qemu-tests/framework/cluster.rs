@@ -293,6 +293,40 @@ impl<'lab> Cluster<'lab> {
         Ok(())
     }
 
+    /// Starts `holdfast attach --upgrade` at the socket of one that runs.
+    pub fn start_attach_upgrade(
+        &self,
+        volume: &str,
+        attached: &Attached,
+        more: &[&str],
+    ) -> Result<Process> {
+        let path = attached.socket.display().to_string();
+        let mut arguments =
+            vec!["--store", &self.store, "attach", volume, "--socket", &path, "--upgrade"];
+        arguments.extend(more);
+        let program = holdfast_binary("holdfast")?;
+        let name = format!("{} upgrade", attached.process.name());
+        Process::start_at(&self.seat, &name, &program, arguments, attached.process.log())
+    }
+
+    /// Replaces a `holdfast attach` by another process, which takes everything over; the one before
+    /// must end with success.
+    pub fn upgrade_attach(
+        &self,
+        volume: &str,
+        attached: &mut Attached,
+        more: &[&str],
+    ) -> Result<()> {
+        let mut next = self.start_attach_upgrade(volume, attached, more)?;
+        let ended = wait_until("the one before to end", Deadline::after(START_LIMIT), || {
+            next.check_alive()?;
+            attached.process.try_wait()
+        })?;
+        ensure!(ended.success(), "the one before ended with {ended}");
+        attached.process = next;
+        Ok(())
+    }
+
     /// Starts `holdfast attach` somewhere, at a socket of its own.
     pub fn start_attach(&self, volume: &str, place: &Place, more: &[&str]) -> Result<Attached> {
         let number = self.attached.replace(self.attached.get() + 1);

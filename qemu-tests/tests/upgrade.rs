@@ -1,13 +1,13 @@
 //! Daemons are upgraded under clients that cannot reconnect, and under a guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use framework::fio::{Fio, Verify};
 use framework::{
-    Cluster, Deadline, Guest, GuestOptions, Lab, Load, LoadOptions, Oracle, PoolSizes, Process,
-    test, verify, wait_until,
+    Attached, Cluster, Deadline, Guest, GuestOptions, Lab, Load, LoadOptions, Oracle, Place,
+    PoolSizes, Process, test, verify, wait_until,
 };
 
 /// Requests that must be answered between two upgrades.
@@ -119,6 +119,127 @@ fn misbehave(lab: &Lab, socket: &Path, what: &str) -> Result<Process> {
     let program = Path::new(env!("CARGO_BIN_EXE_upgrade_peer"));
     let arguments = [socket.display().to_string(), what.to_owned()];
     Process::start(&format!("upgrade_peer {what}"), program, arguments, &lab.log("upgrade-peer"))
+}
+
+/// Where a `holdfast attach` can be asked to hand everything over.
+fn upgrade_socket(attached: &Attached) -> PathBuf {
+    PathBuf::from(format!("{}.upgrade", attached.socket.display()))
+}
+
+fn end(attached: &mut Attached) -> Result<()> {
+    let ended = attached.process.terminate(patience())?;
+    ensure!(ended.success(), "it ended with {ended}");
+    Ok(())
+}
+
+#[test]
+fn clients_of_an_attached_volume_do_not_notice_upgrades() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start_with(lab, 3, small())?;
+        cluster.create_volume("disk", 64, 3)?;
+        let mut attached = cluster.attach("disk")?;
+        let load = load(&attached.socket, 11)?;
+        let mut longest = Duration::ZERO;
+        for round in 0..4 {
+            load.wait_for(REQUESTS, patience())?;
+            load.begin_window();
+            // A head that was deposed gives up: it must not take its successor for another one.
+            cluster.upgrade_attach("disk", &mut attached, &[])?;
+            load.wait_for(REQUESTS, patience()).with_context(|| format!("round {round}"))?;
+            longest = longest.max(load.end_window().pause);
+        }
+        println!("the longest pause was {} ms", longest.as_millis());
+        attached.process.check_alive()?;
+        verify(&attached.socket, load.finish()?)?;
+        end(&mut attached)?;
+        ensure!(!attached.socket.exists(), "the socket is gone");
+        ensure!(!upgrade_socket(&attached).exists(), "the socket for upgrades, too");
+        // It has given the lease back.
+        end(&mut cluster.attach("disk")?)
+    });
+}
+
+#[test]
+fn a_next_attach_that_fails_leaves_the_running_one_serving() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start_with(lab, 3, small())?;
+        cluster.create_volume("disk", 64, 3)?;
+        cluster.create_volume("other", 64, 3)?;
+        let mut attached = cluster.attach("disk")?;
+        let load = load(&attached.socket, 13)?;
+        for what in ["version", "leave", "die", "silence"] {
+            load.wait_for(REQUESTS, patience())?;
+            let mut peer = misbehave(lab, &upgrade_socket(&attached), what)?;
+            peer.wait(patience())?;
+            load.wait_for(REQUESTS, patience()).with_context(|| what.to_owned())?;
+            attached.process.check_alive()?;
+        }
+        // Other arguments than those of the one that runs, and one that runs already.
+        for (volume, more) in [("other", ""), ("disk", "--standby"), ("disk", "--read-only")] {
+            let more: Vec<&str> = [more].into_iter().filter(|text| !text.is_empty()).collect();
+            let mut next = cluster.start_attach_upgrade(volume, &attached, &more)?;
+            let ended = next.wait(patience())?;
+            ensure!(ended.code() == Some(2), "{volume} {more:?}: {ended}");
+        }
+        load.wait_for(REQUESTS, patience())?;
+        for round in 0..5 {
+            dies_half_way(&cluster, &mut attached, &load, round)
+                .with_context(|| format!("round {round}"))?;
+        }
+        cluster.upgrade_attach("disk", &mut attached, &[])?;
+        load.wait_for(REQUESTS, patience())?;
+        verify(&attached.socket, load.finish()?)?;
+        end(&mut attached)
+    });
+}
+
+/// The next process is stopped at some moment. If it has not taken over by then it dies there.
+fn dies_half_way(
+    cluster: &Cluster<'_>,
+    attached: &mut Attached,
+    load: &Load,
+    round: u64,
+) -> Result<()> {
+    let mut next = cluster.start_attach_upgrade("disk", attached, &[])?;
+    load.wait_for(REQUESTS / 10 * round, patience())?;
+    next.pause()?;
+    let gone =
+        wait_until("the one before to end", Deadline::seconds(2), || attached.process.try_wait());
+    match gone {
+        // Between the two there was nothing to stop.
+        Ok(_) => {
+            next.resume()?;
+            attached.process = next;
+        }
+        Err(_) => next.kill()?,
+    }
+    load.wait_for(REQUESTS, patience())?;
+    attached.process.check_alive()
+}
+
+#[test]
+fn a_standby_is_upgraded_before_and_after_its_guest_comes() {
+    test(1, |lab: &Lab| {
+        let cluster = Cluster::start_with(lab, 3, small())?;
+        cluster.create_volume("disk", 64, 3)?;
+        let standby = ["--standby"];
+        let mut attached = cluster.start_attach("disk", &Place::default(), &standby)?;
+        attached.wait_for_socket()?;
+        cluster.upgrade_attach("disk", &mut attached, &standby)?;
+        let load = load(&attached.socket, 17)?;
+        load.wait_for(REQUESTS, patience())?;
+        cluster.upgrade_attach("disk", &mut attached, &standby)?;
+        load.wait_for(REQUESTS, patience())?;
+        let oracle = load.finish()?;
+        // Its guest is gone, so it yields: another one may have the volume, and it does not take
+        // it back when it is upgraded.
+        let mut other = cluster.start_attach("disk", &Place::default(), &standby)?;
+        other.wait_for_socket()?;
+        verify(&other.socket, oracle)?;
+        cluster.upgrade_attach("disk", &mut attached, &standby)?;
+        end(&mut other)?;
+        end(&mut attached)
+    });
 }
 
 #[test]

@@ -15,6 +15,8 @@
 //! For each volume there is a thread as long as something is to be done for it; everything else only
 //! notes what is wanted and wakes it. So nobody who takes events waits for the store here.
 
+mod handover;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -26,6 +28,8 @@ use cluster::{Event as Told, EventKind, VolumeEntry};
 use shell::control::DataPlane;
 
 use crate::heads::{HeadError, Heads};
+
+pub use handover::Adopt;
 
 /// For so long after a guest has started its rings, a lease that is not to be had is asked for every
 /// [`SOON`]: the source is about to yield.
@@ -193,6 +197,10 @@ impl Follow {
         standby: bool,
         head: Option<VolumeEntry>,
     ) {
+        self.join_as(entry, socket, Use { standby, in_use: !standby }, head);
+    }
+
+    fn join_as(&self, entry: &VolumeEntry, socket: &Path, export: Use, head: Option<VolumeEntry>) {
         let mut volumes = self.shared.volumes();
         let volume = volumes.entry(entry.volume.id).or_insert_with(|| Volume {
             name: entry.volume.name.clone(),
@@ -210,7 +218,7 @@ impl Follow {
             said: None,
         });
         volume.members = entry.shard.members.iter().map(|member| member.server).collect();
-        volume.exports.insert(socket.to_owned(), Use { standby, in_use: !standby });
+        volume.exports.insert(socket.to_owned(), export);
         if head.is_some() {
             assert!(volume.head.is_none(), "one head of a volume at a time");
             (volume.head, volume.mark, volume.opened) = (head, Mark::Firm, false);
@@ -239,31 +247,6 @@ impl Follow {
         self.shared.keep_connected(&volumes);
         // One that was deposed just now is ended like any other.
         volume.head.or(volume.stale)
-    }
-
-    /// Begins nothing any more and waits for what is under way: another process is about to act in
-    /// this one's name.
-    pub(crate) fn freeze(&self) {
-        let mut volumes = self.shared.volumes();
-        for volume in volumes.values_mut() {
-            volume.leaving = true;
-        }
-        self.shared.news.notify_all();
-        while volumes.values().any(|volume| volume.busy) {
-            volumes = self.shared.news.wait(volumes).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Goes on after [`Follow::freeze`].
-    pub(crate) fn thaw(&self) {
-        let mut volumes = self.shared.volumes();
-        let frozen: Vec<VolumeId> = volumes.keys().copied().collect();
-        for id in frozen {
-            if let Some(volume) = volumes.get_mut(&id) {
-                volume.leaving = false;
-            }
-            self.shared.look(&mut volumes, id);
-        }
     }
 
     /// A guest has started the rings of an export.

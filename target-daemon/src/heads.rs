@@ -179,6 +179,11 @@ impl Heads {
         })
     }
 
+    /// A volume's records as they are now.
+    pub(crate) fn entry(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError> {
+        self.store.volume(id)
+    }
+
     /// Says in the volume's record whether the lease of `entry` would be given to a standby.
     pub fn mark_yieldable(
         &self,

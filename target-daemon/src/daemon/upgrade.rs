@@ -2,24 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 
 use base::{ClusterId, PoolId, ServerId};
 use cluster::Create;
 use shell::Prepared;
-use shell::handover::{HandOver, HandOverError, HandOverWaits, Left};
+use shell::handover::Left;
 
 use super::{Daemon, DaemonError, Listeners, Parts, plane_config};
 use crate::config::Config;
 use crate::pool::PoolIdentity;
 use crate::upgrade::{self, Leaves, Next, Outcome, PassOn, UpgradeError};
-
-/// How long to wait before everything is taken back once more.
-const RETRY: Duration = Duration::from_millis(200);
 
 const CLUSTER: &str = "cluster";
 const SERVER: &str = "server";
@@ -43,27 +39,6 @@ impl Leaving {
             std::process::exit(0);
         }
     }
-
-    /// Serves again what was left.
-    fn take_back(&self, hand_over: &dyn HandOver, left: Left) {
-        let Left { listener, exports } = left;
-        loop {
-            let again =
-                listener.as_ref().map(OwnedFd::try_clone).transpose().unwrap_or_else(|error| {
-                    tracing::warn!(%error, "the replica service's socket is made anew");
-                    None
-                });
-            match hand_over.take_back(again) {
-                Ok(()) => break,
-                // A pool that another process holds for a moment; or a device that is gone.
-                Err(error) => tracing::error!(%error, "the pool does not open; trying on"),
-            }
-            std::thread::sleep(RETRY);
-        }
-        self.parts.exports.take_back(hand_over, exports);
-        self.parts.exports.thaw();
-        hand_over.go();
-    }
 }
 
 impl Leaves for Leaving {
@@ -86,28 +61,16 @@ impl Leaves for Leaving {
         let hand_over = plane.handing_over().ok_or("this data plane cannot be handed over")?;
         let _frozen = self.parts.exports.freeze();
         self.parts.exports.end_repairs();
-        let (left, passed) = match hand_over.hand_over(HandOverWaits::default()) {
-            Ok(left) => {
-                let named: [(&str, BorrowedFd<'_>); 2] = [
-                    (API, self.listeners.api.as_fd()),
-                    (UPGRADES, self.listeners.upgrades.as_fd()),
-                ];
-                let passed = pass_on(&left, &named);
-                (left, passed)
-            }
-            Err(HandOverError::Stays(error)) => {
-                self.parts.exports.thaw();
-                return Err(error.to_string());
-            }
-            Err(HandOverError::Stuck { left, source }) => (*left, Err(source.to_string())),
-        };
-        match passed {
-            Ok(()) => Ok(Outcome::Gone),
-            Err(reason) => {
-                self.take_back(hand_over, left);
-                Ok(Outcome::TakenBack(reason))
-            }
+        let named: [(&str, BorrowedFd<'_>); 2] =
+            [(API, self.listeners.api.as_fd()), (UPGRADES, self.listeners.upgrades.as_fd())];
+        let exports = &self.parts.exports;
+        let left = upgrade::leave_by(hand_over, &named, pass_on, |left| {
+            exports.take_back(hand_over, left);
+        });
+        if left != Ok(Outcome::Gone) {
+            exports.thaw();
         }
+        left
     }
 }
 
