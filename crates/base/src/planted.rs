@@ -47,7 +47,8 @@ bugs! {
     NoFencingOnArrival = "a member obeys a session whose epoch is over",
     NoGateOnDeparture = "a deposed head hears that its writes were accepted, and a seal does not wait for \
                          what is being written (else the new head finds those writes)",
-    GrantNotWaited = "a seal is answered while the old head may still read",
+    GrantNotWaited = "a seal is answered, and the new head obeyed, while the old head may still read (the \
+                      answer alone does no harm: the new head's first record waits, too)",
     RestKeepsGrants = "a head that has released its members goes on with what they granted before",
     GrantForgottenByRestart = "a restarted server does not know that it granted reads",
     SealNotPersisted = "a seal is answered before it is on media",
@@ -63,8 +64,8 @@ bugs! {
     MendedOverNewer = "a damaged block is mended with what it held before a newer write",
     DiscardForgotten = "a discard does not reach home",
     UncommittedHome = "what may yet be cut from the log is flushed home",
-    TrimBeforeHome = "a log is trimmed before what it holds is home: half of it is not looked at, and \
-                      nobody looks again",
+    TrimBeforeHome = "a log is trimmed before what it holds is home: half of the index is not looked at, \
+                      and nobody looks again",
     RecordUnverified = "a record that comes over the network is not verified",
     AnswerUnverified = "data that comes over the network is not verified",
     FuaForgotten = "a write that must be on media is acknowledged when it is in a cache",

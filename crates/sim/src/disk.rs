@@ -51,6 +51,8 @@ pub struct Disk {
     pub(crate) slow_until: Instant,
     /// Nothing is answered before.
     pub(crate) hangs_until: Instant,
+    /// No sync is answered before; reads and writes are.
+    pub(crate) syncs_hang_until: Instant,
 }
 
 fn page_of(offset: u64) -> u64 {
@@ -187,12 +189,14 @@ impl Disk {
         self.lies_until = Instant::ZERO;
         self.slow_until = Instant::ZERO;
         self.hangs_until = Instant::ZERO;
+        self.syncs_hang_until = Instant::ZERO;
     }
 
     /// How long an operation begun at `now` takes that would take `nanos` on a good day.
-    pub(crate) fn delay(&self, now: Instant, nanos: u64) -> u64 {
+    pub(crate) fn delay(&self, now: Instant, nanos: u64, is_sync: bool) -> u64 {
         let nanos = if now < self.slow_until { nanos * self.slowness } else { nanos };
-        let hang = self.hangs_until.since(now);
+        let syncs = if is_sync { self.syncs_hang_until } else { Instant::ZERO };
+        let hang = self.hangs_until.max(syncs).since(now);
         nanos + u64::try_from(hang.as_nanos()).expect("disks hang for seconds")
     }
 }

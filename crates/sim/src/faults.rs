@@ -229,6 +229,21 @@ pub enum FaultKind {
         /// Which process.
         who: usize,
     },
+    /// Somebody attaches the volume at another process, and the old head knows nothing of that: what it
+    /// has sent to be written is written late, and what the new one asks for may come before it.
+    SlowTakeOver {
+        /// Which process.
+        to: usize,
+        /// For how long disks are slow.
+        millis: u64,
+    },
+    /// Between the head and everybody else bits flip, half of them where headers are.
+    HeadCorruption {
+        /// Once in so many times.
+        times: u64,
+        /// For how long.
+        millis: u64,
+    },
     /// A server is to be emptied, or no longer.
     Drain {
         /// Which server.
@@ -261,6 +276,10 @@ pub enum Trigger {
     Change,
     /// A replica begins to be filled.
     Fill,
+    /// A head has opened.
+    Opened,
+    /// A flush is answered.
+    Flushed,
 }
 
 /// What an ambush does.
@@ -274,6 +293,22 @@ pub enum Deed {
     TakeOver {
         /// It stands still.
         pause: bool,
+        /// For how long.
+        millis: u64,
+    },
+    /// Every server loses power, the victim is away for longer, and another process takes over.
+    Blackout {
+        /// For how long the victim is away.
+        millis: u64,
+    },
+    /// A device of the victim that data goes home to syncs nothing, and then its power goes.
+    HangAndCut {
+        /// For how long.
+        millis: u64,
+    },
+    /// The head, the replica that is filled last and its source are cut off from all others, one of
+    /// which takes over after a while.
+    CutFill {
         /// For how long.
         millis: u64,
     },
@@ -326,7 +361,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 35;
+const KINDS: usize = 41;
 
 /// The longest pause between two faults of a burst.
 const BURST_NANOS: u64 = 40_000_000;
@@ -383,13 +418,13 @@ impl Focus {
         match self {
             Self::Everything => &[],
             Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34],
-            Self::Openings => &[0, 22, 22, 32, 32, 32, 24],
+            Self::Openings => &[0, 22, 22, 32, 32, 32, 24, 35, 35],
             Self::Members => &[30, 30, 30, 26, 19, 7, 3],
-            Self::Home => &[31, 31, 31, 2, 0],
-            Self::Media => &[17, 17, 17, 18, 0, 22],
-            Self::Wire => &[11, 11, 11, 9, 10, 12, 22],
-            Self::Fills => &[33, 33, 26, 3, 7, 7, 30],
-            Self::Power => &[2, 2, 24, 24, 22, 18],
+            Self::Home => &[31, 31, 31, 37, 2, 0],
+            Self::Media => &[17, 17, 17, 17, 18, 0, 22],
+            Self::Wire => &[11, 36, 36, 36, 36, 9, 10, 12, 22],
+            Self::Fills => &[33, 38, 38, 39, 39, 26, 26, 3, 7, 7, 30],
+            Self::Power => &[2, 24, 24, 40, 40, 40, 22, 22, 18],
         }
     }
 }
@@ -449,7 +484,11 @@ fn millis(focus: Focus, random: &mut Random) -> u64 {
         | Focus::Media
         | Focus::Wire
         | Focus::Power => return random.between(20, 600),
-        Focus::Everything | Focus::Members | Focus::Fills => {}
+        Focus::Fills => {
+            let most = random.choose(&[300, 300, 2500]);
+            return random.between(20, most);
+        }
+        Focus::Everything | Focus::Members => {}
     }
     match random.below(8) {
         0..=3 => random.between(1, 100),
@@ -524,6 +563,18 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
         32 => opening_ambush(millis, random),
         33 => fill_ambush(server, random),
         34 => FaultKind::Migrate { to: who },
+        35 => FaultKind::SlowTakeOver { to: who, millis: random.between(300, 1000) },
+        36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
+        37 => hang_ambush(Trigger::HomeWrite, 60, random),
+        38 => hang_ambush(Trigger::Fill, 1, random),
+        39 => FaultKind::Ambush {
+            trigger: Trigger::Fill,
+            count: 1,
+            operations: random.choose(&[0, 0, 10, 50]),
+            deed: Deed::CutFill { millis: random.between(200, 1000) },
+            victim: Victim::There,
+        },
+        40 => blackout_ambush(server, random),
         _ => unreachable!("there are {KINDS} kinds"),
     }
 }
@@ -581,6 +632,28 @@ fn fill_ambush(server: usize, random: &mut Random) -> FaultKind {
     }
 }
 
+/// What one device has, and another has not when the power goes.
+fn hang_ambush(trigger: Trigger, most: u64, random: &mut Random) -> FaultKind {
+    FaultKind::Ambush {
+        trigger,
+        count: random.between(1, most),
+        operations: random.below(100),
+        deed: Deed::HangAndCut { millis: random.between(2, 50) },
+        victim: Victim::There,
+    }
+}
+
+/// What was promised to be on media, and by whom, matters when power goes at once.
+fn blackout_ambush(server: usize, random: &mut Random) -> FaultKind {
+    FaultKind::Ambush {
+        trigger: random.choose(&[Trigger::Opened, Trigger::Flushed, Trigger::Flushed]),
+        count: random.between(1, 2),
+        operations: random.choose(&[0, 0, 0, 10]),
+        deed: Deed::Blackout { millis: random.between(500, 1500) },
+        victim: random.choose(&[Victim::There, Victim::Server(server)]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -605,6 +678,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 32, "{seen:?}");
+        assert_eq!(seen.len(), 34, "{seen:?}");
     }
 }

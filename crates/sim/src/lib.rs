@@ -24,4 +24,4 @@ mod trace;
 mod world;
 
 pub use process::PoolLayout;
-pub use world::{Report, World, WorldConfig};
+pub use world::{Habits, Report, World, WorldConfig};

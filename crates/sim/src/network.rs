@@ -30,6 +30,8 @@ impl Socket {
 
 /// Bytes that may wait at a reader, or be on the way to it; a writer's further bytes wait with it.
 const WINDOW_BYTES: usize = 4 << 20;
+/// So much of a segment is likely a header.
+const HEADER_BYTES: usize = 72;
 /// TCP's first retransmission time-out.
 const RETRANSMIT_NANOS: u64 = 200_000_000;
 /// A silent partition's backlog comes at the latest so long after its end.
@@ -83,6 +85,8 @@ pub(crate) struct Link {
     pub(crate) loss: Option<(u64, Instant)>,
     /// Segments have a bit flipped once in so many times.
     pub(crate) corruption: Option<(u64, Instant)>,
+    /// Half of them at a segment's beginning, where headers are.
+    pub(crate) corrupts_headers: bool,
     /// Everything takes up to so many nanoseconds longer.
     pub(crate) extra: Option<(u64, Instant)>,
     /// A byte takes so many nanoseconds.
@@ -260,8 +264,12 @@ impl Network {
         let at = self.arrival(now, from, process, bytes.len());
         let corrupt = self.link(from, process).corruption.is_some_and(|(_, until)| now < until);
         let times = self.link(from, process).corruption.map_or(1, |(times, _)| times);
-        let flip = (corrupt && self.random.one_in(times))
-            .then(|| (self.random.index(bytes.len()), self.random.below(8)));
+        let headers = self.link(from, process).corrupts_headers;
+        let flip = (corrupt && self.random.one_in(times)).then(|| {
+            let at_start = headers && self.random.one_in(2);
+            let most = if at_start { bytes.len().min(HEADER_BYTES) } else { bytes.len() };
+            (self.random.index(most), self.random.below(8))
+        });
         let state = self.state(to);
         let start = state.bytes.len();
         state.bytes.extend(bytes);

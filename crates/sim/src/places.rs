@@ -65,6 +65,7 @@ places! {
     FillStarted = "a replica began to be filled with chunks",
     FillDone = "a filling was done",
     FillFailed = "a filling had to rest",
+    FillCutOff = "a head, a replica that was filled and its source were cut off together",
     LeftWaiting = "an opening waited for a lost pool while another member needed a copy",
     ReplicaMade = "a spare server made a replica",
     ReplicaDeleted = "a member that had left deleted its replica",

@@ -111,6 +111,8 @@ pub struct PoolLayout {
     pub segment_bytes: u64,
     /// When data goes home.
     pub flush: FlushPolicy,
+    /// How fast home is read for damage; zero: not at all.
+    pub scrub_bytes_per_second: u64,
 }
 
 impl PoolLayout {
@@ -121,6 +123,7 @@ impl PoolLayout {
             mass_devices: 1,
             segment_bytes: 512 << 10,
             flush: FlushPolicy::default(),
+            scrub_bytes_per_second: 0,
         }
     }
 
@@ -136,6 +139,7 @@ impl PoolLayout {
                 idle: Duration::from_millis(50),
                 ..FlushPolicy::default()
             },
+            scrub_bytes_per_second: 0,
         }
     }
 
@@ -220,7 +224,7 @@ impl Process {
                 server: server_id(self.index),
                 buffers: buffers.pool(1, of_store.0, of_store.1),
                 flush: self.layout.flush,
-                scrub_bytes_per_second: 0,
+                scrub_bytes_per_second: self.layout.scrub_bytes_per_second,
             },
             devices: devices(self.layout),
             target: TargetConfig::new(server_id(self.index)),

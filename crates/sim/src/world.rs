@@ -3,6 +3,7 @@
 mod config;
 mod control;
 mod copies;
+mod deeds;
 mod healing;
 mod processes;
 mod strike;
@@ -33,7 +34,7 @@ use crate::queue::Queue;
 use crate::random::Random;
 use crate::trace::Trace;
 
-pub use config::WorldConfig;
+pub use config::{Habits, WorldConfig};
 pub(crate) use healing::Healer;
 
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
@@ -231,6 +232,10 @@ pub struct World {
     ambushes: Vec<strike::Ambush>,
     /// The next change of members is interrupted for so long.
     split: Option<u64>,
+    /// Where the replica is filled from that began last.
+    fill_source: Option<usize>,
+    /// Damaged answers that the faulty server's store has counted.
+    damaged_answers: u64,
     /// How wrong each process's wall clock is.
     wall_offset_ms: Vec<i64>,
     load: workload::Load,
@@ -276,6 +281,8 @@ impl World {
             faults_on: !config.faults.is_empty(),
             ambushes: Vec::new(),
             split: None,
+            fill_source: None,
+            damaged_answers: 0,
             wall_offset_ms: vec![0; count],
             load: workload::Load::new(&config),
             checkers: Checkers::new(servers),
@@ -574,8 +581,10 @@ impl World {
             Output::PoolOpened(Ok(())) => self.process_opened(process),
             Output::PoolOpened(Err(error)) => self.pool_lost(process, &error),
             Output::PoolFailed(failure) => self.device_failed(process, failure),
-            Output::PoolNotice(store::Notice::Damaged(_) | store::Notice::DamagedBlocks { .. }) => {
+            Output::PoolNotice(store::Notice::Damaged(_)) => self.damage_noticed(process),
+            Output::PoolNotice(store::Notice::DamagedBlocks { lba, .. }) => {
                 self.damage_noticed(process);
+                self.return_to(lba.0);
             }
             Output::PoolNotice(store::Notice::Stalled(_)) => {
                 self.report.places.reach(Place::LogFull);
@@ -584,7 +593,11 @@ impl World {
                 self.report.places.reach(Place::LogFreed);
             }
             Output::Peer { .. } => {}
-            Output::Fill { event, .. } => self.fill_event(process, event),
+            Output::Fill { event, source, .. } => {
+                self.fill_source =
+                    (0..self.config.pools()).find(|index| server_id(*index) == source);
+                self.fill_event(process, event);
+            }
             Output::Head { event, epoch, .. } => self.head_event(process, epoch, event),
         }
     }
@@ -618,6 +631,8 @@ impl World {
                     self.report.places.reach(Place::FlushedAfterLoss);
                 }
                 self.begin_burst();
+                self.look_first();
+                self.spring(Trigger::Opened, process);
             }
             HeadEvent::Superseded { sealed } => {
                 places.reach(Place::HeadSuperseded);

@@ -252,7 +252,11 @@ impl Store {
         let mut looked = 0;
         let block_size = self.replica_ref(job.slot).block_size;
         let chunk_blocks = self.chunk_blocks(block_size) as u64;
-        while job.cursor < self.index.slots() && !self.flush.wave.is_full() {
+        let end = match self.index.slots() {
+            slots if planted::is(Bug::TrimBeforeHome) => slots / 2,
+            slots => slots,
+        };
+        while job.cursor < end && !self.flush.wave.is_full() {
             if let Some((slot, block, entry)) = self.index.slot(job.cursor)
                 && slot == job.slot
                 && self.segments.all[self.segments.of(entry.sector)].ordinal <= job.last_ordinal
@@ -266,8 +270,7 @@ impl Store {
                 break;
             }
         }
-        let half = planted::is(Bug::TrimBeforeHome) && job.cursor > self.index.slots() / 2;
-        let swept = job.cursor == self.index.slots() || half;
+        let swept = job.cursor == end;
         if swept {
             self.gather_extents(&mut job, chunk_blocks);
         }

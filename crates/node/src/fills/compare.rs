@@ -113,21 +113,23 @@ impl Comparison {
             (None, None) => return (Some(Next::End), source, own),
             (Some(_), None) if planted::is(Bug::FillSkipsChunk) => return (None, source + 1, own),
             (Some(theirs), None) => return (Some(Next::Copy(theirs)), source + 1, own),
-            (None, Some(_)) if planted::is(Bug::FillKeepsDiscarded) => {
-                return (None, source, own + 1);
-            }
-            (None, Some(ours)) => return (Some(Next::Free(ours.chunk)), source, own + 1),
+            (None, Some(ours)) => return (free(ours), source, own + 1),
             (Some(theirs), Some(ours)) => (theirs, ours),
         };
         match theirs.chunk.cmp(&ours.chunk) {
             core::cmp::Ordering::Less => (Some(Next::Copy(theirs)), source + 1, own),
-            core::cmp::Ordering::Greater => (Some(Next::Free(ours.chunk)), source, own + 1),
+            core::cmp::Ordering::Greater => (free(ours), source, own + 1),
             core::cmp::Ordering::Equal => {
                 let good = is_as_good(ours.newest, theirs.newest);
                 ((!good).then_some(Next::Copy(theirs)), source + 1, own + 1)
             }
         }
     }
+}
+
+/// A chunk that only the replica has.
+fn free(ours: ListEntry) -> Option<Next> {
+    (!planted::is(Bug::FillKeepsDiscarded)).then_some(Next::Free(ours.chunk))
 }
 
 /// Whether what is here of a chunk is what the source has. Zero here: not known.

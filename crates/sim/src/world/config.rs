@@ -11,6 +11,25 @@ use crate::random::Random;
 /// When faults begin, at the earliest.
 const FAULTS_FROM: Duration = Duration::from_millis(20);
 
+/// What a guest is like, besides how fast it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Habits {
+    /// Requests that it has under way, at most.
+    pub depth: usize,
+    /// Half of its discards are of whole chunks of home.
+    pub discards_chunks: bool,
+    /// Half of the times that a head opens it only reads for a while.
+    pub looks_first: bool,
+    /// It is busy where damage was found.
+    pub returns_to_damage: bool,
+}
+
+impl Habits {
+    /// Of a guest that does anything at any time.
+    pub const PLAIN: Self =
+        Self { depth: 32, discards_chunks: false, looks_first: false, returns_to_damage: false };
+}
+
 /// A run.
 #[derive(Clone, Debug)]
 pub struct WorldConfig {
@@ -32,6 +51,8 @@ pub struct WorldConfig {
     pub burst: u64,
     /// Of a hundred requests, how many are reads.
     pub reads_percent: u64,
+    /// What else the guest is like.
+    pub habits: Habits,
     /// What goes wrong; see [`WorldConfig::with_faults`].
     pub faults: Vec<Fault>,
     /// The phase of faults lasts so long; zero: until all requests have been submitted.
@@ -69,6 +90,7 @@ impl WorldConfig {
             pause_nanos: 80_000,
             burst: 0,
             reads_percent: 35,
+            habits: Habits::PLAIN,
             faults: Vec::new(),
             length: Duration::ZERO,
             hiccups: true,
@@ -90,7 +112,7 @@ impl WorldConfig {
         let mut random = Random::of(seed, "configuration");
         let mut servers = random.choose(&[3, 3, 3, 5, 2, 1]);
         let mut spares = random.choose(&[0, 1, 2]);
-        let diskless = random.one_in(3);
+        let mut diskless = random.one_in(3);
         let mut length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
         let mut pause_nanos = random.choose(&[80_000, 300_000, 1_000_000, 8_000_000]);
         let mut layout =
@@ -99,15 +121,43 @@ impl WorldConfig {
             length = Duration::from_millis(random.choose(&[4000, 8000]));
             pause_nanos = random.choose(&[80_000, 300_000]);
         }
+        let mut durability = random.choose(&[Durability::Durable, Durability::Flush]);
+        let mut habits = Habits::PLAIN;
         match focus {
-            Focus::Everything | Focus::Openings | Focus::Wire | Focus::Media => {}
+            Focus::Everything => {}
+            Focus::Wire => servers = random.choose(&[2, 3, 3]),
+            Focus::Openings => {
+                servers = random.choose(&[2, 3, 3, 5]);
+                habits.depth = random.choose(&[1, 2, 8, 32]);
+                habits.looks_first = random.one_in(2);
+            }
+            Focus::Media => {
+                servers = random.choose(&[3, 3, 3, 5]);
+                layout = PoolLayout { scrub_bytes_per_second: 4 << 20, ..layout };
+                habits.returns_to_damage = true;
+            }
             Focus::StaleReads => servers = random.choose(&[2, 3, 3]),
-            Focus::Members | Focus::Fills => {
+            Focus::Members => {
                 (servers, spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
                 layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
             }
-            Focus::Home => layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]),
-            Focus::Power => servers = random.choose(&[1, 2, 3, 3, 5]),
+            Focus::Fills => {
+                (servers, spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
+                diskless = random.one_in(2);
+                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
+                habits.discards_chunks = true;
+                habits.looks_first = true;
+            }
+            Focus::Home => {
+                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
+                habits.discards_chunks = random.one_in(2);
+            }
+            Focus::Power => {
+                servers = random.choose(&[1, 2, 3, 3, 5]);
+                durability =
+                    random.choose(&[Durability::Durable, Durability::Flush, Durability::Flush]);
+                habits.looks_first = true;
+            }
         }
         let profile = Profile {
             seed,
@@ -117,9 +167,9 @@ impl WorldConfig {
             from: Instant::ZERO + FAULTS_FROM,
             length,
         };
-        let durability = random.choose(&[Durability::Durable, Durability::Flush]);
         Self {
             spares,
+            habits,
             requests: 4000,
             pause_nanos,
             burst: random.choose(&[20, 100, 400]),

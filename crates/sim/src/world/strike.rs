@@ -62,14 +62,16 @@ impl World {
             | FaultKind::Pause { .. }
             | FaultKind::Ambush { .. }
             | FaultKind::TakeOver { .. }
+            | FaultKind::SlowTakeOver { .. }
             | FaultKind::WallClock { .. }
             | FaultKind::ClockJump { .. }
-            | FaultKind::Drift { .. } => self.strike_process(fault.kind),
+            | FaultKind::Drift { .. } => self.strike_process(fault.kind, &mut random),
             FaultKind::Partition { .. }
             | FaultKind::Silence { .. }
             | FaultKind::Reset { .. }
             | FaultKind::Loss { .. }
             | FaultKind::LateAnswers { .. }
+            | FaultKind::HeadCorruption { .. }
             | FaultKind::Corruption { .. }
             | FaultKind::Delay { .. }
             | FaultKind::Bandwidth { .. } => self.strike_network(fault.kind, &mut random),
@@ -98,7 +100,7 @@ impl World {
         }
     }
 
-    fn strike_process(&mut self, kind: FaultKind) -> bool {
+    fn strike_process(&mut self, kind: FaultKind, random: &mut Random) -> bool {
         match kind {
             FaultKind::Kill { who } => {
                 let running = self.processes[who].node.is_some();
@@ -114,6 +116,9 @@ impl World {
                 let left = count.max(1);
                 let ambush = Ambush { trigger, left, operations, deed, victim, sprung: None };
                 self.ambushes.push(ambush);
+                if trigger == Trigger::Fill {
+                    self.bring_about_fill(random);
+                }
                 true
             }
             FaultKind::TakeOver { to, pause, restart, millis } => {
@@ -128,6 +133,7 @@ impl World {
                 }
                 struck
             }
+            FaultKind::SlowTakeOver { to, millis } => self.slow_take_over(to, millis),
             FaultKind::WallClock { who, seconds } => {
                 self.wall_offset_ms[who] = seconds * 1000;
                 self.report.places.reach(Place::WallClockWrong);
@@ -170,12 +176,12 @@ impl World {
     }
 
     /// `to`, or the next process if that is `from`.
-    fn other_than(&self, from: usize, to: usize) -> usize {
+    pub(super) fn other_than(&self, from: usize, to: usize) -> usize {
         if from == to { (to + 1) % self.processes.len() } else { to }
     }
 
     /// A process is cut off, or stands still, while another one takes over.
-    fn take_over(&mut self, from: usize, to: usize, pause: bool, millis: u64) -> bool {
+    pub(super) fn take_over(&mut self, from: usize, to: usize, pause: bool, millis: u64) -> bool {
         let struck = if pause {
             self.pause(from, millis)
         } else {
@@ -220,6 +226,9 @@ impl World {
                 let from = victims.start;
                 self.take_over(from, (from + 1) % self.processes.len(), pause, millis);
             }
+            Deed::Blackout { millis } => self.black_out(victims.start, millis),
+            Deed::HangAndCut { millis } => self.hang_and_cut(victims.start, millis),
+            Deed::CutFill { millis } => self.cut_fill(victims.start, millis),
         }
     }
 
@@ -306,6 +315,17 @@ impl World {
                 self.network.link(from, to).byte_nanos = Some((byte_nanos, until(millis)));
                 from != to
             }
+            FaultKind::HeadCorruption { times, millis } => {
+                let head = self.desired;
+                for other in (0..self.processes.len()).filter(|other| *other != head) {
+                    for (from, to) in [(other, head), (head, other)] {
+                        let link = self.network.link(from, to);
+                        link.corruption = Some((times, until(millis)));
+                        link.corrupts_headers = true;
+                    }
+                }
+                self.processes.len() > 1
+            }
             FaultKind::LateAnswers { micros, millis } => {
                 let head = self.desired;
                 for from in (0..self.processes.len()).filter(|from| *from != head) {
@@ -317,7 +337,7 @@ impl World {
         }
     }
 
-    fn partition(&mut self, set: u64, until: base::Instant) -> bool {
+    pub(super) fn partition(&mut self, set: u64, until: base::Instant) -> bool {
         let count = self.processes.len();
         let inside = |process: usize| set >> process & 1 == 1;
         let cut = (0..count).filter(|process| inside(*process)).count();
@@ -335,7 +355,7 @@ impl World {
         cut > 0 && cut < count
     }
 
-    fn disk(&mut self, who: usize, device: usize) -> &mut Disk {
+    pub(super) fn disk(&mut self, who: usize, device: usize) -> &mut Disk {
         let disks = &mut self.processes[who].disks;
         let count = disks.len();
         &mut disks[device % count]

@@ -27,8 +27,9 @@ impl World {
             0 if self.config.hiccups => self.random.between(1_000_000, 20_000_000),
             _ => self.random.between(15_000, 120_000),
         };
+        let is_sync = matches!(operation.kind, DiskKind::Sync);
         let state = &mut self.processes[process];
-        let nanos = state.disks[usize::from(operation.device.0)].delay(self.now, nanos);
+        let nanos = state.disks[usize::from(operation.device.0)].delay(self.now, nanos, is_sync);
         let life = state.life;
         let tag = state.operations.insert_or_grow(operation);
         self.after(nanos, Event::Disk { process, life, tag });
@@ -65,6 +66,9 @@ impl World {
             self.spring(Trigger::HomeWrite, process);
         }
         self.input(process, life, Input::DiskDone { id, result });
+        if self.faulty == Some(process) && self.config.habits.returns_to_damage {
+            self.look_for_damage(process);
+        }
     }
 
     // Connections.

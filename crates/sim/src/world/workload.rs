@@ -12,9 +12,14 @@ use crate::guest::{Guest, Kind};
 use crate::oracle::Explained;
 use crate::places::Place;
 use crate::process::Process;
+use crate::random::Random;
 
-/// Requests that the guest has under way, at most.
-const DEPTH: usize = 32;
+/// Blocks of a chunk of home.
+const CHUNK_BLOCKS: u64 = 16;
+/// Requests to where damage was found, at most.
+const RETURNS_MAX: u64 = 600;
+/// The longest pause between two of them.
+const RETURN_NANOS: u64 = 400_000;
 /// Blocks that half of the requests begin in.
 const HOT_BLOCKS: u64 = 24;
 
@@ -31,6 +36,12 @@ pub(super) struct Load {
     written: Option<u64>,
     /// The guest does nothing before.
     stopped_until: base::Instant,
+    /// The guest only reads before.
+    reads_until: base::Instant,
+    /// Where damage was found, and how many requests go there yet.
+    damage: Option<(u64, u64)>,
+    /// What decides on habits: those of one guest do not shift what another one does.
+    random: Random,
 }
 
 impl Load {
@@ -43,6 +54,9 @@ impl Load {
             pace: 0,
             written: None,
             stopped_until: base::Instant::ZERO,
+            reads_until: base::Instant::ZERO,
+            damage: None,
+            random: Random::of(config.seed, "habits"),
         }
     }
 }
@@ -61,6 +75,45 @@ impl World {
     /// The guest stands still for so long.
     pub(super) fn stop_guest(&mut self, how_long: Duration) {
         self.load.stopped_until = self.now + how_long;
+    }
+
+    /// A head has opened: the guest may want to see what there is.
+    pub(super) fn look_first(&mut self) {
+        if self.config.habits.looks_first && self.load.random.one_in(2) {
+            let nanos = self.load.random.between(1_000_000, 1_000_000_000);
+            self.load.reads_until = self.now + Duration::from_nanos(nanos);
+        }
+    }
+
+    /// Damage was found there: the guest uses just that.
+    pub(super) fn return_to(&mut self, lba: u64) {
+        if self.config.habits.returns_to_damage && self.load.damage.is_none() {
+            self.load.damage = Some((lba, RETURNS_MAX));
+            self.begin_burst();
+        }
+    }
+
+    /// Has a read of the faulty server found damage?
+    pub(super) fn look_for_damage(&mut self, process: usize) {
+        let store = self.processes[process].node.as_ref().and_then(node::Node::store);
+        let damaged = store.map_or(0, |store| store.usage().damaged_answers);
+        let found = damaged > std::mem::replace(&mut self.damaged_answers, damaged);
+        let mut reads = self.requests.values().filter(|guest| guest.kind == Kind::Read);
+        if found && let Some(read) = reads.next() {
+            let lba = read.lba + self.load.random.below(read.blocks);
+            self.return_to(lba);
+        }
+    }
+
+    /// A request to where damage was found. False if there is none.
+    fn submit_return(&mut self, pace: u64) -> bool {
+        let Some((lba, left)) = self.load.damage else { return false };
+        self.load.damage = left.checked_sub(1).map(|left| (lba, left));
+        let pause = self.load.random.between(2_000, RETURN_NANOS);
+        self.after(pause, Event::Submit { pace });
+        let kind = if self.load.random.one_in(2) { Kind::Read } else { Kind::Write };
+        self.submit_request(self.desired, kind, lba, 1);
+        true
     }
 
     /// Nobody uses the head of a process for now.
@@ -86,6 +139,9 @@ impl World {
     pub(super) fn submit(&mut self, pace: u64) {
         if self.next_request > self.config.requests || !self.submitting() || pace != self.load.pace
         {
+            return;
+        }
+        if self.submit_return(pace) {
             return;
         }
         let pause = self.next_pause();
@@ -118,12 +174,30 @@ impl World {
         let most = if self.random.one_in(2) { most.min(HOT_BLOCKS) } else { most };
         let lba = self.random.below(most);
         let (lba, blocks) = elsewhere.map_or((lba, blocks), |lba| (lba, 1));
+        let (kind, lba, blocks) = self.by_habit(kind, lba, blocks);
         // Each front end has a depth of its own: what a lost head holds is not in another's way.
         let begun = self.requests.values().filter(|guest| guest.process == process).count();
-        let most = if process == self.desired || kind == Kind::Read { DEPTH } else { DEPTH / 2 };
+        let depth = self.config.habits.depth;
+        let whole = process == self.desired || kind == Kind::Read;
+        let most = if whole { depth } else { depth.div_ceil(2) };
         if begun < most {
             self.submit_request(process, kind, lba, blocks);
         }
+    }
+
+    /// What the guest's habits make of a request.
+    fn by_habit(&mut self, kind: Kind, lba: u64, blocks: u64) -> (Kind, u64, u64) {
+        let habits = self.config.habits;
+        if kind != Kind::Read && self.now < self.load.reads_until {
+            return (Kind::Read, lba, blocks);
+        }
+        if kind == Kind::Discard && habits.discards_chunks && self.load.random.one_in(2) {
+            let chunks = self.config.blocks / CHUNK_BLOCKS;
+            let chunk = self.load.random.below(chunks);
+            let count = self.load.random.between(1, 2).min(chunks - chunk);
+            return (Kind::Discard, chunk * CHUNK_BLOCKS, count * CHUNK_BLOCKS);
+        }
+        (kind, lba, blocks)
     }
 
     /// Where the next request goes. Now and then somebody goes on using a head that was deposed.
@@ -241,7 +315,10 @@ impl World {
     fn check_answer(&mut self, reply: &BlockReply, guest: &Guest) {
         let blocks = guest.lba..guest.lba + guest.blocks;
         match guest.kind {
-            Kind::Flush => self.oracle.flushed(guest.submitted),
+            Kind::Flush => {
+                self.oracle.flushed(guest.submitted);
+                self.spring(Trigger::Flushed, guest.process);
+            }
             Kind::Write | Kind::Discard => {
                 self.report.written += 1;
                 self.spring(Trigger::Acknowledged, guest.process);

@@ -1,0 +1,97 @@
+//! What takes several things at once to do harm: each of these brings them together.
+
+use core::time::Duration;
+
+use base::limits::GRANT_MS;
+
+use super::{Event, World};
+use crate::faults::{Deed, Victim};
+use crate::places::Place;
+use crate::process::server_id;
+use crate::random::Random;
+
+/// The device of the log.
+const LOG: usize = 0;
+
+impl World {
+    /// Every server loses power; one is away for so long, and another one takes over. What only the one has
+    /// on media is missed.
+    pub(super) fn black_out(&mut self, away: usize, millis: u64) {
+        self.report.places.reach(Place::AllPowerLost);
+        for process in 0..self.config.pools() {
+            let nanos = if process == away {
+                millis * 1_000_000
+            } else {
+                self.random.between(1, 30_000_000)
+            };
+            self.stop_for(process, true, nanos);
+        }
+        let pools = self.config.pools();
+        let to = self.random.index(pools);
+        // Without a second server it is the same one.
+        self.attach(if to == away { (to + 1) % pools } else { to });
+    }
+
+    /// A device that data goes home to is slow to put it on media, and meanwhile everything else goes on;
+    /// then the power goes. The journal has no copy on it if it is not the last one.
+    pub(super) fn hang_and_cut(&mut self, who: usize, millis: u64) {
+        if self.processes[who].is_server() {
+            let until = self.now + Duration::from_millis(millis);
+            self.disk(who, LOG + 1).syncs_hang_until = until;
+            let deed = Deed::PowerCut;
+            self.queue.push(until, Event::Sprung { deed, victim: Victim::Server(who), there: who });
+        }
+    }
+
+    /// The head, a replica that is being filled and the source that it is filled from are cut off: what
+    /// the head writes meanwhile reaches the source and no quorum.
+    pub(super) fn cut_fill(&mut self, filled: usize, millis: u64) {
+        let Some(source) = self.fill_source else { return };
+        let head = self.desired;
+        let set = [filled, source, head].iter().fold(0, |set, who| set | 1_u64 << who);
+        let members = self.store.records.shard.in_sync();
+        let pools = 0..self.config.pools();
+        let outside = |index: &usize| set >> index & 1 == 0;
+        let members: Vec<_> = members.collect();
+        let mut others = pools.filter(outside).filter(|index| members.contains(&server_id(*index)));
+        let Some(other) = others.next() else { return };
+        if self.partition(set, self.now + Duration::from_millis(millis)) {
+            self.report.places.reach(Place::FillCutOff);
+            self.begin_burst();
+            let nanos = self.random.between(5, 100) * 1_000_000;
+            self.after(nanos, Event::Attach { process: other });
+        }
+    }
+
+    /// Some member is to leave, so that another one is filled.
+    pub(super) fn bring_about_fill(&mut self, random: &mut Random) {
+        let shard = &self.store.records.shard;
+        let counts = |index: &usize| shard.in_sync().any(|server| server == server_id(*index));
+        let members: Vec<usize> = (0..self.config.pools()).filter(counts).collect();
+        self.draining.fill(false);
+        self.draining[random.choose(&members)] = true;
+    }
+
+    /// Another process takes over while the head goes on, knowing nothing. Logs are so slow that what the
+    /// head has sent is being written while the others seal; its own server cannot seal at all.
+    pub(super) fn slow_take_over(&mut self, to: usize, millis: u64) -> bool {
+        let from = self.desired;
+        let own = if self.processes[from].is_server() { from } else { 0 };
+        let until = self.now + Duration::from_millis(millis);
+        for who in 0..self.config.pools() {
+            if who == own {
+                let last = self.processes[who].disks.len() - 1;
+                self.disk(who, last).hangs_until = until;
+            } else {
+                let disk = self.disk(who, LOG);
+                disk.slowness = 1000;
+                disk.slow_until = until;
+            }
+        }
+        self.begin_burst();
+        let to = self.other_than(from, to);
+        let nanos = self.random.between(1, GRANT_MS) * 1_000_000;
+        self.after(nanos, Event::Attach { process: to });
+        from != to
+    }
+}
