@@ -72,7 +72,7 @@ bugs! {
     FlushBeforeQuorum = "a flush is answered when one member has flushed",
     StartNotOnMedia = "an opening is done before its first record is on media",
     EarlyRelease = "a head releases its members while requests are under way",
-    TruncatesTooFar = "a member's log is cut further back than to where it differs",
+    TruncatesTooLittle = "a member's log keeps the first record that differs",
     CommitNewsTooHigh = "members are told that records are settled which are not",
     FillSkipsChunk = "a fill leaves out chunks that it does not have",
     FillTrustsOldChunk = "a fill keeps chunks that are older than the source's",

@@ -237,6 +237,16 @@ pub enum FaultKind {
         /// For how long disks are slow.
         millis: u64,
     },
+    /// The guest pauses; then the process with the head is cut off, the guest writes a little more there,
+    /// which no other server gets, and another process takes over; the guest looks at things for a while.
+    Duel {
+        /// Which process takes over.
+        to: usize,
+        /// How many writes.
+        writes: u64,
+        /// For how long the old head is cut off.
+        millis: u64,
+    },
     /// Between the head and everybody else bits flip, half of them where headers are.
     HeadCorruption {
         /// Once in so many times.
@@ -306,6 +316,15 @@ pub enum Deed {
         /// For how long.
         millis: u64,
     },
+    /// The second half of [`FaultKind::Duel`].
+    Duel {
+        /// Which process takes over.
+        to: usize,
+        /// How many writes.
+        writes: u64,
+        /// For how long the victim is cut off.
+        millis: u64,
+    },
     /// The head, the replica that is filled last and its source are cut off from all others, one of
     /// which takes over after a while.
     CutFill {
@@ -361,7 +380,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 41;
+const KINDS: usize = 42;
 
 /// The longest pause between two faults of a burst.
 const BURST_NANOS: u64 = 40_000_000;
@@ -418,7 +437,7 @@ impl Focus {
         match self {
             Self::Everything => &[],
             Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34],
-            Self::Openings => &[0, 22, 22, 32, 32, 32, 24, 35, 35],
+            Self::Openings => &[0, 22, 22, 32, 32, 32, 24, 35, 35, 41, 41],
             Self::Members => &[30, 30, 30, 26, 19, 7, 3],
             Self::Home => &[31, 31, 31, 37, 2, 0],
             Self::Media => &[17, 17, 17, 17, 18, 0, 22],
@@ -548,7 +567,6 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
             millis,
         },
         26 => FaultKind::Drain { who: server },
-        24 | 25 => ambush(server, millis, random),
         27 => FaultKind::WallClock {
             who,
             seconds: i64::try_from(random.below(7201)).expect("small") - 3600,
@@ -559,21 +577,29 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
             FaultKind::LateAnswers { micros, millis: millis + 1000 }
         }
         30 => FaultKind::SplitChange { who: server, millis },
-        31 => home_ambush(random),
-        32 => opening_ambush(millis, random),
-        33 => fill_ambush(server, random),
         34 => FaultKind::Migrate { to: who },
         35 => FaultKind::SlowTakeOver { to: who, millis: random.between(300, 1000) },
         36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
+        41 => duel(who, random),
+        _ => ambush_of_kind(number, server, millis, random),
+    }
+}
+
+fn duel(to: usize, random: &mut Random) -> FaultKind {
+    let writes = random.choose(&[1, 1, 2, 4]);
+    FaultKind::Duel { to, writes, millis: random.between(20, 300) }
+}
+
+/// What is rare is waited for.
+fn ambush_of_kind(number: usize, server: usize, millis: u64, random: &mut Random) -> FaultKind {
+    match number {
+        24 | 25 => ambush(server, millis, random),
+        31 => home_ambush(random),
+        32 => opening_ambush(millis, random),
+        33 => fill_ambush(server, random),
         37 => hang_ambush(Trigger::HomeWrite, 60, random),
         38 => hang_ambush(Trigger::Fill, 1, random),
-        39 => FaultKind::Ambush {
-            trigger: Trigger::Fill,
-            count: 1,
-            operations: random.choose(&[0, 0, 10, 50]),
-            deed: Deed::CutFill { millis: random.between(200, 1000) },
-            victim: Victim::There,
-        },
+        39 => cut_ambush(random),
         40 => blackout_ambush(server, random),
         _ => unreachable!("there are {KINDS} kinds"),
     }
@@ -643,6 +669,17 @@ fn hang_ambush(trigger: Trigger, most: u64, random: &mut Random) -> FaultKind {
     }
 }
 
+/// What a fill may be given that no quorum has.
+fn cut_ambush(random: &mut Random) -> FaultKind {
+    FaultKind::Ambush {
+        trigger: Trigger::Fill,
+        count: 1,
+        operations: random.choose(&[0, 0, 10, 50]),
+        deed: Deed::CutFill { millis: random.between(200, 1000) },
+        victim: Victim::There,
+    }
+}
+
 /// What was promised to be on media, and by whom, matters when power goes at once.
 fn blackout_ambush(server: usize, random: &mut Random) -> FaultKind {
     FaultKind::Ambush {
@@ -678,6 +715,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 34, "{seen:?}");
+        assert_eq!(seen.len(), 35, "{seen:?}");
     }
 }

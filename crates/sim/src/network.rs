@@ -140,12 +140,40 @@ impl Network {
         &mut self.links[from * self.processes + to]
     }
 
-    /// Nothing passes from one process to another until then; nobody is told.
+    /// Nothing passes from one process to another until then; nobody is told. What is on its way is
+    /// lost, too, half of the times: it comes when it is sent again.
     pub(crate) fn block(&mut self, now: Instant, from: usize, to: usize, until: Instant) {
         let link = self.link(from, to);
         if until > link.blocked_until {
             link.blocked_until = until;
             link.blocked_nanos = u64::try_from(until.since(now).as_nanos()).expect("seconds");
+        }
+        if from != to && self.random.one_in(2) {
+            self.lose_segments(now, from, to);
+        }
+    }
+
+    /// What is on its way from one process to another is lost: it comes after the link is open again.
+    fn lose_segments(&mut self, now: Instant, from: usize, to: usize) {
+        let Link { blocked_until, blocked_nanos, .. } = *self.link(from, to);
+        let backoff = blocked_nanos.clamp(1, BACKOFF_NANOS_MAX);
+        for number in 0..self.sockets.len() {
+            let socket = &self.sockets[number];
+            let peer = self.sockets[socket.peer.0 as usize].end.process;
+            let late = !socket.open || socket.last_arrival <= now || socket.end.process != to;
+            if late || peer != from {
+                continue;
+            }
+            let again = blocked_until + Duration::from_nanos(self.random.below(backoff));
+            let socket = &mut self.sockets[number];
+            for (at, _) in socket.segments.iter_mut().filter(|(at, _)| *at > now) {
+                *at = (*at).max(again);
+            }
+            socket.last_arrival = socket.last_arrival.max(again);
+            socket.ended = socket.ended.map(|at| if at > now { at.max(again) } else { at });
+            let number = Socket(u32::try_from(number).expect("few connections"));
+            self.later.push((again, Later::Deliver(number)));
+            self.lost += 1;
         }
     }
 

@@ -107,8 +107,9 @@ impl Matching {
         if high <= self.floor {
             return Step::Park(MemberMode::TooFarBehind);
         }
-        if self.low.next() >= high || planted::is(Bug::TruncatesTooFar) {
-            return Step::Shared(self.low);
+        if self.low.next() >= high {
+            let keep = if planted::is(Bug::TruncatesTooLittle) { high } else { self.low };
+            return Step::Shared(keep);
         }
         let middle = Seq(self.low.0 + (high.0 - self.low.0) / 2);
         let probe = if self.floor < high { middle.max(self.floor) } else { middle };

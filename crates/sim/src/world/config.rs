@@ -110,55 +110,23 @@ impl WorldConfig {
     /// What a seed stands for if it is about `focus`.
     pub fn with_focus(seed: u64, focus: Focus) -> Self {
         let mut random = Random::of(seed, "configuration");
-        let mut servers = random.choose(&[3, 3, 3, 5, 2, 1]);
-        let mut spares = random.choose(&[0, 1, 2]);
-        let mut diskless = random.one_in(3);
-        let mut length = Duration::from_millis(random.choose(&[500, 2000, 4000, 8000]));
-        let mut pause_nanos = random.choose(&[80_000, 300_000, 1_000_000, 8_000_000]);
-        let mut layout =
-            random.choose(&[PoolLayout::roomy(), PoolLayout::busy(), PoolLayout::tight()]);
+        let mut shape = Shape {
+            servers: random.choose(&[3, 3, 3, 5, 2, 1]),
+            spares: random.choose(&[0, 1, 2]),
+            diskless: random.one_in(3),
+            length: Duration::from_millis(random.choose(&[500, 2000, 4000, 8000])),
+            pause_nanos: random.choose(&[80_000, 300_000, 1_000_000, 8_000_000]),
+            layout: random.choose(&[PoolLayout::roomy(), PoolLayout::busy(), PoolLayout::tight()]),
+            durability: Durability::Flush,
+            habits: Habits::PLAIN,
+        };
         if focus != Focus::Everything {
-            length = Duration::from_millis(random.choose(&[4000, 8000]));
-            pause_nanos = random.choose(&[80_000, 300_000]);
+            shape.length = Duration::from_millis(random.choose(&[4000, 8000]));
+            shape.pause_nanos = random.choose(&[80_000, 300_000]);
         }
-        let mut durability = random.choose(&[Durability::Durable, Durability::Flush]);
-        let mut habits = Habits::PLAIN;
-        match focus {
-            Focus::Everything => {}
-            Focus::Wire => servers = random.choose(&[2, 3, 3]),
-            Focus::Openings => {
-                servers = random.choose(&[2, 3, 3, 5]);
-                habits.depth = random.choose(&[1, 2, 8, 32]);
-                habits.looks_first = random.one_in(2);
-            }
-            Focus::Media => {
-                servers = random.choose(&[3, 3, 3, 5]);
-                layout = PoolLayout { scrub_bytes_per_second: 4 << 20, ..layout };
-                habits.returns_to_damage = true;
-            }
-            Focus::StaleReads => servers = random.choose(&[2, 3, 3]),
-            Focus::Members => {
-                (servers, spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
-                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
-            }
-            Focus::Fills => {
-                (servers, spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
-                diskless = random.one_in(2);
-                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
-                habits.discards_chunks = true;
-                habits.looks_first = true;
-            }
-            Focus::Home => {
-                layout = random.choose(&[PoolLayout::busy(), PoolLayout::tight()]);
-                habits.discards_chunks = random.one_in(2);
-            }
-            Focus::Power => {
-                servers = random.choose(&[1, 2, 3, 3, 5]);
-                durability =
-                    random.choose(&[Durability::Durable, Durability::Flush, Durability::Flush]);
-                habits.looks_first = true;
-            }
-        }
+        shape.durability = random.choose(&[Durability::Durable, Durability::Flush]);
+        shape.suit(focus, &mut random);
+        let Shape { servers, spares, diskless, length, .. } = shape;
         let profile = Profile {
             seed,
             focus,
@@ -169,17 +137,71 @@ impl WorldConfig {
         };
         Self {
             spares,
-            habits,
+            habits: shape.habits,
             requests: 4000,
-            pause_nanos,
+            pause_nanos: shape.pause_nanos,
             burst: random.choose(&[20, 100, 400]),
             reads_percent: random.choose(&[10, 35, 35, 70]),
             faults: schedule(&profile),
             length,
-            durability,
+            durability: shape.durability,
             blocks: random.choose(&[64, 512, 512]),
-            layout,
+            layout: shape.layout,
             ..Self::quiet(seed, servers, diskless, 0)
+        }
+    }
+}
+
+/// What of a run its focus may change.
+struct Shape {
+    servers: usize,
+    spares: usize,
+    diskless: bool,
+    length: Duration,
+    pause_nanos: u64,
+    layout: PoolLayout,
+    durability: Durability,
+    habits: Habits,
+}
+
+impl Shape {
+    /// A cluster and a guest that suit what the seed is about.
+    fn suit(&mut self, focus: Focus, random: &mut Random) {
+        let flushing = [PoolLayout::busy(), PoolLayout::tight()];
+        match focus {
+            Focus::Everything => {}
+            Focus::StaleReads | Focus::Wire => self.servers = random.choose(&[2, 3, 3]),
+            Focus::Openings => {
+                self.servers = random.choose(&[2, 3, 3, 5]);
+                self.habits.depth = random.choose(&[1, 2, 8, 32]);
+                self.habits.looks_first = random.one_in(2);
+            }
+            Focus::Media => {
+                self.servers = random.choose(&[3, 3, 3, 5]);
+                self.layout.scrub_bytes_per_second = 4 << 20;
+                self.habits.returns_to_damage = true;
+            }
+            Focus::Members => {
+                (self.servers, self.spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
+                self.layout = random.choose(&flushing);
+            }
+            Focus::Fills => {
+                (self.servers, self.spares) = (random.choose(&[2, 3, 3]), random.choose(&[1, 2]));
+                self.diskless = random.one_in(2);
+                self.layout = random.choose(&flushing);
+                self.habits.discards_chunks = true;
+                self.habits.looks_first = true;
+            }
+            Focus::Home => {
+                self.layout = random.choose(&flushing);
+                self.habits.discards_chunks = random.one_in(2);
+            }
+            Focus::Power => {
+                self.servers = random.choose(&[1, 2, 3, 3, 5]);
+                self.durability =
+                    random.choose(&[Durability::Durable, Durability::Flush, Durability::Flush]);
+                self.habits.looks_first = true;
+            }
         }
     }
 }

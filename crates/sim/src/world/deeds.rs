@@ -6,6 +6,7 @@ use base::limits::GRANT_MS;
 
 use super::{Event, World};
 use crate::faults::{Deed, Victim};
+use crate::guest::Kind;
 use crate::places::Place;
 use crate::process::server_id;
 use crate::random::Random;
@@ -30,6 +31,20 @@ impl World {
         let to = self.random.index(pools);
         // Without a second server it is the same one.
         self.attach(if to == away { (to + 1) % pools } else { to });
+    }
+
+    /// Only the victim puts its log on media for a while: a flush takes that long.
+    pub(super) fn hold_up_syncs(&mut self, victim: Victim) {
+        let own = match victim {
+            Victim::There => self.desired,
+            Victim::Server(who) => who,
+            Victim::All => return,
+        };
+        let until = self.now + Duration::from_millis(100);
+        for who in (0..self.config.pools()).filter(|who| *who != own) {
+            self.disk(who, LOG).syncs_hang_until = until;
+        }
+        self.begin_burst();
     }
 
     /// A device that data goes home to is slow to put it on media, and meanwhile everything else goes on;
@@ -70,6 +85,29 @@ impl World {
         let members: Vec<usize> = (0..self.config.pools()).filter(counts).collect();
         self.draining.fill(false);
         self.draining[random.choose(&members)] = true;
+    }
+
+    /// The guest pauses, until nothing is under way.
+    pub(super) fn challenge(&mut self, to: usize, writes: u64, millis: u64) -> bool {
+        self.stop_guest(Duration::from_millis(4));
+        let deed = Deed::Duel { to, writes, millis };
+        let there = self.desired;
+        self.after(3_000_000, Event::Sprung { deed, victim: Victim::There, there });
+        true
+    }
+
+    /// The head is cut off, and what the guest writes there now is in one log only. Another process takes
+    /// over and writes as little, so that two logs are as long as each other, and differ.
+    pub(super) fn duel(&mut self, from: usize, to: usize, writes: u64, millis: u64) {
+        let to = self.other_than(from, to);
+        if !self.partition(1 << from, self.now + Duration::from_millis(millis)) {
+            return;
+        }
+        for lba in 0..writes.min(self.config.blocks) {
+            self.submit_request(from, Kind::Write, lba, 1);
+        }
+        self.read_for(Duration::from_millis(millis + 500));
+        self.after(1_000_000, Event::Attach { process: to });
     }
 
     /// Another process takes over while the head goes on, knowing nothing. Logs are so slow that what the

@@ -63,6 +63,7 @@ impl World {
             | FaultKind::Ambush { .. }
             | FaultKind::TakeOver { .. }
             | FaultKind::SlowTakeOver { .. }
+            | FaultKind::Duel { .. }
             | FaultKind::WallClock { .. }
             | FaultKind::ClockJump { .. }
             | FaultKind::Drift { .. } => self.strike_process(fault.kind, &mut random),
@@ -116,8 +117,15 @@ impl World {
                 let left = count.max(1);
                 let ambush = Ambush { trigger, left, operations, deed, victim, sprung: None };
                 self.ambushes.push(ambush);
-                if trigger == Trigger::Fill {
-                    self.bring_about_fill(random);
+                match trigger {
+                    Trigger::Fill => self.bring_about_fill(random),
+                    Trigger::Flushed => self.hold_up_syncs(victim),
+                    Trigger::Acknowledged
+                    | Trigger::Operation
+                    | Trigger::HomeWrite
+                    | Trigger::Won
+                    | Trigger::Change
+                    | Trigger::Opened => {}
                 }
                 true
             }
@@ -134,6 +142,7 @@ impl World {
                 struck
             }
             FaultKind::SlowTakeOver { to, millis } => self.slow_take_over(to, millis),
+            FaultKind::Duel { to, writes, millis } => self.challenge(to, writes, millis),
             FaultKind::WallClock { who, seconds } => {
                 self.wall_offset_ms[who] = seconds * 1000;
                 self.report.places.reach(Place::WallClockWrong);
@@ -228,6 +237,7 @@ impl World {
             }
             Deed::Blackout { millis } => self.black_out(victims.start, millis),
             Deed::HangAndCut { millis } => self.hang_and_cut(victims.start, millis),
+            Deed::Duel { to, writes, millis } => self.duel(victims.start, to, writes, millis),
             Deed::CutFill { millis } => self.cut_fill(victims.start, millis),
         }
     }

@@ -77,6 +77,11 @@ impl World {
         self.load.stopped_until = self.now + how_long;
     }
 
+    /// The guest only reads for so long.
+    pub(super) fn read_for(&mut self, how_long: Duration) {
+        self.load.reads_until = self.now + how_long;
+    }
+
     /// A head has opened: the guest may want to see what there is.
     pub(super) fn look_first(&mut self) {
         if self.config.habits.looks_first && self.load.random.one_in(2) {

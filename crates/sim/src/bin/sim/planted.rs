@@ -82,7 +82,7 @@ mod with_bugs {
             | Bug::NoFencingOnArrival
             | Bug::NoGateOnDeparture
             | Bug::UncommittedHome
-            | Bug::TruncatesTooFar
+            | Bug::TruncatesTooLittle
             | Bug::CommitNewsTooHigh => Focus::Openings,
             Bug::HomeBeforeData
             | Bug::HomeBeforeMeta
