@@ -39,6 +39,8 @@ const PATIENCE_SECONDS: u64 = 60;
 pub enum Scenario {
     /// A member that is not the head's is killed.
     MemberKilled,
+    /// A server that has nothing to do with the volume is killed.
+    BystanderKilled,
     /// Packets to and from a member vanish.
     MemberPartitioned,
     /// One member of three answers late.
@@ -103,8 +105,9 @@ pub struct Run {
 
 impl Scenario {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::MemberKilled,
+        Self::BystanderKilled,
         Self::MemberPartitioned,
         Self::MemberSlow,
         Self::PeerKilledInRebuild,
@@ -118,6 +121,7 @@ impl Scenario {
     pub const fn name(self) -> &'static str {
         match self {
             Self::MemberKilled => "member-killed",
+            Self::BystanderKilled => "bystander-killed",
             Self::MemberPartitioned => "member-partitioned",
             Self::MemberSlow => "member-slow",
             Self::PeerKilledInRebuild => "killed-in-rebuild",
@@ -134,6 +138,10 @@ impl Scenario {
             Self::MemberKilled => {
                 "kill -9 of a server that is a member, with the head in another one; the longest \
                  time without an answer"
+            }
+            Self::BystanderKilled => {
+                "kill -9 of a server that keeps nothing of the volume; the longest time without an \
+                 answer: what the machine itself makes of a process that dies"
             }
             Self::MemberPartitioned => {
                 "every packet to and from a member's host vanishes; the longest time without an \
@@ -170,6 +178,7 @@ impl Scenario {
     pub const fn unit(self) -> Unit {
         match self {
             Self::MemberKilled
+            | Self::BystanderKilled
             | Self::MemberPartitioned
             | Self::PeerKilledInRebuild
             | Self::Drain
@@ -186,7 +195,7 @@ impl Scenario {
             Self::MemberKilled | Self::PeerKilledInRebuild => Some(5.0),
             Self::Drain => Some(50.0),
             // For comparison only.
-            Self::DrainUntold => None,
+            Self::BystanderKilled | Self::DrainUntold => None,
             Self::MemberPartitioned | Self::HeadPartitioned => Some(2000.0),
             Self::MemberSlow => Some(1.5),
             Self::TakeOver => Some(300.0),
@@ -198,6 +207,7 @@ impl Scenario {
         match self {
             Self::MemberPartitioned | Self::HeadPartitioned => true,
             Self::MemberKilled
+            | Self::BystanderKilled
             | Self::MemberSlow
             | Self::PeerKilledInRebuild
             | Self::Drain
@@ -210,6 +220,7 @@ impl Scenario {
     pub fn repeat(self, lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
         match self {
             Self::MemberKilled => member::killed(lab, amount, told),
+            Self::BystanderKilled => member::bystander_killed(lab, amount, told),
             Self::MemberPartitioned => member::partitioned(lab, amount, told),
             Self::MemberSlow => member::slow(lab, amount, told),
             Self::PeerKilledInRebuild => moves::killed_in_rebuild(lab, amount, told),

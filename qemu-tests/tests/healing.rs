@@ -1,11 +1,13 @@
 //! Volumes that heal themselves, on real daemons: a client with a model of what it wrote looks on.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use framework::{
-    Attached, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle, Place, PoolSizes,
-    test, verify, wait_until,
+    Attached, BLOCK_BYTES, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle,
+    Place, PoolSizes, fill_all, generation_in, test, verify, wait_until,
 };
 use serde_json::Value;
 
@@ -191,6 +193,74 @@ fn a_head_that_was_stopped_and_deposed_does_no_harm_and_says_so_once() {
         load.wait_for(500, Deadline::seconds(PATIENCE_SECONDS))?;
         verify(&new.socket, load.finish()?)?;
         new.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(())
+    });
+}
+
+/// Blocks of a replica's home that rot, with the guest's data in them.
+const ROTTEN: usize = 24;
+
+/// Where in a device's image blocks of the guest's are.
+fn blocks_in(image: &[u8]) -> Vec<usize> {
+    let is_block = |bytes: &[u8]| {
+        let words = [&bytes[..4], &bytes[4..8]].map(|word| word.try_into().expect("4 bytes"));
+        let [generation, block] = words.map(u32::from_le_bytes);
+        generation == 1 && generation_in(block, bytes) == Ok(generation)
+    };
+    let blocks = image.chunks_exact(BLOCK_BYTES).enumerate();
+    blocks.filter(|(_, bytes)| is_block(bytes)).map(|(number, _)| number * BLOCK_BYTES).collect()
+}
+
+/// How many blocks heads say that they have written again.
+fn mended_blocks(cluster: &Cluster<'_>) -> Result<usize> {
+    let events = cluster.holdfast_output(&["events", "--limit", "1000"])?;
+    let mut blocks = 0;
+    for line in String::from_utf8(events.stdout)?.lines() {
+        let event: Value = serde_json::from_str(line)?;
+        if event["kind"] == "mended" {
+            let text = event["text"].as_str().context("a text")?;
+            blocks += text.split(' ').next().context("a number")?.parse::<usize>()?;
+        }
+    }
+    Ok(blocks)
+}
+
+/// Bytes change on a server's disk. Its scrub finds them, the head writes them again, and nobody is given a
+/// wrong byte meanwhile.
+#[test]
+fn rot_in_a_pool_is_found_and_mended() {
+    test(1, |lab: &Lab| {
+        let sizes =
+            PoolSizes { fast_mib: 192, mass_mib: 256, buffers_mib: 64, ..Default::default() };
+        let configuration = "scrub = \"64M\"\n".to_owned();
+        let three = ClusterOptions { servers: 3, sizes, configuration, ..Default::default() };
+        let cluster = Cluster::start_of(lab, three)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let oracle = fill_all(&socket, options().blocks)?;
+        let mass = lab.directory().join("b-mass");
+        let rotting = &cluster.servers()[1];
+        wait_until("data to be home", Deadline::seconds(PATIENCE_SECONDS), || {
+            let metrics = rotting.metrics()?;
+            let is_home = metrics.lines().any(|line| line == "holdfast_log_dirty_bytes 0");
+            Ok((is_home && blocks_in(&std::fs::read(&mass)?).len() >= 2 * ROTTEN).then_some(()))
+        })?;
+        let at_home = blocks_in(&std::fs::read(&mass)?);
+        let file = File::options().write(true).open(&mass)?;
+        for offset in at_home.iter().step_by(at_home.len() / ROTTEN).take(ROTTEN) {
+            file.write_all_at(b"rot", u64::try_from(*offset)? + 1000)?;
+        }
+        file.sync_all()?;
+        let oracle = verify(&socket, oracle)?;
+        wait_until("the rot to be mended", Deadline::seconds(PATIENCE_SECONDS), || {
+            Ok((mended_blocks(&cluster)? >= ROTTEN).then_some(()))
+        })?;
+        cluster.wait_all_well(0, "disk")?;
+        // The server that had it all wrong serves it, beside another one, to a head elsewhere.
+        cluster.unexport(0, &socket)?;
+        cluster.servers()[2].kill()?;
+        let socket = cluster.export(1, "disk")?;
+        verify(&socket, oracle)?;
         Ok(())
     });
 }

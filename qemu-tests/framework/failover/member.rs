@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{
     Amount, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, began_ms,
     milliseconds, watch,
 };
-use crate::cluster::{Cluster, ClusterOptions};
+use crate::cluster::{Cluster, ClusterOptions, Server};
 use crate::lab::Lab;
 use crate::load::{Load, LoadOptions, Window, verify};
 use crate::network::Network;
@@ -29,14 +29,36 @@ const VICTIMS: [usize; 2] = [1, 2];
 
 pub(super) fn killed(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
     let cluster = Cluster::start(lab, 3)?;
-    repeat(&cluster, amount, told, |victim, load| {
-        let victim = &cluster.servers()[victim];
-        load.begin_window();
-        victim.kill()?;
-        let window = watch_on(load)?;
-        victim.start()?;
-        Ok(window)
+    repeat(&cluster, amount, told, |run, load| {
+        kill_and_start(&cluster.servers()[VICTIMS[run % VICTIMS.len()]], load)
     })
+}
+
+/// The same with a server that keeps no replica of the volume.
+pub(super) fn bystander_killed(
+    lab: &Lab,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+) -> Result<()> {
+    let cluster = Cluster::start(lab, 4)?;
+    cluster.create_volume("disk", VOLUME_MIB, 3)?;
+    let shown = cluster.holdfast(&["volume", "show", "disk"])?;
+    let members = shown["members"].as_array().context("members")?;
+    let is_member =
+        |server: &&Server| members.iter().any(|member| member["server"] == server.name());
+    let bystander = cluster.servers().iter().find(|server| !is_member(server));
+    let bystander = bystander.context("a server without a replica")?;
+    let head = cluster.servers().iter().position(|server| is_member(&server));
+    let head = head.context("a server with a replica")?;
+    under_load(&cluster, head, amount, told, |_, load| kill_and_start(bystander, load))
+}
+
+fn kill_and_start(victim: &Server, load: &Load) -> Result<Window> {
+    load.begin_window();
+    victim.kill()?;
+    let window = watch_on(load)?;
+    victim.start()?;
+    Ok(window)
 }
 
 pub(super) fn partitioned(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
@@ -44,8 +66,8 @@ pub(super) fn partitioned(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run))
     let options =
         ClusterOptions { servers: 3, network: Some(&network), ..ClusterOptions::default() };
     let cluster = Cluster::start_of(lab, options)?;
-    repeat(&cluster, amount, told, |victim, load| {
-        let victim = cluster.servers()[victim].name();
+    repeat(&cluster, amount, told, |run, load| {
+        let victim = cluster.servers()[VICTIMS[run % VICTIMS.len()]].name();
         load.begin_window();
         network.isolate(victim)?;
         let window = watch_on(load)?;
@@ -61,27 +83,38 @@ fn watch_on(load: &Load) -> Result<Window> {
     Ok(load.end_window())
 }
 
-/// Lets `fault` happen again and again; it undoes what it did.
+/// Lets `fault` happen again and again to a volume of the first server's; it gets the run's number, and
+/// undoes what it did.
 fn repeat(
     cluster: &Cluster<'_>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
-    mut fault: impl FnMut(usize, &Load) -> Result<Window>,
+    fault: impl FnMut(usize, &Load) -> Result<Window>,
 ) -> Result<()> {
     cluster.create_volume("disk", VOLUME_MIB, 3)?;
-    let socket = cluster.export(0, "disk")?;
+    under_load(cluster, 0, amount, told, fault)
+}
+
+fn under_load(
+    cluster: &Cluster<'_>,
+    head: usize,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+    mut fault: impl FnMut(usize, &Load) -> Result<Window>,
+) -> Result<()> {
+    let socket = cluster.export(head, "disk")?;
     let options = LoadOptions::default();
     let load = Load::start(&socket, options, Oracle::new(options.blocks))?;
     load.wait_for(WARM_UP, Deadline::seconds(PATIENCE_SECONDS))?;
     let mut runs = 0;
     while !amount.is_reached(runs) {
         load.set_rate(RECOVERY_RATE);
-        cluster.wait_all_well(0, "disk")?;
+        cluster.wait_all_well(head, "disk")?;
         load.set_rate(options.rate);
         // As long as after the fault, so that the two can be compared on a machine that has other work.
         let quiet = watch(&load, WATCH)?;
         let start = Instant::now();
-        let window = fault(VICTIMS[runs % VICTIMS.len()], &load)?;
+        let window = fault(runs, &load)?;
         runs += 1;
         told(&Run {
             figure: milliseconds(window.pause),
@@ -93,7 +126,7 @@ fn repeat(
         });
     }
     load.set_rate(RECOVERY_RATE);
-    cluster.wait_all_well(0, "disk")?;
+    cluster.wait_all_well(head, "disk")?;
     verify(&socket, load.finish()?)?;
     Ok(())
 }
