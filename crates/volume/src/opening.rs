@@ -12,6 +12,8 @@
 //! And it counts only on media, so that what the old epochs left undecided stays as this opening
 //! decided it, whatever loses power afterwards.
 
+use core::time::Duration;
+
 use base::planted::{self, Bug};
 use base::{
     BlockCount, Instant, Lba, Position, Record, RecordHeader, RecordKind, ReplicaState, Seq,
@@ -22,6 +24,9 @@ use crate::log::Entry;
 use crate::member::{Member, Mode};
 use crate::quorum::bit;
 use crate::status::HeadPhase;
+
+/// The least that members are waited for when the others have sealed: they were all asked at once.
+const SEAL_GRACE_MIN: Duration = Duration::from_millis(1);
 
 impl Head {
     pub(crate) fn advance_opening(&mut self) {
@@ -43,13 +48,20 @@ impl Head {
         }
         let since = quorum_since.unwrap_or(self.now);
         self.phase = Phase::Sealing { quorum_since: Some(since) };
-        let pending = self
-            .members
-            .iter()
-            .any(|member| matches!(member.mode, Mode::Sealing | Mode::Resting { error: None, .. }));
-        if !pending || since + self.tunables.seal_grace <= self.now {
+        if self.others_until(since).is_none_or(|until| until <= self.now) {
             self.choose_tail();
         }
+    }
+
+    /// A seal quorum has answered: until when the others are waited for, if there are any. They save a
+    /// second look at their logs later; so for no longer than it took until now, and guests wait.
+    fn others_until(&self, quorum_since: Instant) -> Option<Instant> {
+        let late = |member: &&Member| {
+            matches!(member.mode, Mode::Sealing | Mode::Resting { error: None, .. })
+        };
+        let asked = self.members.iter().filter(late).map(|member| member.since).min()?;
+        let took = quorum_since.since(asked).max(SEAL_GRACE_MIN);
+        Some(quorum_since + took.min(self.tunables.seal_grace))
     }
 
     /// Takes the greatest last position of the in-sync members that answered; of several, the local
@@ -187,7 +199,7 @@ impl Head {
     pub(crate) fn phase_deadline(&self) -> Option<Instant> {
         match self.phase {
             Phase::Sealing { quorum_since } => {
-                quorum_since.map(|since| since + self.tunables.seal_grace)
+                quorum_since.and_then(|since| self.others_until(since))
             }
             Phase::Releasing { until } => until,
             Phase::Reconciling | Phase::Starting | Phase::Serving | Phase::Ended(_) => None,

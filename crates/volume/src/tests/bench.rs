@@ -219,7 +219,7 @@ impl Bench {
     fn next_command(&self, index: usize) -> Option<usize> {
         let model = &self.models[index];
         let committed = usize::try_from(model.commit.0).unwrap();
-        let full = model.log.len() - committed >= self.room[index];
+        let full = model.log.len().saturating_sub(committed) >= self.room[index];
         let can = |(_, command): &Sent| match command.body {
             CommandBody::Append { .. } => !full,
             CommandBody::Flush => !self.flushes_hang,
