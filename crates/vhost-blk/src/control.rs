@@ -4,7 +4,7 @@ use core::fmt;
 use core::time::Duration;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 
 use crate::dirty::DirtyLog;
 use crate::inflight::InflightBuffer;
@@ -56,6 +56,11 @@ pub(crate) enum Request {
         queue: u16,
         enable: bool,
     },
+    /// Whoever waits for a queue to be drained has waited for long: he is refused if nobody is there to
+    /// answer what is under way.
+    Hopeless {
+        queue: u16,
+    },
     Kick {
         queue: u16,
         fd: Arc<OwnedFd>,
@@ -83,6 +88,11 @@ pub(crate) enum ControlError {
     Running { queue: u16 },
     #[error("queue {queue} was paused with requests in it: there was nobody to answer them")]
     Undrained { queue: u16 },
+    #[error(
+        "queue {queue} cannot be stopped: nobody is there to answer the {requests} requests that are under \
+         way, which stay in the in-flight buffer, since this host does not hold the volume"
+    )]
+    NobodyAnswers { queue: u16, requests: usize },
     #[error("the device's reactor is gone")]
     Closed,
     #[error("no answer in time")]
@@ -139,12 +149,36 @@ impl<F: FnMut(Control) -> Result<(), SinkClosed> + Send> ControlSink for F {
 
 /// Delivers `request` and waits for its answer.
 pub(crate) fn ask(sink: &mut dyn ControlSink, request: Request, timeout: Duration) -> Answer {
-    use std::sync::mpsc::RecvTimeoutError;
+    let answer = deliver(sink, request)?;
+    wait(&answer, timeout).unwrap_or(Err(ControlError::TimedOut))
+}
+
+/// The same for a request that drains a queue: after `hopeful` it is asked whether that can end.
+pub(crate) fn ask_drained(
+    sink: &mut dyn ControlSink,
+    (queue, request): (u16, Request),
+    hopeful: Duration,
+    timeout: Duration,
+) -> Answer {
+    let answer = deliver(sink, request)?;
+    if let Some(answer) = wait(&answer, hopeful.min(timeout)) {
+        return answer;
+    }
+    deliver(sink, Request::Hopeless { queue })?;
+    wait(&answer, timeout.saturating_sub(hopeful)).unwrap_or(Err(ControlError::TimedOut))
+}
+
+fn deliver(sink: &mut dyn ControlSink, request: Request) -> Result<Receiver<Answer>, ControlError> {
     let (control, answer) = Control::new(request);
     sink.deliver(control).map_err(|SinkClosed| ControlError::Closed)?;
+    Ok(answer)
+}
+
+/// `None`: there was none in time.
+fn wait(answer: &Receiver<Answer>, timeout: Duration) -> Option<Answer> {
     match answer.recv_timeout(timeout) {
-        Ok(answer) => answer,
-        Err(RecvTimeoutError::Timeout) => Err(ControlError::TimedOut),
-        Err(RecvTimeoutError::Disconnected) => Err(ControlError::Closed),
+        Ok(answer) => Some(answer),
+        Err(RecvTimeoutError::Timeout) => None,
+        Err(RecvTimeoutError::Disconnected) => Some(Err(ControlError::Closed)),
     }
 }

@@ -84,6 +84,8 @@ pub struct Device {
     lost_seen: u64,
     /// The rings that ran last were left by their front end, not stopped.
     left: bool,
+    /// There is no head, as far as is known.
+    headless: bool,
 }
 
 /// What one step of a queue came to.
@@ -123,6 +125,7 @@ impl Device {
             live: false,
             lost_seen: fault::lost(),
             left: false,
+            headless: false,
         }
     }
 
@@ -172,6 +175,14 @@ impl Device {
                 reply.send(Ok(0));
             }
             Request::RingStop { queue } => self.drain(queue, reply, false, Rest::Stopped),
+            Request::Hopeless { queue } => {
+                if self.headless
+                    && let Some(queue) = self.queues.get_mut(usize::from(queue))
+                {
+                    queue.refuse_drain();
+                }
+                reply.send(Ok(0));
+            }
             Request::RingEnable { queue, enable: false } => {
                 if let Some(queue) = self.queues.get_mut(usize::from(queue)) {
                     queue.enabled = false;
@@ -203,6 +214,7 @@ impl Device {
     /// requests. True if work may remain: call again in the next turn, or, when buffers ran out,
     /// after replies came in.
     pub fn poll(&mut self, budget: usize, submit: &mut impl FnMut(BlockRequest)) -> bool {
+        self.headless = false;
         if fault::lost() != self.lost_seen {
             self.look_for_lost_memory();
         }
@@ -285,16 +297,17 @@ impl Device {
     }
 
     /// No head of the volume is there to answer requests, and nobody knows when one will be. A front end
-    /// that disables its rings is not kept waiting for what they still hold: it stays there, and is
-    /// taken when the rings go on, here or where they are moved to. Call it instead of [`Device::poll`];
-    /// true if there are events.
+    /// that disables or stops its rings is not kept waiting for what they still hold, nor for what was
+    /// taken and never decided: it stays there, or is put back, and is taken when the rings go on, here or
+    /// where they are moved to. Call it instead of [`Device::poll`]; true if there are events.
     pub fn without_head(&mut self) -> bool {
+        self.headless = true;
         if self.starts_wanted {
             self.start_rings();
         }
         let mut cut = false;
         for queue in &mut self.queues {
-            cut |= queue.cut_drain();
+            cut |= queue.cut_drain() || queue.untake();
         }
         if cut {
             self.settle();
@@ -421,6 +434,7 @@ impl Device {
             | Request::Memory(_)
             | Request::Log(_)
             | Request::Inflight(_)
+            | Request::Hopeless { .. }
             | Request::RingStop { .. } => unreachable!("`control` handles these itself"),
         }
         Ok(())

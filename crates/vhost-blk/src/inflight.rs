@@ -196,6 +196,15 @@ impl InflightQueue {
         crash_point();
     }
 
+    /// `head` is back in the available ring: it was the newest one that was taken.
+    pub(crate) fn clear(&self, head: u16) {
+        crash_point();
+        fence(Ordering::Release);
+        self.buffer.store::<AtomicU8>(self.entry(head), 0);
+        fence(Ordering::Release);
+        crash_point();
+    }
+
     /// The used index is about to be published with `head` as its newest entry.
     pub(crate) fn before_publication(&self, head: u16) {
         crash_point();

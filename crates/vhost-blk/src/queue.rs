@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::DeviceConfig;
 use crate::chain::Verdict;
-use crate::control::Reply;
+use crate::control::{ControlError, Reply};
 use crate::dirty::DirtyLog;
 use crate::eventfd::signal_eventfd;
 use crate::inflight::{InflightBuffer, InflightQueue};
@@ -345,6 +345,54 @@ impl Queue {
             | State::Running
             | State::Draining { .. }
             | State::Broken => false,
+        }
+    }
+
+    /// Nobody answers requests for now: a drain puts those that were taken back where they came from, the
+    /// available ring, if they are the newest there, as those are that a head took and never decided.
+    /// Else, with later ones answered already, no index says where the rings are to go on, and only the
+    /// in-flight buffer knows of them. True if that ends the drain.
+    pub(crate) fn untake(&mut self) -> bool {
+        let State::Draining { until } = self.state else { return false };
+        if self.under_way == 0
+            || self.resubmit.len() != self.under_way
+            || self.emitting.is_some()
+            || until != self.next_available
+            || usize::from(self.next_available.wrapping_sub(self.used)) != self.under_way
+        {
+            return false;
+        }
+        let ring = self.ring.as_ref().expect("a ring with heads under way is resolved");
+        self.resubmit.sort_unstable();
+        let mut slot = self.used;
+        for (_, head) in &self.resubmit {
+            if ring.available_head(slot) != *head {
+                return false;
+            }
+            slot = slot.wrapping_add(1);
+        }
+        // The newest first: whoever recovers from the buffer, should we die here, takes what is left in
+        // it for what follows the used index.
+        while let Some((_, head)) = self.resubmit.pop() {
+            if let Some(inflight) = &self.inflight {
+                inflight.clear(head);
+            }
+            self.chains[usize::from(head)].release();
+            self.under_way -= 1;
+            self.next_available = self.next_available.wrapping_sub(1);
+        }
+        self.state = State::Draining { until: self.next_available };
+        self.cut_short = true;
+        true
+    }
+
+    /// Refuses whoever waits for a drain that nobody can complete: says how many requests are under way.
+    pub(crate) fn refuse_drain(&mut self) {
+        if let Some((reply, _)) = self.parked.take() {
+            reply.send(Err(ControlError::NobodyAnswers {
+                queue: self.index,
+                requests: self.under_way,
+            }));
         }
     }
 

@@ -17,7 +17,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use crate::config::{CONFIG_BYTES, F_PROTOCOL_FEATURES};
-use crate::control::{Request, ask};
+use crate::control::{Request, ask, ask_drained};
 use crate::dirty::DirtyLog;
 use crate::eventfd::{checked_eventfd, make_nonblocking};
 use crate::handover::{ConnectionState, FdIndex, FdTable, Fds, HandoverError, RingState};
@@ -29,6 +29,10 @@ use crate::{ControlSink, DeviceConfig};
 
 /// How long the reactor may take for a message that waits for nothing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a front end that drains a queue is kept waiting for a head that is not there: one may be
+/// about to open.
+const HOPEFUL: Duration = Duration::from_secs(2);
 
 /// The largest configuration space a front end may ask for: what virtio-blk may ever define.
 const CONFIG_BYTES_MAX: usize = 256;
@@ -356,7 +360,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let queue = Self::queue(index)?;
         let timeout = self.config.drain_timeout;
-        let base = ask(&mut *self.sink, Request::RingStop { queue }, timeout).map_err(refuse)?;
+        let request = (queue, Request::RingStop { queue });
+        let base = ask_drained(&mut *self.sink, request, HOPEFUL, timeout).map_err(refuse)?;
         let ring = self.record.ring(queue);
         ring.base = Some(base);
         ring.kick = None;
@@ -414,10 +419,14 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         let queue = Self::queue(index)?;
-        // Disabling drains, as stopping does.
-        let timeout = if enable { ANSWER_TIMEOUT } else { self.config.drain_timeout };
         let request = Request::RingEnable { queue, enable };
-        ask(&mut *self.sink, request, timeout).map_err(refuse)?;
+        if enable {
+            self.ask(request)?;
+        } else {
+            // It drains, as stopping does.
+            let timeout = self.config.drain_timeout;
+            ask_drained(&mut *self.sink, (queue, request), HOPEFUL, timeout).map_err(refuse)?;
+        }
         self.record.ring(queue).enabled = enable;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod chains;
 mod crash;
+mod headless;
 mod life;
 mod migration;
 mod notify;
