@@ -23,7 +23,7 @@ use shell::control::{
 use target_daemon::exports::DRAIN;
 use target_daemon::follow::{Follow, LeaseState};
 use target_daemon::heads::{self, Heads};
-use target_daemon::healer::{HealSettings, Healer};
+use target_daemon::healer::{self, HealSettings, Healer};
 use target_daemon::logging::{self, LogFormat, LogLevel};
 use target_daemon::notify;
 use target_daemon::retry::while_lingering;
@@ -469,8 +469,10 @@ impl Attached {
             let _staying = self.staying();
             pending.look(self, output);
             if let Some(event) = event {
-                // Nobody takes them only if that thread has panicked, which is told at the end.
-                let _ = self.healing.news.send(event.clone());
+                if healer::concerns(&event) {
+                    // Nobody takes them only if that thread has panicked, which is told at the end.
+                    let _ = self.healing.news.send(event.clone());
+                }
                 self.take(event)?;
             }
             let by = deposed.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -24,7 +24,7 @@ use crate::api;
 use crate::config::Config;
 use crate::exports::{Exports, Memory};
 use crate::heads::{self, Heads};
-use crate::healer::Healer;
+use crate::healer::{self, Healer};
 use crate::notify::notify;
 use crate::pool::{self, PoolError, PoolIdentity};
 use crate::registration::{Identity, Registration};
@@ -425,9 +425,11 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
     while !stop.load(Ordering::Acquire) {
         let event = parts.plane.next_event(TURN);
         if let Some(event) = &event {
-            // Nobody takes them only if the healer has panicked, which is told at the end.
-            let _ = news.send(event.clone());
             parts.exports.note(event);
+            if healer::concerns(event) {
+                // Nobody takes them only if the healer has panicked, which is told at the end.
+                let _ = news.send(event.clone());
+            }
         }
         match event {
             Some(Event::Opened { volume, epoch }) => {
@@ -435,11 +437,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
             }
             Some(Event::Superseded { volume, epoch, sealed }) => {
                 parts.exports.note_sealed(volume, sealed);
-                let why = match parts.exports.deposed_by(volume) {
-                    Ok(Some(by)) => format!("taken over by {by}"),
-                    Ok(None) | Err(_) => format!("a member has sealed {sealed}"),
-                };
-                parts.exports.head_ended(volume, epoch, &why);
+                parts.exports.deposed(volume, epoch, sealed);
             }
             Some(Event::Unopenable { volume, epoch, reason }) => {
                 parts.exports.head_ended(volume, epoch, &reason);

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use base::{Epoch, VolumeId, limits};
 use cluster::volumes::{self, FindError};
-use cluster::{ClusterStore, StoreError, VolumeEntry};
+use cluster::{ClusterStore, VolumeEntry};
 use shell::control::{ControlError, DataPlane, Event, ExportSpec, OpenError, Opening};
 
 use crate::config::ExportConfig;
@@ -378,10 +378,19 @@ impl Exports {
         self.heads.note_sealed(volume, sealed);
     }
 
-    /// Who took a volume of ours over, as far as the store knows.
-    pub fn deposed_by(&self, volume: VolumeId) -> Result<Option<String>, StoreError> {
+    /// A head of ours was told of a higher epoch: as [`Exports::head_ended`]. The store is asked who has
+    /// taken the volume only if that was not expected: it may take its time.
+    pub fn deposed(&self, volume: VolumeId, epoch: Epoch, sealed: Epoch) {
+        if self.follow.deposed(volume, epoch) {
+            return;
+        }
         let entry = self.follow.head(volume);
-        entry.map_or(Ok(None), |entry| self.heads.deposed_by(&entry))
+        let by = entry.map_or(Ok(None), |entry| self.heads.deposed_by(&entry));
+        let why = match by {
+            Ok(Some(by)) => format!("taken over by {by}"),
+            Ok(None) | Err(_) => format!("a member has sealed {sealed}"),
+        };
+        self.head_ended(volume, epoch, &why);
     }
 
     /// Stops everything at once and gives all leases back. True if all of it went well.

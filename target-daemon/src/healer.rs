@@ -98,9 +98,27 @@ pub struct Healer {
 /// Events that wait for a store that is away, at most; the oldest are dropped.
 const UNTOLD_MAX: usize = 256;
 
+/// Whether the healer need hear of an event. Whatever it hears wakes it, and it looks at everything then:
+/// not while a guest's rings start or stop, when the store is asked for its lease.
+pub fn concerns(event: &Event) -> bool {
+    match event {
+        Event::RingsStarted { .. } | Event::RingsStopped { .. } => false,
+        Event::Opened { .. }
+        | Event::Superseded { .. }
+        | Event::Unopenable { .. }
+        | Event::MemberDown { .. }
+        | Event::MemberUp { .. }
+        | Event::MemberSlow { .. }
+        | Event::Mended { .. }
+        | Event::Resized { .. }
+        | Event::PoolFailed { .. }
+        | Event::Stopped => true,
+    }
+}
+
 impl Healer {
     /// The healer of the heads that `heads` opens. `server` heals volumes that nobody has attached,
-    /// too. Whoever listens to the data plane's events passes them on.
+    /// too. Whoever listens to the data plane's events passes on those that [concern](concerns) it.
     pub fn new(
         store: Arc<dyn ClusterStore>,
         plane: Arc<dyn DataPlane>,

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::mpsc;
+use std::time::Duration;
 
-use base::{BlockReply, BlockRequest, BufferPool, VolumeId};
+use base::{BlockReply, BlockRequest, BufferPool, Instant, Status, VolumeId};
 use node::{FrontEnd, Input, Node};
 use ring::{Reactor, Token, WatchHandle};
 use vhost_blk::{Control, Device, DeviceConfig, Event};
@@ -28,6 +30,39 @@ struct Export {
     touched: bool,
     /// A guest has started its rings, and not stopped them since.
     live: bool,
+    /// It has, and no request of it was answered yet.
+    start: Option<Start>,
+}
+
+/// A guest has started its rings: how long it waits for its disk.
+struct Start {
+    at: Instant,
+    /// A head began to open for it, and has opened; `None` if one was there.
+    head: Option<Instant>,
+    opened: Option<Instant>,
+    /// The first request was taken out of its rings; before there is a head none is.
+    asked: Option<Instant>,
+    answered: Option<Instant>,
+}
+
+impl Start {
+    /// Says so once the first request is answered. That is what a migration, or whatever else made
+    /// the guest wait, has cost on this side.
+    fn tell(&self, socket: &Path) {
+        let Some(answered) = self.answered else { return };
+        let micros = |moment: Option<Instant>| {
+            let after = moment.map_or(Duration::ZERO, |moment| moment.since(self.at));
+            u64::try_from(after.as_micros()).unwrap_or(u64::MAX)
+        };
+        tracing::info!(
+            socket = %socket.display(),
+            lease_us = micros(self.head),
+            opened_us = micros(self.opened),
+            asked_us = micros(self.asked),
+            answered_us = micros(Some(answered)),
+            "the guest's first request is answered"
+        );
+    }
 }
 
 /// All exports of the process.
@@ -73,6 +108,7 @@ impl Exports {
             blocked: false,
             touched: false,
             live: false,
+            start: None,
         };
         self.exports.insert(id, export);
         id
@@ -87,7 +123,7 @@ impl Exports {
         }
     }
 
-    pub(crate) fn has_socket(&self, path: &std::path::Path) -> bool {
+    pub(crate) fn has_socket(&self, path: &Path) -> bool {
         self.exports.values().any(|export| export.spec.socket == path)
     }
 
@@ -143,8 +179,13 @@ impl Exports {
     }
 
     /// The answer to a request.
-    pub(crate) fn reply(&mut self, front_end: FrontEnd, reply: BlockReply) {
+    pub(crate) fn reply(&mut self, now: Instant, front_end: FrontEnd, reply: BlockReply) {
         if let Some(export) = self.exports.get_mut(&ExportId(front_end.0)) {
+            if let Some(start) = &mut export.start
+                && reply.status != Status::Superseded
+            {
+                start.answered.get_or_insert(now);
+            }
             export.device.complete(reply);
             export.touched = true;
         }
@@ -154,10 +195,30 @@ impl Exports {
         }
     }
 
-    /// A head of `volume` serves: what an earlier one gave back is submitted again.
-    pub(crate) fn volume_opened(&mut self, volume: VolumeId) {
+    /// A head of `volume` begins to open.
+    pub(crate) fn volume_opens(&mut self, now: Instant, volume: VolumeId) {
         for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
+            if let Some(start) = &mut export.start {
+                (start.head, start.opened) = (Some(now), None);
+            }
+        }
+    }
+
+    /// A head of `volume` serves: what an earlier one gave back is submitted again.
+    pub(crate) fn volume_opened(&mut self, now: Instant, volume: VolumeId) {
+        for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
+            if let Some(start) = &mut export.start {
+                start.opened = Some(now);
+            }
             export.device.resume();
+            export.pending = true;
+            export.blocked = false;
+        }
+    }
+
+    /// The head of `volume` is gone: rings that are being stopped wait for it no longer.
+    pub(crate) fn volume_left(&mut self, volume: VolumeId) {
+        for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
             export.pending = true;
             export.blocked = false;
         }
@@ -196,6 +257,9 @@ impl Exports {
                 continue;
             }
             let now = reactor.now_precise();
+            if let Some(start) = &mut export.start {
+                start.asked.get_or_insert(now);
+            }
             for request in taken.drain(..) {
                 let front_end = FrontEnd(id.0);
                 node.handle(now, Input::Request { head, front_end, request });
@@ -228,6 +292,9 @@ impl Exports {
                 }
             }
             export.device.flush_notifications();
+            if let Some(start) = export.start.take_if(|start| start.answered.is_some()) {
+                start.tell(&export.spec.socket);
+            }
         }
         if stopped {
             self.note_unused();
@@ -285,11 +352,15 @@ impl Export {
             Event::Started => {
                 tracing::info!(socket = %socket.display(), "the guest uses the disk");
                 self.live = true;
+                let at = reactor.now();
+                self.start =
+                    Some(Start { at, head: None, opened: None, asked: None, answered: None });
                 return Some(Told::RingsStarted { volume, socket: socket.clone() });
             }
             Event::Stopped { by_front_end } => {
                 tracing::info!(socket = %socket.display(), by_front_end, "the guest stopped the disk");
                 self.live = false;
+                self.start = None;
                 return Some(Told::RingsStopped { volume, socket: socket.clone(), by_front_end });
             }
             Event::Superseded => tracing::info!(

@@ -234,7 +234,7 @@ impl Worker {
             Output::Send { connection, part } => self.connections.send(reactor, connection, part),
             Output::Close { connection } => self.connections.close(reactor, connection),
             Output::Reply { front_end, reply } => {
-                self.exports.reply(front_end, reply);
+                self.exports.reply(now, front_end, reply);
                 None
             }
             Output::ControlDone { tag, result } => {
@@ -481,6 +481,7 @@ impl Worker {
                     closing: None,
                 };
                 self.heads.insert(volume, state);
+                self.exports.volume_opens(now, volume);
             }
             Err(error) => drop(answer.try_send(Err(open_error(error)))),
         }
@@ -533,7 +534,7 @@ impl Worker {
                 }
                 // Exports may be older than this head: from before the volume grew.
                 self.exports.volume_resized(volume, head.spec.volume.size_bytes);
-                self.exports.volume_opened(volume);
+                self.exports.volume_opened(self.reactor.now(), volume);
                 let _ = self.events.send(Event::Opened { volume, epoch });
             }
             HeadEvent::Stalled { reason, .. } => {
@@ -581,6 +582,7 @@ impl Worker {
 
     fn head_ended(&mut self, volume: VolumeId) {
         let Some(head) = self.heads.remove(&volume) else { return };
+        self.exports.volume_left(volume);
         for answer in head.opening {
             drop(answer.try_send(Err(ControlError::NoHead(volume).into())));
         }
