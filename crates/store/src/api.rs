@@ -258,15 +258,6 @@ pub enum Command {
         /// Where it goes; dropped on an error.
         buffer: BufferMut,
     },
-    /// Rewrites what is damaged here with a peer's blocks: the record of a `Fetch`, within one
-    /// chunk. Blocks that the log covers, or whose checksum is another one, are left. Durable when answered
-    /// with `Done`; `Behind` if the peer's blocks may be older than home's.
-    Repair {
-        /// Which replica.
-        key: ReplicaKey,
-        /// The peer's blocks, decoded.
-        record: Record,
-    },
     /// Begins to fill the replica, or goes on. Its log is dropped, its home kept, except that of
     /// a damaged replica; from now on, and after a crash too, it is filling. What was staged and
     /// not committed is forgotten. Durable when answered with `Done`.
@@ -338,7 +329,6 @@ impl Command {
             | Self::Commit { key, .. }
             | Self::List { key, .. }
             | Self::Fetch { key, .. }
-            | Self::Repair { key, .. }
             | Self::FillBegin { key }
             | Self::FillChunk { key, .. }
             | Self::FillData { key, .. }
@@ -491,7 +481,7 @@ pub enum Notice {
     /// A replica's log has lost records that were durable, or its metadata is unreadable. Blocks
     /// that may be affected answer `Damaged`.
     Damaged(ReplicaKey),
-    /// A scrub has found blocks that cannot be read here; a peer's can be put in their place.
+    /// A scrub has found blocks that cannot be read here; writing them makes them whole.
     DamagedBlocks {
         /// Of which replica.
         key: ReplicaKey,

@@ -154,8 +154,7 @@ impl Store {
                 After::Done(tag)
                 | After::Sealed(tag)
                 | After::Truncated(tag)
-                | After::Staged(tag)
-                | After::Repaired(tag) => self.done(tag, Err(ReplicaError::NoReplica)),
+                | After::Staged(tag) => self.done(tag, Err(ReplicaError::NoReplica)),
                 After::Nothing => {}
                 After::Wave | After::JobStart => self.after_entry(entry, after),
             }
@@ -259,7 +258,6 @@ impl Store {
                 || !replica.batches.is_empty()
                 || self.flush.is_busy_with(slot)
                 || self.fill.is_busy_with(slot)
-                || self.repair.is_busy_with(slot)
                 || !replica.seals.is_empty()
             {
                 continue;

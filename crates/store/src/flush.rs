@@ -195,9 +195,7 @@ impl Store {
         close: bool,
         most: usize,
     ) -> (Option<(Instant, u32)>, Option<Seq>) {
-        let blocked =
-            replica.exclusive != Exclusive::None || self.repair.is_busy_with(replica.slot);
-        if replica.damaged || blocked {
+        if replica.damaged || replica.exclusive != Exclusive::None {
             return (None, None);
         }
         let mut found: Option<(Instant, u32)> = None;

@@ -27,8 +27,6 @@ pub(crate) enum After {
     Truncated(u64),
     /// A staged chunk counts: answer `Done`.
     Staged(u64),
-    /// A repaired chunk counts: answer `Done`.
-    Repaired(u64),
     /// The flush wave's last entry.
     Wave,
     /// The flush job may begin.
@@ -134,8 +132,7 @@ impl Journal {
                 After::Done(tag)
                 | After::Sealed(tag)
                 | After::Truncated(tag)
-                | After::Staged(tag)
-                | After::Repaired(tag) => Some(tag),
+                | After::Staged(tag) => Some(tag),
                 After::Nothing | After::Wave | After::JobStart => None,
             })
             .collect()

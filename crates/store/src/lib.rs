@@ -27,7 +27,6 @@ mod layout;
 mod metadata;
 mod read;
 mod recovery;
-mod repair;
 mod replay;
 mod replica;
 mod scan;

@@ -23,7 +23,6 @@ use crate::layout::{Areas, DeviceIndex, DeviceInfo, Geometry, PAGE, device_index
 use crate::metadata::Entry;
 use crate::read::{FragmentId, Reads};
 use crate::recovery::Opening;
-use crate::repair::Repair;
 use crate::replay::Replay;
 use crate::replica::{Exclusive, Replica};
 use crate::scrub::Scrub;
@@ -66,8 +65,6 @@ pub(crate) enum Task {
     Fill {
         write: u32,
     },
-    /// A block or metadata under repair.
-    Repair,
     /// A freed chunk.
     Discard {
         location: u32,
@@ -122,7 +119,6 @@ pub struct Store {
     pub(crate) reads: Reads,
     pub(crate) flush: Flush,
     pub(crate) fill: Fill,
-    pub(crate) repair: Repair,
     pub(crate) scrub: Scrub,
     pub(crate) opening: Opening,
     pub(crate) replay: Option<Replay>,
@@ -187,7 +183,6 @@ impl Store {
             reads: Reads::default(),
             flush: Flush::default(),
             fill: Fill::default(),
-            repair: Repair::default(),
             scrub: Scrub::default(),
             opening: Opening::default(),
             replay: None,
@@ -248,7 +243,6 @@ impl Store {
                     // In this order: who waits for staged chunks may go on, and a truncation
                     // begins a replay.
                     self.pump_fill();
-                    self.pump_repair();
                     self.pump_exclusive();
                     self.pump_replay();
                     self.pump_appends();
@@ -390,7 +384,6 @@ impl Store {
             Task::CacheFill { location } => self.cache_filled(location, result.ok()),
             Task::Scan { scan } => self.scan_read(scan, result.ok()),
             Task::Mover(mover) => self.mover_read(mover, result.ok()),
-            Task::Repair => self.repair_read(result.ok()),
             Task::Ignore
             | Task::Batch { .. }
             | Task::Sync
@@ -413,7 +406,6 @@ impl Store {
             Task::Mover(mover) => self.mover_written(mover),
             Task::WaveMeta => self.wave_meta_written(device),
             Task::Fill { write } => self.fill_written(write),
-            Task::Repair => self.repair_written(device),
             Task::Ignore
             | Task::Sync
             | Task::Opening { .. }
@@ -432,7 +424,6 @@ impl Store {
         self.journal_synced();
         self.flush_synced();
         self.fill_synced();
-        self.repair_synced();
         for slot in 0..self.replicas.len() {
             self.replica_synced(slot);
         }
@@ -454,7 +445,6 @@ impl Store {
         self.output(Output::Failed(failure));
         let mut waiting = self.journal.abandon();
         waiting.extend(self.fill.abandon());
-        waiting.extend(self.repair.abandon());
         for tag in waiting {
             self.done(tag, Err(ReplicaError::DeviceFailed));
         }
@@ -521,7 +511,6 @@ impl Store {
             Command::Fetch { key, lba, end, buffer } => {
                 self.start_fetch(tag, key, lba, end, buffer);
             }
-            Command::Repair { key, record } => self.repair(tag, key, record),
             Command::FillBegin { key } => self.fill_begin(tag, key),
             Command::FillChunk { key, chunk, newest } => self.fill_chunk(tag, key, chunk, newest),
             Command::FillData { key, record } => self.fill_data(tag, key, record),
@@ -646,7 +635,6 @@ impl Store {
             }
             After::Truncated(tag) => self.truncated(tag, entry),
             After::Staged(tag) => self.staged_counts(tag, entry),
-            After::Repaired(tag) => self.repaired(tag),
             After::Wave => self.wave_durable(),
             After::JobStart => self.job_started(),
         }
