@@ -18,7 +18,7 @@ use base::planted::{self, Bug};
 use base::{CommandBody, Instant, ReplicaError};
 
 use crate::head::Head;
-use crate::member::Mode;
+use crate::member::{Member, Mode};
 use crate::sessions::Answer;
 use crate::status::StallReason;
 use crate::tag::Kind;
@@ -90,6 +90,26 @@ impl Grants {
     }
 }
 
+impl Member {
+    /// True if it has sealed and takes commands.
+    fn obeys(&self) -> bool {
+        match self.mode {
+            Mode::Sealed(_)
+            | Mode::Matching(_)
+            | Mode::Truncating { .. }
+            | Mode::CatchingUp(_)
+            | Mode::Live => true,
+            // No session, or one that is to be sealed anew once its commands are answered; or it is
+            // filled, and gets no command but Install.
+            Mode::Down
+            | Mode::Resting { .. }
+            | Mode::Sealing
+            | Mode::Filling(_)
+            | Mode::Parked { .. } => false,
+        }
+    }
+}
+
 impl Head {
     /// True if no other head can have been opened before now.
     pub(crate) fn trusted(&self) -> bool {
@@ -126,20 +146,7 @@ impl Head {
     fn renew(&mut self, index: usize) {
         let now = self.now;
         let member = &self.members[index];
-        let obeys = match member.mode {
-            Mode::Sealed(_)
-            | Mode::Matching(_)
-            | Mode::Truncating { .. }
-            | Mode::CatchingUp(_)
-            | Mode::Live => true,
-            // No session, or one that is to be sealed anew once its commands are answered; or it is
-            // filled, and gets no command but Install.
-            Mode::Down
-            | Mode::Resting { .. }
-            | Mode::Sealing
-            | Mode::Filling(_)
-            | Mode::Parked { .. } => false,
-        };
+        let obeys = member.obeys();
         let waits = member.grant.renew.is_some_and(|(_, sent)| now < sent + REPEAT);
         if !obeys || waits || member.grant.unanswered >= RENEWS_MAX {
             return;
@@ -154,23 +161,23 @@ impl Head {
     pub(crate) fn renew_answered(&mut self, index: usize, number: u64, result: &Answer) {
         let member = &mut self.members[index];
         member.grant.unanswered = member.grant.unanswered.saturating_sub(1);
+        // One that was refused is not repeated at once: whoever refuses it may do so without delay.
         let sent = match member.grant.renew {
-            Some((latest, sent)) if latest == number => {
-                member.grant.renew = None;
-                Some(sent)
-            }
+            Some((latest, sent)) if latest == number => Some(sent),
             Some(_) | None => None,
         };
         match result {
             Ok(_) => {
                 if let Some(sent) = sent {
+                    member.grant.renew = None;
                     member.grant.learn(sent, self.now);
                 }
             }
             // It does not know the command: there are no grants to be had from it.
             Err(ReplicaError::Invalid) => {}
             Err(error) => {
-                if member.follows() {
+                // A member that is still being looked at may have to be sealed anew, after a Release.
+                if member.follows() || member.obeys() && *error == ReplicaError::NotSealed {
                     self.member_failed(index, *error);
                 }
             }

@@ -5,12 +5,12 @@ use core::time::Duration;
 use std::collections::VecDeque;
 
 use base::{
-    CommandBody, DegradedReason, Epoch, Health, HelloReason, ReplicaCommand, ReplyBody, Role, Seq,
-    StateMessage, Status,
+    CommandBody, DegradedReason, Epoch, Health, HelloReason, ReplicaCommand, ReplicaError,
+    ReplyBody, Role, Seq, StateMessage, Status,
 };
 
 use super::bench::{Bench, Sent, server};
-use crate::{HeadPhase, Input, Output, StallReason};
+use crate::{HeadPhase, Input, MemberMode, Output, StallReason};
 
 impl Bench {
     fn state(&mut self, index: usize, message: StateMessage) {
@@ -203,6 +203,35 @@ fn grants_are_renewed_while_reads_go_on() {
     }
     // Two members, every 50 ms or a little later, but for what the probes carry.
     assert!((50..=80).contains(&renews), "{renews} in two seconds");
+}
+
+/// A session that was released refuses without asking the member: whoever asks again at once never stops.
+#[test]
+fn a_renewal_that_is_refused_is_not_repeated_at_once() {
+    let mut bench = Bench::opened(3);
+    bench.held = vec![false, true, true];
+    bench.write(1, 1);
+    bench.next_head();
+    bench.held.fill(false);
+    bench.up([1, 2]);
+    bench.pass(100);
+    // What it alone has is truncated, which takes a while, and the grants run out.
+    bench.held[0] = true;
+    bench.up([0]);
+    bench.deliver(0);
+    let truncates = |body: &CommandBody| matches!(body, CommandBody::Truncate { .. });
+    let truncate = bench.sent(0, truncates);
+    assert_eq!(truncate.len(), 1);
+    bench.held[2] = true;
+    bench.pass(1000);
+    bench.read(9);
+    let renews = |body: &CommandBody| matches!(body, CommandBody::Renew);
+    let renew = bench.sent(0, renews);
+    assert!(!renew.is_empty());
+    bench.answer(0, renew[0].0, Err(ReplicaError::NotSealed));
+    assert!(bench.sent(0, renews).is_empty(), "it was told just now");
+    let mode = bench.mode(0);
+    assert_eq!(mode, MemberMode::Failed(ReplicaError::NotSealed), "it is to be sealed anew");
 }
 
 #[test]
