@@ -67,6 +67,7 @@ impl Store {
         };
         self.last_append = self.now;
         self.last_used = self.now;
+        self.note_settled_later();
         let replica = self.replica_mut(slot);
         let header = record.header();
         let last = replica.queued;

@@ -113,6 +113,7 @@ impl Store {
         }
         let replica = self.replica_mut(slot);
         replica.filling = true;
+        replica.noted = Seq::ZERO;
         replica.kept_through = through;
         replica.damaged = false;
         replica.exclusive = Exclusive::None;

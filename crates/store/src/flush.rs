@@ -8,6 +8,7 @@
 //! their space is wanted, and are then trimmed, oldest first.
 
 use base::planted::{self, Bug};
+use base::time::earliest;
 use base::{Instant, Position, Seq};
 use core::time::Duration;
 
@@ -24,6 +25,8 @@ pub(crate) use crate::wave::MoverId;
 
 /// How long to wait before trying again when home was full.
 const HOME_FULL_RETRY: Duration = Duration::from_millis(100);
+/// What is settled is noted in the journal once no append has come for this long.
+const NOTE_AFTER: Duration = Duration::from_millis(50);
 /// Index slots looked at in one turn.
 const SWEEP_SLOTS: usize = 64 * 1024;
 
@@ -50,6 +53,8 @@ pub(crate) struct Flush {
     pub(crate) spare_meta: Vec<ChunkMeta>,
     retry_at: Option<Instant>,
     check_at: Option<Instant>,
+    /// What is settled may have to be noted then.
+    note_at: Option<Instant>,
     /// Replicas with settling segments.
     settling: Vec<u16>,
     pub(crate) jobs_done: u64,
@@ -70,11 +75,14 @@ enum Why {
 impl Store {
     pub(crate) fn flush_deadline(&self) -> Option<Instant> {
         // While a job is under way its completions drive it.
-        if self.failed.is_some() || self.flush.job.is_some() {
+        if self.failed.is_some() {
             return None;
         }
+        if self.flush.job.is_some() {
+            return self.flush.note_at;
+        }
         let check = if self.segments.dirty > 0 { self.flush.check_at } else { None };
-        self.flush.retry_at.or(check)
+        earliest(self.flush.retry_at.or(check), self.flush.note_at)
     }
 
     /// Room is short: flushing may use more of the disks.
@@ -85,7 +93,38 @@ impl Store {
             || self.segments.blocks * 4 > self.index.entries_max() as u64 * 3
     }
 
+    /// A replica may have been told that more of its log is settled.
+    pub(crate) fn note_settled_later(&mut self) {
+        self.flush.note_at.get_or_insert(self.now + NOTE_AFTER);
+    }
+
+    /// Notes in the journal what is settled and on media, if no append comes that would say so in the log.
+    /// Without, nothing tells rot in a log's last batches from writes that a crash cut off, and a recovery
+    /// would end the log before them without a word.
+    fn note_settled(&mut self) {
+        if self.flush.note_at.is_none_or(|at| at > self.now) {
+            return;
+        }
+        let quiet_at = self.last_append + NOTE_AFTER;
+        self.flush.note_at = (quiet_at > self.now).then_some(quiet_at);
+        if self.flush.note_at.is_some() {
+            return;
+        }
+        for replica in self.replicas.iter_mut().flatten() {
+            let seq = replica.commit.min(replica.durable);
+            let idle = replica.exclusive == Exclusive::None;
+            if idle && !replica.damaged && !replica.filling && seq > replica.noted {
+                replica.noted = seq;
+                if seq > replica.commit_durable {
+                    let entry = Entry::Commit { replica: replica.slot, seq };
+                    self.journal.push(entry, After::Nothing);
+                }
+            }
+        }
+    }
+
     pub(crate) fn pump_flush(&mut self) {
+        self.note_settled();
         self.pump_settling();
         if self.flush.retry_at.is_some_and(|at| at > self.now) {
             return;

@@ -97,6 +97,8 @@ pub(crate) struct Replica {
     pub(crate) written: Position,
     pub(crate) durable: Seq,
     pub(crate) commit: Seq,
+    /// The journal has been given this as settled, or more.
+    pub(crate) noted: Seq,
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) batches: VecDeque<Batch>,
     pub(crate) answers: VecDeque<Answer>,
@@ -169,6 +171,7 @@ impl Replica {
             flushed_ordinal: 1,
             flushed: Position::ZERO,
             commit_durable: Seq::ZERO,
+            noted: Seq::ZERO,
             restarts: Vec::new(),
             chunks: ChunkMap::new(blocks.div_ceil(chunk_blocks)),
             filling: false,

@@ -503,6 +503,7 @@ impl Store {
             Command::Commit { key, commit } => match self.find(key) {
                 Ok(slot) => {
                     self.replica_mut(slot).note_commit(commit);
+                    self.note_settled_later();
                     self.done(tag, Ok(ReplyBody::Done));
                 }
                 Err(error) => self.done(tag, Err(error)),

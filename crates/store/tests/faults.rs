@@ -442,6 +442,33 @@ fn damage_in_the_log_is_never_served_and_never_cut_off_silently() {
     assert!(reported > 10, "{reported}");
 }
 
+/// No batch follows the last one and vouches for it. The journal does, once nothing more has come for a while.
+#[test]
+fn rot_in_the_last_batch_is_told_from_a_write_that_was_cut_off() {
+    for noted in [true, false] {
+        let mut shape = shape();
+        shape.flush.idle = Duration::from_hours(1);
+        shape.flush.age = Duration::from_hours(1);
+        let mut one = One::new(shape, 256, 400);
+        for number in 0..4 {
+            one.write(number, 1);
+        }
+        one.flush();
+        one.ask(Command::Commit { key: key(), commit: Seq(one.last) }).expect("it is told");
+        if noted {
+            one.world.run(Duration::from_millis(200));
+        }
+        let disk = &mut one.world.disks[0];
+        let mut pages = (0..disk.media.len() / SIZE).rev();
+        let page = pages.find(|page| disk.media[page * SIZE..].starts_with(b"HFBT"));
+        disk.media[page.expect("there are batches") * SIZE + 9] ^= 1;
+        one.world.reopen(true).expect("it opens");
+        let after = one.world.store.replica(key()).expect("it is there");
+        assert_eq!(after.damaged, noted, "{after:?}");
+        assert!(after.state.last.seq.0 < one.last, "{after:?}");
+    }
+}
+
 #[test]
 fn a_lost_segment_header_loses_nothing() {
     /// What becomes of the first pages of a segment.
