@@ -56,7 +56,7 @@ impl Checkers {
 
     /// A server's log device has lost what it said was on media. Its metadata has a second copy.
     pub(crate) fn log_lost(&mut self, process: usize) {
-        self.durable.forget(process);
+        self.durable.log_lost(process);
     }
 
     /// Pages of a server's disks have rotted.

@@ -344,16 +344,23 @@ impl World {
         disks.any(|disk| disk.lied || disk.lies_until > self.now)
     }
 
-    /// Known gap: a pool is lost for good and another member that counts needs a copy, which nobody
-    /// gives it before the opening is done: the volume waits for the pool, and says so.
+    /// Known gap: the faulty server's copy is lost, its pool for good or its log damaged, and another member
+    /// that counts needs a copy, which nobody gives it before the opening is done: the volume waits, and
+    /// says so. Damage elsewhere is none of this budget's, and a checker says so.
     fn waits_for_a_pool(&self) -> bool {
-        let lost = self.faulty.is_some_and(|faulty| !self.processes[faulty].open);
         let desired = &self.processes[self.desired];
-        lost && desired.head.is_some_and(|head| !head.opened)
-            && desired.node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
-                let mut members = status.members.iter();
-                members.any(|member| member.role == Role::InSync && member.mode.needs_copy())
-            })
+        let Some(faulty) = self.faulty.filter(|_| desired.head.is_some_and(|head| !head.opened))
+        else {
+            return false;
+        };
+        let needs_copy =
+            |member: &volume::MemberStatus| member.role == Role::InSync && member.mode.needs_copy();
+        desired.node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
+            let (of_faulty, others): (Vec<_>, Vec<_>) =
+                status.members.iter().partition(|member| member.server == server_id(faulty));
+            let lost = !self.processes[faulty].open || of_faulty.into_iter().any(needs_copy);
+            lost && others.into_iter().any(needs_copy)
+        })
     }
 
     fn finish(&mut self) -> Report {

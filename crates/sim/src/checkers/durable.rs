@@ -1,5 +1,10 @@
 //! I1, seen from a server: what it said is on media and settled is there after every crash, or it
 //! says that it has lost something.
+//!
+//! What is settled is so by the word of a quorum. A server whose disk lied, or whose log rotted at its
+//! end where nothing tells that from writes that a crash cut off, may forget its part without a word; then
+//! an opening without the others may not know of it, and *they* have to truncate it. So from the moment on
+//! at which such a server is back with less than it had, nobody promises more than it has now.
 
 use base::Seq;
 
@@ -13,11 +18,25 @@ pub(super) struct Durable {
     kept: Vec<Seq>,
     /// Of each server, whether its disk may have rotted since it was last looked at.
     rotten: Vec<bool>,
+    /// Of each server, through which seq it had things settled on media before its disk turned out to lie.
+    lied: Vec<Option<Seq>>,
 }
 
 impl Durable {
     pub(super) fn new(servers: usize) -> Self {
-        Self { kept: vec![Seq::ZERO; servers], rotten: vec![false; servers] }
+        Self {
+            kept: vec![Seq::ZERO; servers],
+            rotten: vec![false; servers],
+            lied: vec![None; servers],
+        }
+    }
+
+    /// Its log's device has lost what it said was on media.
+    pub(super) fn log_lost(&mut self, process: usize) {
+        if let Some(kept) = self.kept.get_mut(process) {
+            let had = core::mem::replace(kept, Seq::ZERO);
+            self.lied[process] = self.lied[process].max(Some(had));
+        }
     }
 
     pub(super) fn forget(&mut self, process: usize) {
@@ -45,9 +64,18 @@ impl Durable {
             return Ok(());
         }
         let rotten = std::mem::take(&mut self.rotten[seen.process]);
+        let lied = self.lied[seen.process].take();
+        let mut forgot = lied.is_some_and(|had| state.last.seq < had);
         if rotten && state.last.seq < *kept && kept.0 - state.last.seq.0 <= BATCH_RECORDS_MAX {
             *kept = state.last.seq;
+            forgot = true;
         }
+        if forgot {
+            for kept in &mut self.kept {
+                *kept = (*kept).min(state.last.seq);
+            }
+        }
+        let kept = &mut self.kept[seen.process];
         if state.last.seq < *kept {
             return Err(format!(
                 "I1: server {} had settled records through {kept} on media, now its log ends at {}",
