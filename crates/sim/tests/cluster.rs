@@ -55,6 +55,9 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (501_755, "an ended head whose unanswered reads waited for each other's buffers"),
     (502_897, "a deposed head whose members were all replaced"),
     (502_814, "a copy that was about to go, read alone"),
+    (501_618, "a log whose last batches rotted and ended before them"),
+    (700_533, "a seal lost in both copies, which was beyond the budget"),
+    (710_550, "a read grant that was asked for again without end"),
 ];
 
 #[test]
