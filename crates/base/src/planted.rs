@@ -52,6 +52,7 @@ bugs! {
     RestKeepsGrants = "a head that has released its members goes on with what they granted before",
     GrantForgottenByRestart = "a restarted server does not know that it granted reads",
     SealNotPersisted = "a seal is answered before it is on media",
+    GrowthNotPersisted = "a replica says that it has grown, and forgets it when it restarts",
     SyncNotAwaited = "a record counts as durable when it is written",
     TornTailAccepted = "a torn record at the end of a log is believed",
     DamageTakenForTear = "a log damaged in its middle is cut there",

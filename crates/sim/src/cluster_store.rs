@@ -3,6 +3,7 @@
 
 use core::time::Duration;
 
+use base::limits::PAGE_BYTES;
 use base::{Epoch, Holder, Instant, ShardRecord, VolumeRecord};
 
 use crate::random::Random;
@@ -109,6 +110,12 @@ impl ClusterStore {
         }
     }
 
+    /// Somebody has made the volume larger.
+    pub(crate) fn grow(&mut self, blocks: u64) {
+        self.records.volume.size_bytes += blocks * PAGE_BYTES as u64;
+        self.records.revision += 1;
+    }
+
     pub(crate) fn heal(&mut self) {
         self.away_until = Instant::ZERO;
         self.mute = 0;
@@ -128,6 +135,11 @@ pub(crate) enum Lease {
 }
 
 impl Records {
+    /// The volume's size.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.volume.size_bytes / PAGE_BYTES as u64
+    }
+
     /// These records with `holder` as the head of a new epoch.
     pub(crate) fn acquired(&self, holder: Holder) -> Self {
         let mut records = self.clone();

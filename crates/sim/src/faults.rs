@@ -247,6 +247,11 @@ pub enum FaultKind {
         /// For how long the old head is cut off.
         millis: u64,
     },
+    /// The volume is made larger.
+    Grow {
+        /// By so many blocks.
+        blocks: u64,
+    },
     /// Between the head and everybody else bits flip, half of them where headers are.
     HeadCorruption {
         /// Once in so many times.
@@ -380,7 +385,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 42;
+const KINDS: usize = 43;
 
 /// The longest pause between two faults of a burst.
 const BURST_NANOS: u64 = 40_000_000;
@@ -438,12 +443,12 @@ impl Focus {
             Self::Everything => &[],
             Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34],
             Self::Openings => &[0, 22, 22, 32, 32, 32, 24, 35, 35, 41, 41],
-            Self::Members => &[30, 30, 30, 26, 19, 7, 3],
-            Self::Home => &[31, 31, 31, 37, 2, 0],
+            Self::Members => &[30, 30, 30, 26, 19, 7, 3, 42],
+            Self::Home => &[31, 31, 31, 37, 2, 0, 42],
             Self::Media => &[17, 17, 17, 17, 18, 0, 22],
             Self::Wire => &[11, 36, 36, 36, 36, 9, 10, 12, 22],
-            Self::Fills => &[33, 38, 38, 39, 39, 26, 26, 3, 7, 7, 30],
-            Self::Power => &[2, 24, 24, 40, 40, 40, 22, 22, 18],
+            Self::Fills => &[33, 38, 38, 39, 39, 26, 26, 3, 7, 7, 30, 42],
+            Self::Power => &[2, 24, 24, 40, 40, 40, 22, 22, 18, 42],
         }
     }
 }
@@ -581,6 +586,7 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
         35 => FaultKind::SlowTakeOver { to: who, millis: random.between(300, 1000) },
         36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
         41 => duel(who, random),
+        42 => FaultKind::Grow { blocks: random.choose(&[1, 16, 100]) },
         _ => ambush_of_kind(number, server, millis, random),
     }
 }
@@ -715,6 +721,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 35, "{seen:?}");
+        assert_eq!(seen.len(), 36, "{seen:?}");
     }
 }

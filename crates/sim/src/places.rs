@@ -69,6 +69,7 @@ places! {
     LeftWaiting = "an opening waited for a lost pool while another member needed a copy",
     ReplicaMade = "a spare server made a replica",
     ReplicaDeleted = "a member that had left deleted its replica",
+    VolumeGrown = "a volume grew while it was used",
     JointChange = "a head agreed to other members",
     ChangeLost = "a change of members that a head had begun did not come true",
     BlocksMended = "blocks that a member could not read were written again",

@@ -74,6 +74,8 @@ pub(crate) struct RunningHead {
     pub(crate) handle: HeadHandle,
     pub(crate) epoch: Epoch,
     pub(crate) opened: bool,
+    /// How large it says the volume is.
+    pub(crate) blocks: u64,
 }
 
 pub(crate) fn id(index: usize, kind: u8) -> [u8; 16] {

@@ -274,7 +274,9 @@ impl World {
             last_seen_ms: vec![0; servers + 1],
             draining: vec![false; servers],
             provisioned: 0,
-            oracle: Oracle::new(usize::try_from(config.blocks).expect("a small volume")),
+            oracle: Oracle::new(
+                usize::try_from(config.blocks_in_the_end()).expect("a small volume"),
+            ),
             requests: BTreeMap::new(),
             next_request: 1,
             next_write: 1,
@@ -655,7 +657,14 @@ impl World {
                 }
             }
             HeadEvent::Failed { reason } => self.fail(&format!("a head ended itself: {reason}")),
-            HeadEvent::MemberSlow { .. } | HeadEvent::Resized { .. } => {}
+            HeadEvent::MemberSlow { .. } => {}
+            HeadEvent::Resized { blocks } => {
+                places.reach(Place::VolumeGrown);
+                let head = &mut self.processes[process].head;
+                if let Some(head) = head.as_mut().filter(|head| head.epoch == epoch) {
+                    head.blocks = blocks;
+                }
+            }
             HeadEvent::Mended { .. } => places.reach(Place::BlocksMended),
             HeadEvent::Stalled { .. } => places.reach(Place::HeadStalled),
             HeadEvent::Resumed => places.reach(Place::HeadResumed),

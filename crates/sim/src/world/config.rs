@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use base::{Durability, Instant};
 
-use crate::faults::{Fault, Focus, Profile, schedule};
+use crate::faults::{Fault, FaultKind, Focus, Profile, schedule};
 use crate::process::PoolLayout;
 use crate::random::Random;
 
@@ -73,6 +73,15 @@ pub struct WorldConfig {
 }
 
 impl WorldConfig {
+    /// Blocks that the volume may have at last.
+    pub(crate) fn blocks_in_the_end(&self) -> u64 {
+        let grown = self.faults.iter().map(|fault| match fault.kind {
+            FaultKind::Grow { blocks } => blocks,
+            _ => 0,
+        });
+        self.blocks + grown.sum::<u64>()
+    }
+
     /// Processes with a pool.
     pub(crate) fn pools(&self) -> usize {
         self.servers + self.spares

@@ -133,7 +133,10 @@ impl World {
         let local = state.clock.local(self.now);
         let node = state.node.as_mut().expect("an open process runs");
         match node.open_head(local, records.volume.clone(), records.shard.clone()) {
-            Ok(handle) => state.head = Some(RunningHead { handle, epoch, opened: false }),
+            Ok(handle) => {
+                let blocks = records.blocks();
+                state.head = Some(RunningHead { handle, epoch, opened: false, blocks });
+            }
             Err(error) => self.fail(&format!("no head was made: {error}")),
         }
         self.pump(process);

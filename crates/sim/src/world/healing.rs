@@ -129,7 +129,7 @@ impl World {
         let Some(wanted) = wanted else { return false };
         if self.processes[process].healer.own != Some(wanted) {
             let life = self.processes[process].life;
-            let (block_size, blocks) = (BlockSize::B4096, self.config.blocks);
+            let (block_size, blocks) = (BlockSize::B4096, records.blocks());
             let input = match wanted {
                 Role::Provisioning => {
                     let epoch = records.volume.epoch;
@@ -190,6 +190,11 @@ impl World {
         }
         if self.processes[process].healer.told.as_ref() != Some(&records.shard) {
             self.tell_members(process, &records.shard);
+        }
+        if head.blocks < records.blocks() {
+            let life = self.processes[process].life;
+            let grow = Input::GrowHead { head: head.handle, blocks: records.blocks() };
+            self.input(process, life, grow);
         }
         self.take_step(process, records);
     }

@@ -90,6 +90,7 @@ impl World {
             | FaultKind::Attach { .. }
             | FaultKind::Drain { .. }
             | FaultKind::SplitChange { .. }
+            | FaultKind::Grow { .. }
             | FaultKind::Migrate { .. }
             | FaultKind::HandOver { .. } => self.strike_control(fault.kind),
         };
@@ -496,6 +497,10 @@ impl World {
             }
             FaultKind::Drain { who } => {
                 self.draining[who] ^= true;
+                true
+            }
+            FaultKind::Grow { blocks } => {
+                self.store.grow(blocks);
                 true
             }
             FaultKind::SplitChange { who, millis } => {

@@ -173,13 +173,18 @@ impl World {
             0 => self.random.between(1, 32),
             _ => self.random.between(1, 3),
         };
-        let blocks = blocks.min(self.config.blocks);
+        let size = self.processes[process].head.map_or(1, |head| head.blocks);
+        let blocks = blocks.min(size);
         // Half of the requests meet in a few blocks.
-        let most = self.config.blocks - blocks + 1;
+        let most = size - blocks + 1;
         let most = if self.random.one_in(2) { most.min(HOT_BLOCKS) } else { most };
         let lba = self.random.below(most);
         let (lba, blocks) = elsewhere.map_or((lba, blocks), |lba| (lba, 1));
         let (kind, lba, blocks) = self.by_habit(kind, lba, blocks);
+        if lba + blocks > size {
+            // Of a head that knows of more.
+            return;
+        }
         // Each front end has a depth of its own: what a lost head holds is not in another's way.
         let begun = self.requests.values().filter(|guest| guest.process == process).count();
         let depth = self.config.habits.depth;
@@ -370,8 +375,9 @@ impl World {
 
     pub(super) fn read_everything(&mut self, bound: base::Instant) {
         let mut lba = 0;
-        while lba < self.config.blocks {
-            let blocks = (self.config.blocks - lba).min(32);
+        let size = |world: &Self| world.processes[world.desired].head.map_or(0, |head| head.blocks);
+        while lba < size(self) {
+            let blocks = (size(self) - lba).min(32);
             let before = self.next_request;
             self.submit_request(self.desired, Kind::Read, lba, blocks);
             if self.next_request == before {

@@ -75,7 +75,9 @@ mod with_bugs {
             | Bug::GrantNotWaited
             | Bug::RestKeepsGrants
             | Bug::GrantForgottenByRestart => Focus::StaleReads,
-            Bug::JointRuleForgotten | Bug::PromotedTooEarly => Focus::Members,
+            Bug::JointRuleForgotten | Bug::PromotedTooEarly | Bug::GrowthNotPersisted => {
+                Focus::Members
+            }
             Bug::OpenWithoutSealQuorum
             | Bug::ShortestTail
             | Bug::TailMatchedBySeq
