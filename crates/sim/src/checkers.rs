@@ -1,5 +1,18 @@
-//! What must hold of a cluster at every moment, one file for each thing. What a guest may read (I1,
-//! I3, I4, I5) is in [`crate::oracle`], that service comes back (I6) in the second phase of a run.
+//! What must hold of a cluster at every moment, one file for each thing. Where each invariant is looked
+//! at:
+//!
+//! | | by the guest | at servers and heads |
+//! |---|---|---|
+//! | I1 | [`crate::oracle`], and every copy read alone at the end (`world/copies.rs`) | `durable`: what was on media and settled is there after every crash; `matching`: nothing is trimmed that is not settled; `honest` |
+//! | I2 | `world/workload.rs`: a head whose successor has opened acknowledges nothing; [`crate::oracle`]: an old epoch's writes come before a newer one's | `sealed`: a seal stays, and is of an epoch that somebody won; `matching`: no two settled records of one seq |
+//! | I3 | [`crate::oracle`]: the first read decides a write whose head is gone | `matching` |
+//! | I4 | `content.rs`: a block says whose it is, and is whole; [`crate::oracle`] | `honest`: honest disks have nothing damaged |
+//! | I5 | [`crate::oracle`]: what was given back or never answered is undecided, and never comes after a write that was submitted later and acknowledged | |
+//! | I6 | `world.rs`, when faults have stopped: a bound for every request; no request is answered by an error | `process.rs`: no machine spins on its deadline |
+//! | I7 | | `one_writer`: an epoch has one head, in one process; `world.rs`: no epoch opens twice |
+//!
+//! Besides: `quorums` (no change of members has disjoint quorums), `bounded` (queues), and what each
+//! machine asserts of itself in its `check_invariants`.
 
 mod bounded;
 mod durable;

@@ -247,6 +247,12 @@ pub enum FaultKind {
         /// For how long the old head is cut off.
         millis: u64,
     },
+    /// The guest pauses; what it writes then reaches the head's server and the one that takes over, and
+    /// no other; and when that one has opened, every server loses power and it is away for longer.
+    ThinStart {
+        /// For how long the old head stands still.
+        millis: u64,
+    },
     /// The volume is made larger.
     Grow {
         /// By so many blocks.
@@ -330,6 +336,11 @@ pub enum Deed {
         /// For how long the victim is cut off.
         millis: u64,
     },
+    /// The second half of [`FaultKind::ThinStart`].
+    ThinStart {
+        /// For how long the victim stands still.
+        millis: u64,
+    },
     /// The head, the replica that is filled last and its source are cut off from all others, one of
     /// which takes over after a while.
     CutFill {
@@ -385,7 +396,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 43;
+const KINDS: usize = 44;
 
 /// The longest pause between two faults of a burst.
 const BURST_NANOS: u64 = 40_000_000;
@@ -448,7 +459,7 @@ impl Focus {
             Self::Media => &[17, 17, 17, 17, 18, 0, 22],
             Self::Wire => &[11, 36, 36, 36, 36, 9, 10, 12, 22],
             Self::Fills => &[33, 38, 38, 39, 39, 26, 26, 3, 7, 7, 30, 42],
-            Self::Power => &[2, 24, 24, 40, 40, 40, 22, 22, 18, 42],
+            Self::Power => &[2, 24, 24, 40, 40, 40, 43, 43, 43, 22, 22, 18, 42],
         }
     }
 }
@@ -586,6 +597,7 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
         35 => FaultKind::SlowTakeOver { to: who, millis: random.between(300, 1000) },
         36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
         41 => duel(who, random),
+        43 => FaultKind::ThinStart { millis: random.between(200, 800) },
         42 => FaultKind::Grow { blocks: random.choose(&[1, 16, 100]) },
         _ => ambush_of_kind(number, server, millis, random),
     }
@@ -721,6 +733,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 36, "{seen:?}");
+        assert_eq!(seen.len(), 37, "{seen:?}");
     }
 }

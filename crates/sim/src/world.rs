@@ -100,9 +100,12 @@ enum Event {
         life: u64,
         connection: ConnectionId,
     },
+    /// Something is due, unless something was due earlier.
     Tick {
         process: usize,
         life: u64,
+        /// By the process's own clock.
+        due: Instant,
     },
     Start {
         process: usize,
@@ -174,7 +177,7 @@ impl Event {
             Self::Connected { process, refused, .. } => (7, *process as u64, (*refused).into()),
             Self::Accepted { process, connection, .. } => (8, *process as u64, *connection),
             Self::ClosedByUs { process, .. } => (9, *process as u64, 0),
-            Self::Tick { process, life } => (10, *process as u64, *life),
+            Self::Tick { process, life, .. } => (10, *process as u64, *life),
             Self::Start { process } => (11, *process as u64, 0),
             Self::Resume { process } => (12, *process as u64, 0),
             Self::Control { process, .. } => (13, *process as u64, 0),
@@ -442,7 +445,7 @@ impl World {
             | Event::Connected { process, life, .. }
             | Event::Accepted { process, life, .. }
             | Event::ClosedByUs { process, life, .. }
-            | Event::Tick { process, life }
+            | Event::Tick { process, life, .. }
             | Event::Exit { process, life }
             | Event::Control { process, life }
             | Event::Heal { process, life }
@@ -494,9 +497,11 @@ impl World {
             Event::ClosedByUs { process, life, connection } => {
                 self.input(process, life, Input::Closed { connection });
             }
-            Event::Tick { process, life } => {
-                self.processes[process].tick_at = None;
-                self.input(process, life, Input::Tick);
+            Event::Tick { process, life, due } => {
+                if self.processes[process].tick_at == Some(due) {
+                    self.processes[process].tick_at = None;
+                    self.input(process, life, Input::Tick);
+                }
             }
             Event::Start { process } => self.start(process),
             Event::Resume { process } => self.resume(process),
@@ -563,7 +568,7 @@ impl World {
             state.count_tick(u64::try_from(deadline.since(local).as_nanos()).expect("soon"));
             let at = state.clock.world(deadline).max(self.now) + Duration::from_nanos(1);
             let life = state.life;
-            self.queue.push(at, Event::Tick { process, life });
+            self.queue.push(at, Event::Tick { process, life, due: deadline });
         }
     }
 

@@ -206,7 +206,9 @@ impl Shape {
                 self.habits.discards_chunks = random.one_in(2);
             }
             Focus::Power => {
-                self.servers = random.choose(&[1, 2, 3, 3, 5]);
+                self.servers = random.choose(&[1, 2, 3, 3, 3, 5]);
+                self.spares = random.choose(&[0, 0, 1]);
+                self.diskless = random.one_in(5);
                 self.durability =
                     random.choose(&[Durability::Durable, Durability::Flush, Durability::Flush]);
                 self.habits.looks_first = true;

@@ -4,8 +4,9 @@ use core::time::Duration;
 
 use base::limits::GRANT_MS;
 
+use super::strike::Ambush;
 use super::{Event, World};
-use crate::faults::{Deed, Victim};
+use crate::faults::{Deed, Trigger, Victim};
 use crate::guest::Kind;
 use crate::places::Place;
 use crate::process::server_id;
@@ -88,9 +89,8 @@ impl World {
     }
 
     /// The guest pauses, until nothing is under way.
-    pub(super) fn challenge(&mut self, to: usize, writes: u64, millis: u64) -> bool {
-        self.stop_guest(Duration::from_millis(4));
-        let deed = Deed::Duel { to, writes, millis };
+    pub(super) fn challenge(&mut self, deed: Deed) -> bool {
+        self.stop_guest(Duration::from_millis(5));
         let there = self.desired;
         self.after(3_000_000, Event::Sprung { deed, victim: Victim::There, there });
         true
@@ -108,6 +108,29 @@ impl World {
         }
         self.read_for(Duration::from_millis(millis + 500));
         self.after(1_000_000, Event::Attach { process: to });
+    }
+
+    /// What is acknowledged now is on two servers, and the one that takes over brings it to the others
+    /// before it opens. When it has, it must be on media there.
+    pub(super) fn start_thinly(&mut self, from: usize, millis: u64) {
+        let count = self.processes.len();
+        let until = self.now + Duration::from_millis(millis);
+        for other in (0..count).filter(|other| *other != from && *other != (from + 1) % count) {
+            self.network.block(self.now, from, other, until);
+        }
+        for lba in 0..4.min(self.config.blocks) {
+            self.submit_request(from, Kind::Write, lba, 1);
+        }
+        self.ambushes.push(Ambush {
+            trigger: Trigger::Opened,
+            left: 1,
+            operations: 0,
+            deed: Deed::Blackout { millis: 2000 },
+            victim: Victim::There,
+            sprung: None,
+        });
+        let deed = Deed::TakeOver { pause: true, millis };
+        self.after(1_000_000, Event::Sprung { deed, victim: Victim::Server(from), there: from });
     }
 
     /// Another process takes over while the head goes on, knowing nothing. Logs are so slow that what the

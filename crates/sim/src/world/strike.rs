@@ -20,13 +20,13 @@ const MASS: usize = 1;
 /// Something that happens when something else has happened so often.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ambush {
-    trigger: Trigger,
-    left: u64,
-    operations: u64,
-    deed: Deed,
-    victim: Victim,
+    pub(super) trigger: Trigger,
+    pub(super) left: u64,
+    pub(super) operations: u64,
+    pub(super) deed: Deed,
+    pub(super) victim: Victim,
     /// Where it has happened, and whether operations of other processes count there.
-    sprung: Option<(usize, bool)>,
+    pub(super) sprung: Option<(usize, bool)>,
 }
 
 impl Ambush {
@@ -64,6 +64,7 @@ impl World {
             | FaultKind::TakeOver { .. }
             | FaultKind::SlowTakeOver { .. }
             | FaultKind::Duel { .. }
+            | FaultKind::ThinStart { .. }
             | FaultKind::WallClock { .. }
             | FaultKind::ClockJump { .. }
             | FaultKind::Drift { .. } => self.strike_process(fault.kind, &mut random),
@@ -143,7 +144,10 @@ impl World {
                 struck
             }
             FaultKind::SlowTakeOver { to, millis } => self.slow_take_over(to, millis),
-            FaultKind::Duel { to, writes, millis } => self.challenge(to, writes, millis),
+            FaultKind::Duel { to, writes, millis } => {
+                self.challenge(Deed::Duel { to, writes, millis })
+            }
+            FaultKind::ThinStart { millis } => self.challenge(Deed::ThinStart { millis }),
             FaultKind::WallClock { who, seconds } => {
                 self.wall_offset_ms[who] = seconds * 1000;
                 self.report.places.reach(Place::WallClockWrong);
@@ -238,6 +242,7 @@ impl World {
             }
             Deed::Blackout { millis } => self.black_out(victims.start, millis),
             Deed::HangAndCut { millis } => self.hang_and_cut(victims.start, millis),
+            Deed::ThinStart { millis } => self.start_thinly(victims.start, millis),
             Deed::Duel { to, writes, millis } => self.duel(victims.start, to, writes, millis),
             Deed::CutFill { millis } => self.cut_fill(victims.start, millis),
         }

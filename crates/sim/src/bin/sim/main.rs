@@ -1,6 +1,7 @@
 //! `scripts/dev sim`: seed after seed through the simulator, until one violates something.
 
 mod planted;
+mod quiet;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -51,6 +52,9 @@ struct Arguments {
     /// Places that were not reached are no failure (for short runs).
     #[arg(long)]
     no_places: bool,
+    /// Measure how fast one core is without faults: many writes, and a calm guest (--seconds: each).
+    #[arg(long)]
+    quiet: bool,
     /// Prove that planted bugs are found, each within so many seeds (--seeds, 400 by default).
     #[arg(long)]
     planted: bool,
@@ -111,6 +115,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.planted {
         return planted::prove(&arguments);
+    }
+    if arguments.quiet {
+        return quiet::measure(&arguments);
     }
     match arguments.replay {
         Some(seed) => replay(&arguments, seed),
