@@ -53,7 +53,7 @@ pub(super) fn measure(arguments: &super::Arguments) -> ExitCode {
             total.simulated += report.simulated;
             seed += 1;
         }
-        let used = core_time().zip(used_before).map(|(after, before)| after - before);
+        let used = core_time().zip(used_before).map(|(after, before)| after.saturating_sub(before));
         let elapsed = used.unwrap_or_else(|| begun.elapsed());
         let writes = super::per(total.written, elapsed);
         let seconds = total.simulated.as_secs_f64() / elapsed.as_secs_f64();
