@@ -31,6 +31,8 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
     run_apart(&open);
     let (one, two, _keep) = open();
     racing_acquirers_get_distinct_epochs(one.as_ref(), two.as_ref());
+    let (one, two, _keep) = open();
+    room_is_not_promised_twice(one.as_ref(), two.as_ref());
 }
 
 /// Runs those tests in which no one else gets between an attempt and the next.
@@ -303,6 +305,23 @@ fn volumes_live_and_die(one: &dyn ClusterStore, two: &dyn ClusterStore) {
         volumes::removed(two, id, *server, pool(number)).unwrap();
     }
     assert!(one.volumes().unwrap().is_empty(), "the tombstone is purged");
+}
+
+fn room_is_not_promised_twice(one: &dyn ClusterStore, two: &dyn ClusterStore) {
+    const CHUNK: u64 = 4 << 20;
+    running_server(one, 1, 4 * CHUNK);
+    let volumes = ["a", "b"].map(|name| volumes::create(one, &new_volume(name, 1)).unwrap());
+    let stale = one.revision().unwrap();
+    let grown = resize(one, volumes[0].volume.id, 2 * CHUNK).unwrap().entry;
+    assert!(matches!(kind(two.update_volume_at(&grown, stale)), StoreErrorKind::Conflict));
+    // One chunk is left, and each of them wants it.
+    let asked = [(one, volumes[0].volume.id, 3), (two, volumes[1].volume.id, 2)];
+    let given = std::thread::scope(|scope| {
+        let resized = |(store, id, chunks)| move || resize(store, id, chunks * CHUNK).is_ok();
+        let threads = asked.map(|asked| scope.spawn(resized(asked)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    assert_eq!(given.into_iter().filter(|given| *given).count(), 1, "{given:?}");
 }
 
 fn volumes_grow_where_there_is_room(store: &dyn ClusterStore, other: &dyn ClusterStore) {

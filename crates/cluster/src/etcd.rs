@@ -18,8 +18,11 @@ mod client;
 mod tests;
 mod wire;
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use base::limits::VOLUMES_MAX;
 use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -54,6 +57,9 @@ pub struct EtcdStore {
     /// The value of the key `cluster`.
     identity: String,
     cluster: ClusterId,
+    /// Volumes as they were read or written last, which saves reading them once more before they are
+    /// written: a lease is taken while a guest waits.
+    known: Mutex<BTreeMap<VolumeId, VolumeEntry>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -115,7 +121,10 @@ impl EtcdStore {
         let prefix = format!("/{prefix}/");
         let client = Client::new(endpoints.to_vec());
         match identify(&client, &prefix, create) {
-            Ok((identity, cluster)) => Ok(Self { address, prefix, client, identity, cluster }),
+            Ok((identity, cluster)) => {
+                let known = Mutex::default();
+                Ok(Self { address, prefix, client, identity, cluster, known })
+            }
             Err(kind) => Err(StoreError { store: address, kind }),
         }
     }
@@ -271,12 +280,68 @@ impl EtcdStore {
         self.commit(Commit { compare, write, witness: Witness::None })
     }
 
-    fn write_volume(&self, entry: &VolumeEntry, current: &VolumeEntry) -> Kind<Option<u64>> {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<VolumeId, VolumeEntry>> {
+        // Whoever panicked had inserted or not.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, entry: &VolumeEntry) {
+        let mut known = self.known();
+        if known.len() >= VOLUMES_MAX {
+            known.clear();
+        }
+        known.insert(entry.volume.id, entry.clone());
+    }
+
+    fn replace_volume(
+        &self,
+        entry: &VolumeEntry,
+        revision: Option<u64>,
+    ) -> Result<Versions, StoreError> {
+        assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
+        let id = entry.volume.id;
+        self.run(|| {
+            // Of the same version, so the same; and if it is not the newest one nothing is written.
+            let known = self.known().remove(&id).filter(|known| known.versions == entry.versions);
+            let current = match known {
+                Some(known) => known,
+                None => self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?,
+            };
+            let going_back =
+                entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
+            if current.versions != entry.versions || going_back {
+                return Err(StoreErrorKind::Conflict);
+            }
+            if let Some(at) = self.write_volume(entry, &current, revision)? {
+                let versions = Versions { volume: at, shard: at };
+                self.note(&VolumeEntry { versions, ..entry.clone() });
+                return Ok(versions);
+            }
+            if let Some(revision) = revision
+                && self.read_revision()? != revision
+            {
+                return Err(StoreErrorKind::Conflict);
+            }
+            let now = self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?;
+            if now.versions == current.versions {
+                return Err(StoreErrorKind::VolumeNameTaken(entry.volume.name.clone()));
+            }
+            Err(StoreErrorKind::Conflict)
+        })
+    }
+
+    fn write_volume(
+        &self,
+        entry: &VolumeEntry,
+        current: &VolumeEntry,
+        revision: Option<u64>,
+    ) -> Kind<Option<u64>> {
         let id = entry.volume.id;
         let mark = new_mark();
         let key = self.key(format_args!("volumes/{id}"));
         let name = |entry: &VolumeEntry| self.key(format_args!("names/{}", entry.volume.name));
         let mut compare = vec![unchanged(&key, current.versions.volume)];
+        compare.extend(revision.map(|revision| unchanged(&self.key("revision"), revision)));
         let mut write = vec![put(&key, &encode(&stored_volume(entry, &mark)))];
         let renamed = entry.volume.name != current.volume.name;
         if !current.deleted && (renamed || entry.deleted) {
@@ -332,7 +397,11 @@ impl ClusterStore for EtcdStore {
     }
 
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError> {
-        self.run(|| self.read_volume(id))
+        let found = self.run(|| self.read_volume(id))?;
+        if let Some(entry) = &found {
+            self.note(entry);
+        }
+        Ok(found)
     }
 
     fn volume_named(&self, name: &str) -> Result<Option<VolumeEntry>, StoreError> {
@@ -387,24 +456,11 @@ impl ClusterStore for EtcdStore {
     }
 
     fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
-        assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
-        let id = entry.volume.id;
-        self.run(|| {
-            let current = self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?;
-            let going_back =
-                entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
-            if current.versions != entry.versions || going_back {
-                return Err(StoreErrorKind::Conflict);
-            }
-            if let Some(at) = self.write_volume(entry, &current)? {
-                return Ok(Versions { volume: at, shard: at });
-            }
-            let now = self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?;
-            if now.versions == current.versions {
-                return Err(StoreErrorKind::VolumeNameTaken(entry.volume.name.clone()));
-            }
-            Err(StoreErrorKind::Conflict)
-        })
+        self.replace_volume(entry, None)
+    }
+
+    fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {
+        self.replace_volume(entry, Some(revision))
     }
 
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError> {

@@ -12,7 +12,7 @@ use crate::error::{StoreError, StoreErrorKind};
 use crate::placement::{Picture, short_of_room};
 use crate::records::VolumeEntry;
 use crate::store::ClusterStore;
-use crate::volumes::{Change, change};
+use crate::volumes::ATTEMPTS;
 
 /// Why a volume was not resized. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -80,25 +80,28 @@ pub fn resize(
     id: VolumeId,
     size_bytes: u64,
 ) -> Result<Resized, ResizeError> {
-    let picture = Picture::of(&store.volumes()?, store.servers()?);
-    let mut outcome = Err(no_volume(store, id).into());
-    let changed = change(store, id, |entry| {
+    let mut attempt = 0;
+    loop {
+        // Whatever else takes room changes it.
+        let revision = store.revision()?;
+        let picture = Picture::of(&store.volumes()?, store.servers()?);
+        let found = store.volume(id)?.filter(|entry| !entry.deleted);
+        let mut entry = found.ok_or_else(|| no_volume(store, id))?;
+        check(&entry, size_bytes, &picture)?;
         let before_bytes = entry.volume.size_bytes;
-        outcome = match check(entry, size_bytes, &picture) {
-            Ok(()) if entry.deleted => Err(no_volume(store, id).into()),
-            Ok(()) => {
-                entry.volume.size_bytes = size_bytes;
-                Ok(Resized { entry: entry.clone(), before_bytes })
+        if size_bytes == before_bytes {
+            return Ok(Resized { entry, before_bytes });
+        }
+        entry.volume.size_bytes = size_bytes;
+        attempt += 1;
+        match store.update_volume_at(&entry, revision) {
+            Ok(versions) => {
+                return Ok(Resized { entry: VolumeEntry { versions, ..entry }, before_bytes });
             }
-            Err(error) => Err(error),
-        };
-        if outcome.is_ok() && size_bytes != before_bytes { Change::Write } else { Change::Nothing }
-    })?;
-    let mut resized = outcome?;
-    if let Some(entry) = changed {
-        resized.entry = entry;
+            Err(error) if error.is_conflict() && attempt < ATTEMPTS => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    Ok(resized)
 }
 
 fn no_volume(store: &dyn ClusterStore, id: VolumeId) -> StoreError {

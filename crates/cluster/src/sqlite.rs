@@ -87,6 +87,52 @@ impl SqliteStore {
         self.run_on(&self.board, |connection| transact(connection, action))
     }
 
+    /// Replaces a volume's records; `revision`: only if it is still this one.
+    fn replace_volume(
+        &self,
+        entry: &VolumeEntry,
+        revision: Option<u64>,
+    ) -> Result<Versions, StoreError> {
+        assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
+        let id = entry.volume.id;
+        self.write(|transaction| {
+            if let Some(revision) = revision
+                && read_revision(transaction)? != revision
+            {
+                return Err(StoreErrorKind::Conflict);
+            }
+            let current = read_volume(transaction, id)?.ok_or(StoreErrorKind::NoVolume(id))?;
+            let going_back =
+                entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
+            if current.versions != entry.versions || going_back {
+                return Err(StoreErrorKind::Conflict);
+            }
+            let next =
+                Versions { volume: entry.versions.volume + 1, shard: entry.versions.shard + 1 };
+            transaction
+                .execute(
+                    "UPDATE volumes SET name = ?2, deleted = ?3, version = ?4, record = ?5
+                     WHERE id = ?1",
+                    params![
+                        id.to_string(),
+                        entry.volume.name,
+                        entry.deleted,
+                        next.volume.cast_signed(),
+                        encode(&entry.volume),
+                    ],
+                )
+                .map_err(|error| {
+                    or_taken(error, || StoreErrorKind::VolumeNameTaken(entry.volume.name.clone()))
+                })?;
+            transaction.execute(
+                "UPDATE shards SET version = ?2, record = ?3 WHERE volume = ?1 AND shard = 0",
+                params![id.to_string(), next.shard.cast_signed(), encode(&entry.shard)],
+            )?;
+            bump_revision(transaction)?;
+            Ok(next)
+        })
+    }
+
     /// Notices that the file was removed or replaced: the connection would go on writing to a
     /// file that nobody else sees. It is not opened again here: the write-ahead log beside it
     /// may still belong to the former file.
@@ -186,39 +232,11 @@ impl ClusterStore for SqliteStore {
     }
 
     fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
-        assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
-        let id = entry.volume.id;
-        self.write(|transaction| {
-            let current = read_volume(transaction, id)?.ok_or(StoreErrorKind::NoVolume(id))?;
-            let going_back =
-                entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
-            if current.versions != entry.versions || going_back {
-                return Err(StoreErrorKind::Conflict);
-            }
-            let next =
-                Versions { volume: entry.versions.volume + 1, shard: entry.versions.shard + 1 };
-            transaction
-                .execute(
-                    "UPDATE volumes SET name = ?2, deleted = ?3, version = ?4, record = ?5
-                     WHERE id = ?1",
-                    params![
-                        id.to_string(),
-                        entry.volume.name,
-                        entry.deleted,
-                        next.volume.cast_signed(),
-                        encode(&entry.volume),
-                    ],
-                )
-                .map_err(|error| {
-                    or_taken(error, || StoreErrorKind::VolumeNameTaken(entry.volume.name.clone()))
-                })?;
-            transaction.execute(
-                "UPDATE shards SET version = ?2, record = ?3 WHERE volume = ?1 AND shard = 0",
-                params![id.to_string(), next.shard.cast_signed(), encode(&entry.shard)],
-            )?;
-            bump_revision(transaction)?;
-            Ok(next)
-        })
+        self.replace_volume(entry, None)
+    }
+
+    fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {
+        self.replace_volume(entry, Some(revision))
     }
 
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError> {

@@ -58,6 +58,10 @@ pub trait ClusterStore: Send + Sync {
     /// The store refuses, as `Conflict`, to lower an epoch or to lift a tombstone.
     fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError>;
 
+    /// The same, if the revision is still `revision`, too: room that was found on the same picture is not
+    /// given twice.
+    fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError>;
+
     /// Forgets a deleted volume that has no members left, if both records still have these
     /// versions. Fails with `Conflict` or `NoVolume`.
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError>;

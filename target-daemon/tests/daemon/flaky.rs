@@ -98,6 +98,10 @@ impl ClusterStore for Flaky {
         self.reach()?.update_volume(entry)
     }
 
+    fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {
+        self.reach()?.update_volume_at(entry, revision)
+    }
+
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError> {
         self.reach()?.purge_volume(id, versions)
     }
