@@ -522,7 +522,6 @@ impl Attached {
 
     /// Takes in the store's news; who has taken the volume from a guest that uses it, if somebody has.
     fn refresh(&self, book: &mut AddressBook) -> Option<String> {
-        let _staying = self.staying();
         if !book.refresh(self.store.as_ref(), self.plane.as_ref()) {
             return None;
         }
@@ -535,6 +534,11 @@ impl Attached {
             return None;
         };
         // A head without requests hears of its successor from nobody else.
+        self.heads.deposed_by(&entry).ok().flatten()?;
+        // Asked again, since that may have been an upgrade which came to nothing. Not only then: events must
+        // not wait for the store, which may be away, whenever it has news.
+        let _staying = self.staying();
+        let entry = self.follow.head(id)?;
         let by = self.heads.deposed_by(&entry).ok().flatten()?;
         (!self.follow.deposed(id, entry.volume.epoch)).then_some(by)
     }

@@ -432,7 +432,12 @@ impl Shared {
             self.say(volume, id);
             let eager = volume.waits_since.is_some_and(|since| since.elapsed() < EAGER_FOR);
             wait = if eager { SOON } else { (wait * 2).min(LATER) };
-            self.tell_cluster(&mut volumes, id);
+            if let Some(event) = self.to_tell(volume, id) {
+                // Not while others wait for what is noted here: the store may be away.
+                drop(volumes);
+                self.heads.tell(&event);
+                continue;
+            }
             let nothing_new = self.news.wait_timeout(volumes, wait);
             drop(nothing_new.unwrap_or_else(PoisonError::into_inner));
         }
@@ -495,23 +500,21 @@ impl Shared {
         }
     }
 
-    /// Tells the cluster that a guest waits here and for whom.
-    fn tell_cluster(&self, volumes: &mut BTreeMap<VolumeId, Volume>, id: VolumeId) {
-        let Some(volume) = volumes.get_mut(&id) else { return };
+    /// What the cluster is to be told now: that a guest waits here and for whom.
+    fn to_tell(&self, volume: &mut Volume, id: VolumeId) -> Option<Told> {
         let waited = volume.waits_since.is_some_and(|since| since.elapsed() >= TELL_AFTER);
         if !waited || volume.told_cluster.is_some_and(|told| told.elapsed() < TELL_AGAIN) {
-            return;
+            return None;
         }
         volume.told_cluster = Some(Instant::now());
         let holder = &self.heads.holder().name;
-        let event = Told {
+        Some(Told {
             at_ms: cluster::unix_ms(),
             kind: EventKind::Waiting,
             volume: Some(id),
             server: None,
             text: format!("a guest at {holder} waits for volume {}", volume.name),
             cause: volume.trouble.clone().unwrap_or_default(),
-        };
-        self.heads.tell(&event);
+        })
     }
 }
