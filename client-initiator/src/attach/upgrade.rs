@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use base::VolumeId;
 use shell::Prepared;
 use shell::control::DataPlane;
+use shell::handover::Inherited;
 use target_daemon::follow::Follow;
 use target_daemon::heads::{self, Heads};
 use target_daemon::socket;
@@ -177,7 +178,7 @@ fn take(asked: &Asked<'_>, next: &mut Next) -> Result<(Attached, Sockets), Failu
         }
     }
     let prepared = Prepared::new(&plane_config(asked))?;
-    let plane = prepared.start(None)?;
+    let plane = prepared.start(Inherited::default())?;
     let heads = Heads::new(Arc::clone(&asked.store), Arc::clone(&plane), asked.me.clone());
     heads::address_book(asked.store.as_ref(), plane.as_ref())?;
     // Now nobody serves: whatever could be done before is done.

@@ -14,6 +14,7 @@
 //! * `metrics` — what is counted.
 
 mod fills;
+mod grants;
 mod heads;
 mod io;
 pub mod metrics;
@@ -22,5 +23,6 @@ mod peers;
 mod replica_service;
 
 pub use crate::fills::{FillEvent, FillFailure};
+pub use crate::grants::{Grants, ReplicaGrant};
 pub use crate::io::{Audience, ConnectionId, FrontEnd, HeadEvent, HeadHandle, Input, Output};
 pub use crate::node::{Node, NodeConfig, OpenHeadError, ServerConfig};

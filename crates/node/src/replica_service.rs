@@ -10,7 +10,7 @@
 //! while ([`GRANT_MS`]), even if it hears nothing more. So a Seal of a higher epoch deposes at
 //! once, but its *answer* waits here until the deposed head's grant has run out, unless that head
 //! said Release, before or after. A replica that was found in a pool counts as granted when the pool was opened:
-//! nobody remembers what was admitted before.
+//! nobody remembers what was admitted before, unless the process that let go of it has said so ([`Grants`](crate::Grants)).
 //!
 //! Readers: another server fills its own replica from this one. Its session may list, fetch and
 //! scan, nothing else, and only while the epoch that it named is the sealed one.
@@ -24,6 +24,8 @@ use base::{
     CommandBody, Epoch, HelloReason, HolderId, Instant, ReplicaCommand, ReplicaError, ReplicaKey,
     ReplyBody,
 };
+
+use crate::grants::ReplicaGrant;
 
 const GRANT: Duration = Duration::from_millis(GRANT_MS);
 /// Sessions that fill from one replica, at most; one more takes the place of the oldest.
@@ -116,14 +118,21 @@ pub(crate) struct ReplicaService {
 }
 
 impl ReplicaService {
-    /// Learns of a replica, with the epoch that its store has durably sealed. One that is known
-    /// keeps its session.
-    pub(crate) fn add_if_new(&mut self, now: Instant, key: ReplicaKey, sealed: Epoch) {
+    /// Learns of a replica, with the epoch that its store has durably sealed, and for how long heads may
+    /// still count on what was granted, if that is known. One that is known keeps its session.
+    pub(crate) fn add_if_new(
+        &mut self,
+        now: Instant,
+        key: ReplicaKey,
+        sealed: Epoch,
+        left: Option<Duration>,
+    ) {
         let granted = sealed != Epoch::NONE && !planted::is(Bug::GrantForgottenByRestart);
+        let left = left.map_or(GRANT, |left| left.min(GRANT));
         self.owners.entry(key).or_insert(Owner {
             epoch: sealed,
             session: None,
-            granted_until: if granted { now + GRANT } else { Instant::ZERO },
+            granted_until: if granted { now + left } else { Instant::ZERO },
             deposed_until: Instant::ZERO,
             deposed: None,
             earlier_until: Instant::ZERO,
@@ -137,6 +146,16 @@ impl ReplicaService {
         if let Some(held) = self.held.remove(&key) {
             self.answers.push_back((held.origin, held.tag, Err(ReplicaError::NoReplica)));
         }
+    }
+
+    /// What heads may still count on.
+    pub(crate) fn grants(&self, now: Instant) -> Vec<ReplicaGrant> {
+        let grant = |(key, owner): (&ReplicaKey, &Owner)| ReplicaGrant {
+            key: *key,
+            epoch: owner.epoch,
+            left: owner.granted_until.max(owner.waits_until()).since(now),
+        };
+        self.owners.iter().map(grant).collect()
     }
 
     /// True if some session commands the replica.
@@ -400,7 +419,7 @@ mod tests {
     impl Service {
         fn new(now: Instant, sealed: u64) -> Self {
             let mut service = ReplicaService::default();
-            service.add_if_new(now, KEY, Epoch(sealed));
+            service.add_if_new(now, KEY, Epoch(sealed), None);
             Self(service)
         }
 

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use base::VolumeId;
-use node::Input;
+use node::{Grants, Input};
 use vhost_blk::Listener;
 use vhost_blk::handover::Handover;
 
@@ -45,7 +45,21 @@ pub struct Left {
     pub listener: Option<OwnedFd>,
     /// The exports.
     pub exports: Vec<LeftExport>,
+    /// What heads may still count on at the pool's replicas; `None`: not known.
+    pub grants: Option<Grants>,
 }
+
+/// What a data plane begins with that another process has left.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The replica service's listening socket.
+    pub listener: Option<OwnedFd>,
+    /// What heads may still count on at the pool's replicas.
+    pub grants: Option<Grants>,
+}
+
+/// What the data-plane thread has left.
+pub(crate) type LetGo = (Option<OwnedFd>, Option<Grants>);
 
 /// How long each step of handing over may take. What guests notice is their sum at worst, and the
 /// time that the steps need as a rule.
@@ -108,6 +122,7 @@ pub trait HandOver {
 
 impl HandOver for Plane {
     fn hand_over(&self, waits: HandOverWaits) -> Result<Left, HandOverError> {
+        let begun = Instant::now();
         let mut exports = std::mem::take(&mut *self.served());
         if let Err(error) = pause(&exports, waits.pause) {
             for export in &mut exports {
@@ -116,12 +131,15 @@ impl HandOver for Plane {
             *self.served() = exports;
             return Err(HandOverError::Stays(error));
         }
+        let paused = begun.elapsed();
         match self.mail().ask("finish requests under way", waits.drain, Message::Hold) {
             // What is not finished is done again, by the next head.
             Ok(()) | Err(ControlError::Deadline { .. }) => {}
             Err(error) => tracing::warn!(%error, "handing over"),
         }
+        let drained = begun.elapsed();
         self.close_heads(waits.release);
+        let released = begun.elapsed();
         self.mail().note_handing_over();
         let close = waits.close;
         let asked = self.mail().ask("close the pool", close + STATUS_WAIT, |answer| {
@@ -136,17 +154,23 @@ impl HandOver for Plane {
                 front_end: listener.hand_over(),
             })
             .collect();
+        tracing::info!(
+            paused_after = ?paused, drained_after = ?drained, released_after = ?released,
+            let_go_after = ?begun.elapsed(),
+            "the data plane is handed over"
+        );
         match asked.flatten() {
-            Ok(listener) => Ok(Left { listener, exports }),
+            Ok((listener, grants)) => Ok(Left { listener, exports, grants }),
             Err(source) => {
-                let left = Box::new(Left { listener: None, exports });
+                let left = Box::new(Left { listener: None, exports, grants: None });
                 Err(HandOverError::Stuck { left, source })
             }
         }
     }
 
     fn take_back(&self, listener: Option<OwnedFd>) -> Result<(), StartError> {
-        self.begin_again(listener)
+        // The next process may have granted reads before it died: what this one knows is not enough.
+        self.begin_again(Inherited { listener, grants: None })
     }
 
     fn resume_export(&self, export: LeftExport) -> Result<(), ControlError> {
@@ -213,7 +237,7 @@ impl Plane {
 /// The last message to a data-plane thread.
 pub(crate) struct HandingOver {
     pub(crate) until: base::Instant,
-    pub(crate) answer: Answer<Result<Option<OwnedFd>, ControlError>>,
+    pub(crate) answer: Answer<Result<LetGo, ControlError>>,
 }
 
 impl Worker {
@@ -234,7 +258,7 @@ impl Worker {
         let _ = answer.try_send(listener);
     }
 
-    fn let_go(&mut self, until: base::Instant) -> Result<Option<OwnedFd>, ControlError> {
+    fn let_go(&mut self, until: base::Instant) -> Result<LetGo, ControlError> {
         let start = self.reactor.now();
         let mut socket = None;
         if let Some(listener) = self.listener.take() {
@@ -262,6 +286,7 @@ impl Worker {
                 return Err(ControlError::Deadline { operation: "close the pool", waited });
             }
         }
-        Ok(socket)
+        // Only now: nothing is admitted any more.
+        Ok((socket, self.node.grants(self.reactor.now())))
     }
 }

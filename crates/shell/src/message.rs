@@ -1,6 +1,5 @@
 //! What control threads ask of the data-plane thread, and how they wait for its answer.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -14,6 +13,7 @@ use crate::control::{
     ChangeError, ControlError, ExportSpec, HeadSpec, MetricFamily, OpenError, Opening, ReplicaSpec,
     ServerAddress, StateNotice, Status,
 };
+use crate::handover::LetGo;
 
 /// Messages that may wait for the data-plane thread.
 pub(crate) const MAIL_MAX: usize = 4096;
@@ -84,11 +84,11 @@ pub(crate) enum Message {
     },
     /// Takes nothing new from guests; answered when nothing of theirs is under way.
     Hold(Answer<()>),
-    /// Lets go of pool, sockets and guests, answers with the replica service's listening socket,
-    /// and ends the thread.
+    /// Lets go of pool, sockets and guests, answers with the replica service's listening socket
+    /// and the read grants, and ends the thread.
     HandOver {
         within: Duration,
-        answer: Answer<Result<Option<OwnedFd>, ControlError>>,
+        answer: Answer<Result<LetGo, ControlError>>,
     },
     /// Ends the thread; heads and exports have been closed.
     Stop(Answer<()>),

@@ -19,7 +19,7 @@ use crate::control::{
     MetricFamily, OpenError, Opening, ReplicaSpec, ReplicaStatus, ServerAddress, StartError,
     StateNotice, Status,
 };
-use crate::handover::HandOver;
+use crate::handover::{HandOver, Inherited};
 use crate::message::{ExportId, MAIL_MAX, Mail, Message};
 use crate::pool::Devices;
 use crate::report::STATUS_WAIT;
@@ -55,7 +55,7 @@ pub(crate) struct Plane {
 /// Starts the data plane: opens and recovers the pool, listens, and runs until
 /// [`DataPlane::shutdown`].
 pub fn start(config: &DataPlaneConfig) -> Result<Arc<dyn DataPlane>, StartError> {
-    Prepared::new(config)?.start(None)
+    Prepared::new(config)?.start(Inherited::default())
 }
 
 /// A data plane that has its memory and its ring, and does not touch the pool yet: what takes time
@@ -68,7 +68,7 @@ pub struct Prepared {
 }
 
 struct PreparedThread {
-    begin: mpsc::SyncSender<Option<OwnedFd>>,
+    begin: mpsc::SyncSender<Inherited>,
     started: mpsc::Receiver<Result<Mail, StartError>>,
     handle: JoinHandle<()>,
 }
@@ -81,10 +81,9 @@ impl Prepared {
         Ok(Self { config: config.clone(), events, event_sender, thread })
     }
 
-    /// Opens and recovers the pool and runs. `listener`: the replica service's socket, if another
-    /// process has listened on it.
-    pub fn start(self, listener: Option<OwnedFd>) -> Result<Arc<dyn DataPlane>, StartError> {
-        let (mail, thread) = self.thread.start(listener)?;
+    /// Opens and recovers the pool and runs.
+    pub fn start(self, inherited: Inherited) -> Result<Arc<dyn DataPlane>, StartError> {
+        let (mail, thread) = self.thread.start(inherited)?;
         Ok(Arc::new(Plane {
             config: self.config,
             mail: Mutex::new(mail),
@@ -113,9 +112,9 @@ impl PreparedThread {
                     Err(error) => return drop(prepared.send(Err(error))),
                 };
                 // An error: whoever prepared this has changed his mind.
-                let Ok(listener) = beginning.recv() else { return };
+                let Ok(inherited) = beginning.recv() else { return };
                 let (sender, mail) = reactor.mailbox(MAIL_MAX);
-                match prepare(&config, reactor, mail, events, listener) {
+                match prepare(&config, reactor, mail, events, inherited) {
                     Ok(worker) => {
                         if tell.send(Ok(Mail::new(sender))).is_ok() {
                             worker.run();
@@ -129,9 +128,9 @@ impl PreparedThread {
         Ok(Self { begin, started, handle })
     }
 
-    fn start(self, listener: Option<OwnedFd>) -> Result<(Mail, JoinHandle<()>), StartError> {
+    fn start(self, inherited: Inherited) -> Result<(Mail, JoinHandle<()>), StartError> {
         // If the thread is gone, so is what it would answer with.
-        let _ = self.begin.send(listener);
+        let _ = self.begin.send(inherited);
         let mail = self.started.recv().unwrap_or_else(|_| Err(thread_ended()))?;
         Ok((mail, self.handle))
     }
@@ -188,7 +187,7 @@ fn prepare(
     mut reactor: Reactor,
     mail: ring::Receiver<Message>,
     events: mpsc::Sender<Event>,
-    listener: Option<OwnedFd>,
+    inherited: Inherited,
 ) -> Result<Worker, StartError> {
     let budget = Budget::of(config.buffer_bytes);
     let (devices, server) = match &config.pool {
@@ -220,7 +219,7 @@ fn prepare(
             (Some(devices), Some(server))
         }
     };
-    let node = Node::new(NodeConfig {
+    let mut node = Node::new(NodeConfig {
         host: config.holder,
         jitter_seed: jitter_seed(),
         head_buffers: pool_of(budget.heads),
@@ -229,13 +228,16 @@ fn prepare(
         state_messages: config.state_messages,
         server,
     });
+    if let Some(grants) = inherited.grants {
+        node.inherit_grants(grants);
+    }
     let has_pool = config.pool.is_some();
     let mut worker =
         Worker::new(Parts { reactor, node, pool: config.pool.clone(), devices, mail, events });
     if has_pool {
         worker.open_pool().map_err(|reason| pool_error(config, reason))?;
         if let Some(address) = config.listen {
-            worker.listen(address, listener)?;
+            worker.listen(address, inherited.listener)?;
         }
     }
     Ok(worker)
@@ -293,9 +295,9 @@ impl Plane {
     }
 
     /// Runs on a new thread, in place of one that has ended.
-    pub(crate) fn begin_again(&self, listener: Option<OwnedFd>) -> Result<(), StartError> {
+    pub(crate) fn begin_again(&self, inherited: Inherited) -> Result<(), StartError> {
         let prepared = PreparedThread::new(&self.config, self.event_sender.clone())?;
-        let (mail, thread) = prepared.start(listener)?;
+        let (mail, thread) = prepared.start(inherited)?;
         *self.mail.lock().unwrap_or_else(PoisonError::into_inner) = mail;
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(())

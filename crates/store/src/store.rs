@@ -643,6 +643,12 @@ impl Store {
 
     // What others may know.
 
+    /// Of the metadata: raised by one with every opening, before anything is answered, and by one with
+    /// every checkpoint after that.
+    pub fn generation(&self) -> u64 {
+        self.journal.generation
+    }
+
     /// The replicas and what is known of them, in the order of their keys.
     pub fn replicas(&self) -> impl Iterator<Item = (ReplicaKey, ReplicaInfo)> + '_ {
         self.by_key.iter().map(|(key, slot)| (*key, self.info(*slot)))

@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use base::{ClusterId, PoolId, ServerId};
 use cluster::Create;
 use shell::Prepared;
-use shell::handover::Left;
+use shell::handover::{Inherited, Left};
 
 use super::{Daemon, DaemonError, Listeners, Parts, plane_config};
 use crate::config::Config;
@@ -109,8 +110,10 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
     let store = cluster::open(&config.store, Create::Never)?;
     let prepared = Prepared::new(&plane_config(config, &found))?;
     // Now nobody serves: whatever could be done before is done.
+    let taking = Instant::now();
     let (left, mut named) = next.take()?;
-    let Left { listener, exports } = left;
+    let taken = taking.elapsed();
+    let Left { listener, exports, grants } = left;
     let mut listener_named = |name: &'static str| {
         let fd = named.remove(name).ok_or_else(|| {
             UpgradeError::Refused(format!("the running daemon left no {name} socket"))
@@ -118,13 +121,18 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
         Ok::<_, DaemonError>(UnixListener::from(fd))
     };
     let listeners = Listeners { api: listener_named(API)?, upgrades: listener_named(UPGRADES)? };
-    let plane = prepared.start(listener)?;
+    let plane = prepared.start(Inherited { listener, grants })?;
+    let running = taking.elapsed();
     let started = Daemon::start_parts(config, store, found, Arc::clone(&plane));
     let hand_over = plane.handing_over().expect("a started data plane can be handed over");
     started.parts.exports.go_on(hand_over, exports).map_err(|reason| DaemonError::System {
         action: "go on with the exports",
         source: io::Error::other(reason),
     })?;
+    tracing::info!(
+        left_after = ?taken, pool_open_after = ?running, served_after = ?taking.elapsed(),
+        "everything is taken over"
+    );
     Ok(Taken { started, listeners, hand_over_of: plane })
 }
 

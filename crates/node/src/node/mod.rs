@@ -22,6 +22,7 @@ use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 
 use self::states::Standing;
 use crate::fills::{Fills, Step};
+use crate::grants::Grants;
 use crate::heads::Heads;
 use crate::io::{ConnectionId, FrontEnd, HeadHandle, Input, Output};
 use crate::metrics::{Counters, NodeCounters, OperationKind};
@@ -100,6 +101,8 @@ struct Server {
     sessions: BTreeMap<u64, HolderId>,
     /// Commands that the store has not answered.
     commands: Slab<StoreCommand>,
+    /// What the process that had the pool before has granted; until it is open.
+    grants: Option<Grants>,
 }
 
 /// Whom the store's answer is for.
@@ -164,6 +167,7 @@ impl Node {
             standing: Standing::default(),
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
+            grants: None,
         });
         Self {
             host: config.host,
@@ -367,6 +371,22 @@ impl Node {
     /// The server in whose pool a head has a member in this process, if any.
     pub fn local_member(&self, head: HeadHandle) -> Option<ServerId> {
         self.heads.get(head.0)?.local
+    }
+
+    /// What heads may still count on at this server's replicas, for the process that opens the pool next.
+    /// Nothing may be admitted any more: connections have been stopped, heads have ended.
+    pub fn grants(&self, now: Instant) -> Option<Grants> {
+        let server = self.server.as_ref()?;
+        let replicas = server.service.grants(now);
+        Some(Grants { generation: server.store.generation(), replicas })
+    }
+
+    /// The pool was let go of by another process, which had granted this. To be told before the pool
+    /// is open.
+    pub fn inherit_grants(&mut self, grants: Grants) {
+        if let Some(server) = &mut self.server {
+            server.grants = Some(grants);
+        }
     }
 
     /// The pool.

@@ -191,7 +191,7 @@ impl Node {
             StoreCommand::Create { key, tag, .. } | StoreCommand::FirstSeal { key, tag } => {
                 if result.is_ok() {
                     let sealed = server.store.replica(key).map_or(Epoch::NONE, |r| r.state.sealed);
-                    server.service.add_if_new(self.now, key, sealed);
+                    server.service.add_if_new(self.now, key, sealed, None);
                 }
                 self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
             }
@@ -212,8 +212,12 @@ impl Node {
                 store::Output::Opened(result) => {
                     let server = self.server.as_mut().expect("a store speaks");
                     if result.is_ok() {
+                        let grants = server.grants.take().unwrap_or_default();
+                        let generation = server.store.generation();
                         for (key, info) in server.store.replicas() {
-                            server.service.add_if_new(self.now, key, info.state.sealed);
+                            let sealed = info.state.sealed;
+                            let left = grants.left(generation, key, sealed);
+                            server.service.add_if_new(self.now, key, sealed, left);
                         }
                     }
                     self.outputs.push_back(Output::PoolOpened(result));

@@ -133,3 +133,64 @@ fn a_replica_that_is_made_anew_refuses_heads_of_earlier_epochs() {
     let deposed = |event: &HeadEvent| *event == HeadEvent::Superseded { sealed: epoch };
     assert!(cluster.events(at, head).iter().any(deposed));
 }
+
+/// A server with the only replica, and a head elsewhere that has just written there.
+fn one_replica() -> (Cluster, usize, base::ShardRecord, node::HeadHandle) {
+    let mut cluster = Cluster::new(Setup::default());
+    let at = cluster.diskless();
+    let members = shard(&[(0, Role::InSync)]);
+    let head = cluster.open_head(at, members.clone());
+    cluster.write(at, head, 0, 8);
+    (cluster, at, members, head)
+}
+
+#[test]
+fn a_pool_that_changes_hands_after_release_is_not_waited_for() {
+    let (mut cluster, at, members, head) = one_replica();
+    cluster.release(at, head);
+    let grants = cluster.hand_over(0);
+    cluster.start_after(0, Some(grants));
+    let started_at = cluster.now;
+    let new = cluster.open_head(at, members);
+    let took = cluster.now.since(started_at);
+    assert!(took < GRANT / 2, "opened after {took:?}");
+    assert_eq!(cluster.counters(0).seals_waited, 0);
+    cluster.check_content(at, new);
+}
+
+#[test]
+fn a_pool_that_changes_hands_waits_for_what_it_granted() {
+    let (mut cluster, at, members, head) = one_replica();
+    cluster.cut(at, 0);
+    let cut_at = cluster.now;
+    let grants = cluster.hand_over(0);
+    assert!(grants.replicas.iter().any(|grant| grant.left > GRANT / 2), "{grants:?}");
+    cluster.start_after(0, Some(grants));
+    let new = cluster.open_head(0, members);
+    let waited = cluster.now.since(cut_at);
+    assert!(waited >= GRANT * 9 / 10 && waited < 2 * GRANT, "opened after {waited:?}");
+    // The old one may have read until then, and not any more.
+    let read = cluster.begin_read(at, head, 0);
+    cluster.run_for(GRANT);
+    assert_eq!(cluster.status(at, read), None, "nobody may answer that");
+    cluster.mend();
+    cluster.check_content(0, new);
+}
+
+#[test]
+fn what_a_process_granted_in_between_is_waited_for() {
+    let (mut cluster, at, members, head) = one_replica();
+    cluster.release(at, head);
+    let grants = cluster.hand_over(0);
+    // The next one serves, grants, and dies. What the one before had said is no longer true.
+    cluster.start_after(0, Some(grants.clone()));
+    let second = cluster.open_head(at, members.clone());
+    cluster.write(at, second, 0, 8);
+    cluster.cut(at, 0);
+    let cut_at = cluster.now;
+    cluster.kill(0);
+    cluster.start_after(0, Some(grants));
+    cluster.open_head(0, members);
+    let waited = cluster.now.since(cut_at);
+    assert!(waited >= GRANT * 9 / 10, "opened after {waited:?}");
+}

@@ -14,8 +14,8 @@ use base::{
 };
 use node::metrics::NodeCounters;
 use node::{
-    ConnectionId, FillEvent, FrontEnd, HeadEvent, HeadHandle, Input, Node, NodeConfig, Output,
-    ServerConfig,
+    ConnectionId, FillEvent, FrontEnd, Grants, HeadEvent, HeadHandle, Input, Node, NodeConfig,
+    Output, ServerConfig,
 };
 use nvme::{ReceiveRegion, TargetConfig};
 use store::{
@@ -181,6 +181,21 @@ impl Cluster {
 
     /// Starts a machine's process and waits until it serves.
     pub(crate) fn start(&mut self, index: usize) {
+        self.start_after(index, None);
+    }
+
+    /// Lets go of a machine's pool in good order, for [`Cluster::start_after`]. Its process ends.
+    pub(crate) fn hand_over(&mut self, index: usize) -> Grants {
+        self.input(index, Input::StopConnections);
+        let now = self.now;
+        let node = self.machines[index].node.as_ref().expect("it runs");
+        let grants = node.grants(now).expect("it has a pool");
+        self.kill(index);
+        grants
+    }
+
+    /// Starts a machine whose pool another process has let go of.
+    pub(crate) fn start_after(&mut self, index: usize, grants: Option<Grants>) {
         let has_pool = index < self.setup.servers;
         let server_config = has_pool.then(|| ServerConfig {
             server: server(index),
@@ -218,6 +233,9 @@ impl Cluster {
             state_messages: self.setup.state_messages,
             server: server_config,
         });
+        if let Some(grants) = grants {
+            node.inherit_grants(grants);
+        }
         node.set_servers(self.now, (0..self.setup.servers).map(|i| (server(i), address(i))));
         let machine = &mut self.machines[index];
         machine.node = Some(node);

@@ -30,6 +30,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use base::{Epoch, ReplicaKey, ShardIndex, VolumeId};
+use node::{Grants, ReplicaGrant};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -40,7 +42,8 @@ use vhost_blk::handover::{FdIndex, Handover, ListenerState};
 use crate::control::ExportSpec;
 use crate::handover::{Left, LeftExport};
 
-/// The versions of the state that this program reads and writes. 2: front ends' back-end channels.
+/// The versions of the state that this program reads and writes. 2: front ends' back-end channels,
+/// and read grants.
 pub const VERSIONS: RangeInclusive<u16> = 1..=2;
 
 const MAGIC: [u8; 8] = *b"HFUPGRDE";
@@ -103,6 +106,42 @@ pub struct State {
     pub exports: Vec<ExportState>,
     /// Other descriptors, by what they are.
     pub named: BTreeMap<String, FdIndex>,
+    /// The pool's read grants. Absent in version 1 of the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grants: Option<GrantsState>,
+}
+
+/// What heads may still count on at the pool's replicas.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantsState {
+    /// The generation of the pool's metadata.
+    pub generation: u64,
+    /// Volume, shard, epoch, and the time that is left in nanoseconds.
+    pub replicas: Vec<(VolumeId, u32, Epoch, u64)>,
+}
+
+impl From<&Grants> for GrantsState {
+    fn from(grants: &Grants) -> Self {
+        let replica = |grant: &ReplicaGrant| {
+            let left = u64::try_from(grant.left.as_nanos()).unwrap_or(u64::MAX);
+            (grant.key.volume, grant.key.shard.0, grant.epoch, left)
+        };
+        let replicas = grants.replicas.iter().map(replica).collect();
+        Self { generation: grants.generation, replicas }
+    }
+}
+
+impl From<GrantsState> for Grants {
+    fn from(state: GrantsState) -> Self {
+        let replica = |(volume, shard, epoch, left)| ReplicaGrant {
+            key: ReplicaKey { volume, shard: ShardIndex(shard) },
+            epoch,
+            left: Duration::from_nanos(left),
+        };
+        let replicas = state.replicas.into_iter().map(replica).collect();
+        Self { generation: state.generation, replicas }
+    }
 }
 
 /// One export of a [`State`].
@@ -343,7 +382,8 @@ impl State {
                 count: index(&fds) - first,
             });
         }
-        (Self { replicas, exports, named }, fds)
+        let grants = left.grants.as_ref().filter(|_| version >= 2).map(GrantsState::from);
+        (Self { replicas, exports, named, grants }, fds)
     }
 
     /// What was received: what is left, and the named descriptors.
@@ -367,7 +407,7 @@ impl State {
             let front_end = Handover::new(export.front_end, own?);
             exports.push(LeftExport { spec: export.spec, front_end });
         }
-        Ok((Left { listener, exports }, named))
+        Ok((Left { listener, exports, grants: self.grants.map(Grants::from) }, named))
     }
 }
 
@@ -470,6 +510,7 @@ mod tests {
             replicas: Some(FdIndex(replicas)),
             exports: Vec::new(),
             named: BTreeMap::from([("lock".to_owned(), FdIndex(lock))]),
+            grants: None,
         };
         let fds = || vec![file("a"), file("b")];
         let (left, named) = state(1, 0).unpack(fds()).unwrap();
@@ -511,19 +552,27 @@ mod tests {
             read_only: false,
         };
         let front_end = Handover::new(state, vec![file("a"), file("b"), file("c")]);
-        let left = Left { listener: None, exports: vec![LeftExport { spec, front_end }] };
+        let key = ReplicaKey { volume: spec.volume, shard: ShardIndex(3) };
+        let grant = ReplicaGrant { key, epoch: Epoch(4), left: Duration::from_millis(5) };
+        let grants = Grants { generation: 6, replicas: vec![grant] };
+        let exports = vec![LeftExport { spec, front_end }];
+        let left = Left { listener: None, exports, grants: Some(grants) };
         let packed = |version| {
             let (state, fds) = State::pack(version, &left, &[]);
             let text = serde_json::to_string(&Frame::State(state)).unwrap();
             let fds: Vec<OwnedFd> = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             let Frame::State(state) = serde_json::from_str(&text).unwrap() else { panic!() };
             let (left, _) = state.unpack(fds).unwrap();
-            (text, left.exports[0].front_end.state().connection.clone().unwrap())
+            let connection = left.exports[0].front_end.state().connection.clone().unwrap();
+            (text, connection, left.grants)
         };
-        let (text, before) = packed(1);
+        let (text, before, grants) = packed(1);
         assert!(!text.contains("channel") && before.channel.is_none());
+        assert!(!text.contains("grants") && grants.is_none());
         assert_eq!(before.features, Some(1));
-        assert!(packed(2).1.channel.is_some());
+        let (_, now, grants) = packed(2);
+        assert!(now.channel.is_some());
+        assert_eq!(grants, left.grants);
     }
 
     #[test]
