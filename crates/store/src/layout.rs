@@ -230,6 +230,20 @@ pub fn format(config: &FormatConfig) -> Result<Vec<FormatWrite>, FormatError> {
     Ok(writes)
 }
 
+/// Where a fresh pool's two copies of its metadata are: the device, and the bytes there.
+pub fn metadata_copies(
+    config: &FormatConfig,
+) -> Result<[(DeviceIndex, core::ops::Range<u64>); 2], FormatError> {
+    let (geometry, areas) = plan(config)?;
+    let copy = |copy: usize| {
+        let found = areas.iter().position(|areas| areas.metadata[copy] != 0);
+        let device = found.expect("a plan has both copies");
+        let start = areas[device].metadata[copy];
+        (device_index(device), start..start + 2 * geometry.region_bytes())
+    };
+    Ok([copy(0), copy(1)])
+}
+
 pub(crate) fn device_index(index: usize) -> DeviceIndex {
     DeviceIndex(u16::try_from(index).expect("a pool has at most DEVICES_MAX devices"))
 }

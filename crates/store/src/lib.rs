@@ -44,7 +44,7 @@ pub use api::{
 pub use label::{Label, LabelError, identify};
 pub use layout::{
     DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,
-    LABEL_COPY_OFFSET, format,
+    LABEL_COPY_OFFSET, format, metadata_copies,
 };
 pub use scrub::Scrubbed;
 pub use store::Store;
