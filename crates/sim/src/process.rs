@@ -157,23 +157,27 @@ fn devices(layout: PoolLayout) -> Vec<DeviceInfo> {
     core::iter::once(fast).chain((0..layout.mass_devices).map(|_| mass)).collect()
 }
 
+fn format(index: usize, layout: PoolLayout) -> FormatConfig {
+    FormatConfig {
+        pool: pool_id(index),
+        cluster: CLUSTER,
+        server: server_id(index),
+        devices: devices(layout),
+        log_bytes: 0,
+        segment_bytes: layout.segment_bytes,
+        chunk_bytes: 64 * 1024,
+        replicas_max: 8,
+    }
+}
+
 impl Process {
     /// A process that is not running; a server's disks are formatted.
     pub(crate) fn new(index: usize, is_server: bool, layout: PoolLayout) -> Self {
         let mut disks = Vec::new();
         if is_server {
             disks = devices(layout).iter().map(|_| Disk::default()).collect();
-            let writes = store::format(&FormatConfig {
-                pool: pool_id(index),
-                cluster: CLUSTER,
-                server: server_id(index),
-                devices: devices(layout),
-                log_bytes: 0,
-                segment_bytes: layout.segment_bytes,
-                chunk_bytes: 64 * 1024,
-                replicas_max: 8,
-            })
-            .expect("the simulated disks suffice");
+            let writes =
+                store::format(&format(index, layout)).expect("the simulated disks suffice");
             for write in writes {
                 disks[usize::from(write.device.0)].write(write.offset, &write.bytes);
             }
@@ -201,6 +205,22 @@ impl Process {
             buffers: Buffers::default(),
             guest_buffers: BufferPool::heap(1, 1),
         }
+    }
+
+    /// The bytes of a device that hold a copy of the pool's metadata, if any do.
+    fn metadata(&self, device: usize) -> Option<core::ops::Range<u64>> {
+        let copies = store::metadata_copies(&format(self.index, self.layout)).expect("it was made");
+        let of_device = |(of, _): &(store::DeviceIndex, _)| usize::from(of.0) == device;
+        copies.into_iter().find(of_device).map(|(_, bytes)| bytes)
+    }
+
+    pub(crate) fn has_metadata(&self, device: usize) -> bool {
+        self.metadata(device).is_some()
+    }
+
+    pub(crate) fn is_metadata(&self, device: usize, page: u64) -> bool {
+        let offset = page * PAGE_BYTES as u64;
+        self.metadata(device).is_some_and(|bytes| bytes.contains(&offset))
     }
 
     pub(crate) fn is_server(&self) -> bool {

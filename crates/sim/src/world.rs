@@ -216,8 +216,8 @@ pub struct World {
     faulty: Option<usize>,
     /// They have done so: its copy may be damaged.
     damaged_disks: bool,
-    /// A mass device has not written what it said, or not there.
-    writes_lost: bool,
+    /// Of the faulty server's devices that have a copy of its metadata, the one whose copy may not be whole.
+    struck_copy: Option<usize>,
     /// Some disk has said that things are on media that were not.
     disks_lied: bool,
     /// Members' copies are compared: nobody changes members.
@@ -271,7 +271,7 @@ impl World {
                 .then(|| random.index(config.servers))
                 .filter(|_| !config.faults.is_empty()),
             damaged_disks: false,
-            writes_lost: false,
+            struck_copy: None,
             disks_lied: false,
             comparing: false,
             last_seen_ms: vec![0; servers + 1],

@@ -416,6 +416,9 @@ impl World {
                         Place::PageRotted
                     });
                 }
+                if let Some(who) = self.faulty.filter(|_| random.one_in(24)) {
+                    self.spoil_labels(who, device);
+                }
                 if let Some(who) = self.faulty.filter(|_| kill) {
                     self.stop(who, false);
                     self.checkers.rotted(who);
@@ -439,10 +442,10 @@ impl World {
 
     /// The faulty server's log device lies about what is on media.
     fn lie(&mut self, millis: u64, power: bool) -> bool {
-        // Always the log's device: the journal has another copy elsewhere, so that a seal is
-        // not forgotten, which no quorum survives. That copy must be whole, then: a page that was never
-        // written there ends it, and nothing tells.
-        let Some(who) = self.faulty.filter(|_| !self.writes_lost) else { return false };
+        // Always the log's device: the journal has another copy elsewhere.
+        let Some(who) = self.faulty.filter(|who| self.may_strike_copy(*who, 0)) else {
+            return false;
+        };
         let until = self.now + Duration::from_millis(millis);
         self.disk(who, 0).lies_until = until;
         self.oracle.lied();
@@ -466,6 +469,10 @@ impl World {
         let Some(who) = self.faulty else { return false };
         let number = random.bits();
         let Some(page) = self.disk(who, device).some_page(number) else { return false };
+        let device = device % self.processes[who].disks.len();
+        if self.processes[who].is_metadata(device, page) && !self.may_strike_copy(who, device) {
+            return false;
+        }
         let place = what(self, who, page, random);
         self.damaged_disks = true;
         if place != Place::ReadErrorHit {
@@ -474,11 +481,32 @@ impl World {
         true
     }
 
+    /// Metadata has two copies on two devices, and only one of them is struck in a run: a server whose newest
+    /// page is gone from both forgets a seal without a word, and no quorum survives that. (Older
+    /// pages are missed: what follows them tells.) True if the copy on `device` may be, which
+    /// counts as done; also if there is none.
+    fn may_strike_copy(&mut self, who: usize, device: usize) -> bool {
+        if !self.processes[who].has_metadata(device) {
+            return true;
+        }
+        *self.struck_copy.get_or_insert(device) == device
+    }
+
+    /// Nothing tells any more that a device is one of the pool's.
+    fn spoil_labels(&mut self, who: usize, device: usize) {
+        for offset in [0, store::LABEL_COPY_OFFSET] {
+            let page = (offset / base::limits::PAGE_BYTES) as u64;
+            self.disk(who, device).rot(page, 0);
+        }
+        self.damaged_disks = true;
+    }
+
     fn misdo(&mut self, fault: WriteFault, place: Place) -> bool {
-        let Some(who) = self.faulty.filter(|_| !self.disks_lie()) else { return false };
+        let Some(who) = self.faulty.filter(|who| self.may_strike_copy(*who, MASS)) else {
+            return false;
+        };
         self.processes[who].disks[MASS].write_fault = Some(fault);
         self.damaged_disks = true;
-        self.writes_lost = true;
         self.report.places.reach(place);
         true
     }

@@ -5,8 +5,8 @@ mod quiet;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
@@ -17,12 +17,17 @@ use sim::{Report, WorldConfig};
 
 /// How long the faults of one failing seed may be cut down.
 const MINIMISE: Duration = Duration::from_mins(1);
+/// A seed takes seconds.
+const ENDLESS: Duration = Duration::from_mins(3);
+
+/// The seed that a worker is at, and since when.
+type Running = Mutex<Option<(u64, Instant)>>;
 
 /// Runs simulated clusters, seed after seed.
 #[derive(Parser)]
 #[command(name = "scripts/dev sim")]
 struct Arguments {
-    /// Seeds to run, 1000 by default.
+    /// Seeds to run, 1000 by default, or as many as fit --seconds.
     #[arg(long)]
     seeds: Option<u64>,
     /// The first seed; by default a fresh one, which is printed.
@@ -176,19 +181,25 @@ fn many(arguments: &Arguments) -> ExitCode {
     }
     let jobs = jobs(arguments);
     let started = Instant::now();
+    let running: Arc<Vec<Running>> = Arc::new((0..jobs).map(|_| Mutex::new(None)).collect());
+    watch(&running);
     let end = arguments.seconds.map(|seconds| started + Duration::from_secs(seconds));
+    let most = arguments.seeds.unwrap_or(if end.is_some() { u64::MAX } else { 1000 });
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let total = Mutex::new(Total::default());
     std::thread::scope(|scope| {
-        for _ in 0..jobs {
+        for job in running.iter() {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) && end.is_none_or(|end| Instant::now() < end) {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= arguments.seeds.unwrap_or(1000) {
+                    if number >= most {
                         return;
                     }
+                    let begun = Some((base + number, Instant::now()));
+                    *job.lock().expect("nobody panics with it") = begun;
                     let result = runner::run(WorldConfig::with_faults(base + number));
+                    *job.lock().expect("nobody panics with it") = None;
                     let mut total = total.lock().expect("no worker panics with the lock");
                     total.add(base + number, result);
                     if total.violations.len() >= 5 {
@@ -200,6 +211,24 @@ fn many(arguments: &Arguments) -> ExitCode {
     });
     let total = total.into_inner().expect("no worker panics with the lock");
     report(arguments, base, &total, started.elapsed())
+}
+
+/// A seed that never ends (a machine that asks itself again and again) is a violation, too.
+fn watch(running: &Arc<Vec<Running>>) {
+    let running = Arc::clone(running);
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            for job in running.iter() {
+                let job = *job.lock().expect("nobody panics with it");
+                if let Some((seed, _)) = job.filter(|(_, begun)| begun.elapsed() > ENDLESS) {
+                    println!("sim: FAILED: seed {seed} does not end (I6)");
+                    println!("  replay: scripts/dev sim --replay {seed}");
+                    std::process::exit(1);
+                }
+            }
+        }
+    });
 }
 
 fn report(arguments: &Arguments, base: u64, total: &Total, elapsed: Duration) -> ExitCode {
