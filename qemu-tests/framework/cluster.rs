@@ -43,16 +43,28 @@ pub struct PoolSizes {
     pub fast_mib: u64,
     /// The home's device, in MiB.
     pub mass_mib: u64,
-    /// Take the space from the file system now, for measurements.
-    pub preallocate: bool,
+    /// Whether they have their space.
+    pub space: Space,
     /// The daemon's memory for data under way, in MiB.
     pub buffers_mib: u64,
 }
 
 impl Default for PoolSizes {
     fn default() -> Self {
-        Self { fast_mib: 512, mass_mib: 1024, preallocate: false, buffers_mib: 128 }
+        Self { fast_mib: 512, mass_mib: 1024, space: Space::Sparse, buffers_mib: 128 }
     }
+}
+
+/// Whether a device, which is a file here, has its space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// When it is written to: quickly made.
+    Sparse,
+    /// It is taken from the file system.
+    Taken,
+    /// It was written once: a sync waits for the device and not for the file system, which would first
+    /// note where everything is, together with what everybody else has written. As a block device.
+    Written,
 }
 
 /// What a cluster is made of.
@@ -137,10 +149,10 @@ impl<'lab> Cluster<'lab> {
         let sizes = self.options.sizes;
         let device = |role: &str, mib: u64| {
             let (file, bytes) = (format!("{name}-{role}"), mib << 20);
-            let path = if sizes.preallocate {
-                self.lab.preallocated_file(&file, bytes)?
-            } else {
-                self.lab.file(&file, bytes)?
+            let path = match sizes.space {
+                Space::Sparse => self.lab.file(&file, bytes)?,
+                Space::Taken => self.lab.preallocated_file(&file, bytes)?,
+                Space::Written => self.lab.written_file(&file, bytes)?,
             };
             Ok::<_, anyhow::Error>(path.display().to_string())
         };
@@ -333,11 +345,13 @@ impl<'lab> Cluster<'lab> {
         let name = format!("attach-{volume}-{number}");
         let socket = self.lab.socket(&name);
         let path = socket.display().to_string();
-        let mut arguments = vec!["--store", &self.store, "attach", volume, "--socket", &path];
+        let program = holdfast_binary("holdfast")?.display().to_string();
+        // It replaces itself with the command, which tells how long guests waited.
+        let mut arguments = vec!["HOLDFAST_LOG=info", &program, "--store", &self.store];
+        arguments.extend(["attach", volume, "--socket", &path]);
         arguments.extend(more);
-        let program = holdfast_binary("holdfast")?;
         let log = self.lab.log(&name);
-        let process = Process::start_at(place, &name, &program, arguments, &log)?;
+        let process = Process::start_at(place, &name, &system_binary("env")?, arguments, &log)?;
         Ok(Attached { process, socket })
     }
 
@@ -435,6 +449,11 @@ impl Server {
         ensure!(ended.success(), "the one before ended with {ended}");
         *self.process.borrow_mut() = Some(next);
         self.wait_healthy()
+    }
+
+    /// The path of its log.
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Its configuration.

@@ -92,6 +92,20 @@ impl Lab {
         Ok(path)
     }
 
+    /// The same, written through to the disk once.
+    pub fn written_file(&self, name: &str, bytes: u64) -> Result<PathBuf> {
+        const PIECE: u64 = 1 << 20;
+        let path = self.preallocated_file(name, bytes)?;
+        let mut file = File::options().write(true).open(&path)?;
+        let zeroes = vec![0; usize::try_from(PIECE)?];
+        for _ in 0..bytes / PIECE {
+            file.write_all(&zeroes)?;
+        }
+        file.write_all(&zeroes[..usize::try_from(bytes % PIECE)?])?;
+        file.sync_all()?;
+        Ok(path)
+    }
+
     /// The end of every log, for a reader who was not there.
     pub fn report(&self) -> String {
         let mut logs: Vec<PathBuf> = fs::read_dir(self.directory())
@@ -111,7 +125,7 @@ impl Lab {
 
 /// Runs a test that needs `guests` guests at once. A failure prints every log and console.
 pub fn test(guests: usize, body: impl FnOnce(&Lab) -> Result<()>) {
-    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let name = test_name();
     let lab = Lab::new(&name, guests).expect("a lab for the test");
     // The body owns the processes: they are gone, and their logs complete, when it returns.
     match catch_unwind(AssertUnwindSafe(|| body(&lab))) {
@@ -134,16 +148,23 @@ pub fn test(guests: usize, body: impl FnOnce(&Lab) -> Result<()>) {
 /// once. Says so, and where `HOLDFAST_SKIPPED` says; in CI it is a failure.
 pub fn skip_without_network() -> bool {
     let Some(reason) = Network::unavailable() else { return false };
-    let thread = std::thread::current();
-    let name = thread.name().unwrap_or("test");
-    assert!(env::var_os("CI").is_none(), "{name} cannot run: {reason}");
-    let line = format!("SKIPPED {name}: {reason}\n");
+    assert!(env::var_os("CI").is_none(), "{} cannot run: {reason}", test_name());
+    skip(&reason);
+    true
+}
+
+/// Says that a test does not run here, and why, also where `HOLDFAST_SKIPPED` says.
+pub fn skip(reason: &str) {
+    let line = format!("SKIPPED {}: {reason}\n", test_name());
     eprint!("{line}");
     if let Some(path) = env::var_os("HOLDFAST_SKIPPED") {
         let list = File::options().create(true).append(true).open(path);
         list.and_then(|mut list| list.write_all(line.as_bytes())).expect("the list of the skipped");
     }
-    true
+}
+
+fn test_name() -> String {
+    std::thread::current().name().unwrap_or("test").to_owned()
 }
 
 /// Locks `count` of the machine's slots. Whoever waits for several holds the gate meanwhile, so

@@ -5,6 +5,7 @@
 //! them. The volume's lease follows the guest's rings; nobody is told of a migration.
 
 mod attempt;
+mod own;
 mod qemu;
 mod trace;
 
@@ -15,9 +16,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 pub use attempt::{Move, Step};
-pub use qemu::move_guest;
+pub use qemu::{move_guest, move_guest_meanwhile};
 
-use crate::cluster::{Attached, Cluster, ClusterOptions};
+use crate::cluster::{Attached, Cluster, ClusterOptions, PoolSizes};
+use crate::etcd::Etcd;
 use crate::guest::{Guest, GuestOptions};
 use crate::lab::Lab;
 use crate::network::{Network, Place};
@@ -99,6 +101,8 @@ pub struct RigOptions {
     pub writer: WriterOptions,
     /// How many servers there are.
     pub servers: usize,
+    /// Their devices.
+    pub sizes: PoolSizes,
     /// The cluster store's address; `None`: a SQLite file.
     pub store: Option<String>,
 }
@@ -106,8 +110,15 @@ pub struct RigOptions {
 impl RigOptions {
     /// A writer as usual, three servers, and the cluster store in a file.
     pub fn new(hosts: Hosts, limit: Duration) -> Self {
-        Self { hosts, limit, writer: WriterOptions::default(), servers: 3, store: None }
+        let (writer, sizes) = (WriterOptions::default(), PoolSizes::default());
+        Self { hosts, limit, writer, servers: 3, sizes, store: None }
     }
+}
+
+/// An etcd on the network's host for the cluster store.
+pub fn start_store(lab: &Lab, network: &Network) -> Result<Etcd> {
+    let address = format!("{}:2379", network.address("store")?);
+    Etcd::start(lab, &network.place("store")?, "etcd", &address)
 }
 
 /// The network that a rig wants.
@@ -122,6 +133,7 @@ impl<'lab> Rig<'lab> {
             lab,
             ClusterOptions {
                 servers: options.servers,
+                sizes: options.sizes,
                 network: Some(network),
                 store: options.store,
                 ..ClusterOptions::default()
@@ -193,10 +205,13 @@ impl<'lab> Rig<'lab> {
         self.guest.power_off()
     }
 
-    /// What `holdfast attach` on a host has said so far.
+    /// What the back end on a host has said so far.
     pub fn said(&self, host: usize) -> Result<String> {
-        let attached = self.hosts[host].attached.as_ref().context("a host with holdfast attach")?;
-        Ok(std::fs::read_to_string(attached.process.log())?)
+        let log = match &self.hosts[host].attached {
+            Some(attached) => attached.process.log(),
+            None => self.cluster.servers()[host].log(),
+        };
+        Ok(std::fs::read_to_string(log)?)
     }
 }
 

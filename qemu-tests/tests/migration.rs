@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use framework::failover::Amount;
-use framework::migration::{Hosts, Rig, RigOptions, Step, network};
-use framework::{Deadline, Etcd, Lab, skip_without_network, test, wait_until};
+use framework::migration::{Hosts, Rig, RigOptions, Step, network, start_store};
+use framework::{Deadline, Lab, skip_without_network, test, wait_until};
 
 /// How long a guest lives at most in a loop that is not told to be long.
 const LIMIT: Duration = Duration::from_mins(6);
@@ -138,8 +138,7 @@ fn a_guest_moves_while_the_cluster_store_is_away() {
     }
     test(1, |lab: &Lab| {
         let network = network(lab)?;
-        let address = format!("{}:2379", network.address("store")?);
-        let mut etcd = Etcd::start(lab, &network.place("store")?, "etcd", &address)?;
+        let mut etcd = start_store(lab, &network)?;
         let mut options = RigOptions::new(Hosts::Diskless, limit());
         options.store = Some(etcd.store());
         let mut rig = Rig::start(lab, &network, options)?;
@@ -153,16 +152,23 @@ fn a_guest_moves_while_the_cluster_store_is_away() {
         wait_until(
             "the destination to say that it waits",
             Deadline::seconds(PATIENCE_SECONDS),
-            || Ok(rig.said(there)?[said_before..].contains("waiting").then_some(())),
+            || Ok(rig.said(there)?[said_before..].contains("waiting:").then_some(())),
         )?;
         let waited = rig.seen()?.total - before;
         ensure!(waited <= 16, "{waited} requests were answered by nobody who may");
         etcd.process().resume()?;
         rig.calm()?;
 
-        // Given up while it is away: the source goes on, at the latest when the store is back.
+        // Given up while it is away: the source has told nobody that it would yield, and goes on by itself.
+        let here = rig.here();
+        let said_before = rig.said(here)?.len();
         etcd.process().pause()?;
         rig.abort_at(Step::Stopped)?;
+        rig.calm()?;
+        let said = rig.said(here)?[said_before..].to_owned();
+        let (yields, ready) = (said.find("yielding:"), said.rfind("ready:"));
+        ensure!(yields.is_some() && yields < ready, "the source said: {said}");
+        ensure!(!said.contains("yielded:"), "nobody has been told: {said}");
         etcd.process().resume()?;
         rig.calm()?;
         rig.migrate()?;

@@ -5,18 +5,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::qemu::{self, FAST_BYTES};
+use super::qemu::{self, FAST_BYTES, SLOW_BYTES};
 use super::trace::{self, GET_VRING_BASE, SET_LOG_BASE};
-use super::{PATIENCE_SECONDS, Rig, guest_options};
+use super::{PATIENCE_SECONDS, Rig, guest_options, own};
 use crate::guest::Guest;
 use crate::wait::{Deadline, wait_until};
 
 /// Where destinations listen, each at another port.
 const FIRST_PORT: u16 = 5000;
 const PORTS: u16 = 10_000;
-
-/// The bandwidth of a migration that is to be given up in the midst of it, in bytes a second.
-const SLOW_BYTES: u64 = 4 << 20;
 
 /// How long the guest is watched before it moves, and after.
 const WATCH: Duration = Duration::from_secs(1);
@@ -45,6 +42,13 @@ pub struct Move {
     pub added_ms: f64,
     /// How long the source's back end took to stop the rings. QEMU's downtime has it, too.
     pub drain_ms: f64,
+    /// Holdfast's own part after that, by the destination's back end's clock: from when the first ring
+    /// started there until the volume was open, and what the first request took then.
+    pub own_ms: f64,
+    /// Of that, until the lease was had.
+    pub lease_ms: f64,
+    /// And until the volume was open.
+    pub opened_ms: f64,
     /// The longest time without an answer from when the guest was stopped until a second after, by the
     /// guest's clock, which stands still while the guest is stopped.
     pub gap_ms: f64,
@@ -107,6 +111,8 @@ impl Rig<'_> {
     /// Moves the guest to the other host.
     pub fn migrate(&mut self) -> Result<Move> {
         let quiet = self.quiet()?;
+        let there = 1 - self.here;
+        let said_before = self.said(there)?.len();
         let clocks = self.writer.clocks(&mut self.guest)?;
         self.writer.begin(&mut self.guest)?;
         let attempt = self.begin(false, FAST_BYTES, false)?;
@@ -117,6 +123,7 @@ impl Rig<'_> {
         let drain = trace::time_to_answer(&said, GET_VRING_BASE);
         self.arrive(attempt.destination)?;
 
+        let waited = own::wait_for(|| self.said(there), said_before)?;
         let stopped = clocks.guest_at(timestamp(&stopped)?);
         // The clock stood already while the rings were drained.
         let error = clocks.error + drain + Duration::from_millis(2);
@@ -126,6 +133,9 @@ impl Rig<'_> {
         Ok(Move {
             added_ms: milliseconds(drain + gap),
             drain_ms: milliseconds(drain),
+            own_ms: milliseconds(waited.own()),
+            lease_ms: milliseconds(waited.lease),
+            opened_ms: milliseconds(waited.opened),
             gap_ms: milliseconds(gap),
             quiet_ms: milliseconds(quiet),
             downtime_ms: number("downtime")?,

@@ -11,6 +11,9 @@ use crate::wait::{Deadline, wait_until};
 /// More than the guest's memory, in bytes a second.
 pub(super) const FAST_BYTES: u64 = 1 << 30;
 
+/// The bandwidth of a migration that something is to happen in the midst of, in bytes a second.
+pub(super) const SLOW_BYTES: u64 = 4 << 20;
+
 /// Moves a guest to a QEMU that is started for it with these options, and listens at `address`
 /// (`tcp:HOST:PORT`). Also tells QEMU's downtime, in milliseconds.
 pub fn move_guest(
@@ -27,6 +30,30 @@ pub fn move_guest(
     destination.succeed(&source);
     source.kill()?;
     Ok((destination, downtime))
+}
+
+/// The same, slowly until `meanwhile` is done: that is while memory is copied.
+pub fn move_guest_meanwhile(
+    lab: &Lab,
+    mut source: Guest,
+    options: &GuestOptions,
+    address: &str,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<Guest> {
+    let mut destination = Guest::await_migration(lab, options, address)?;
+    begin(&mut source, address, false, SLOW_BYTES)?;
+    wait_for_copying(&mut source, SLOW_BYTES)?;
+    meanwhile()?;
+    let told = ask(&mut source, "query-migrate")?;
+    ensure!(told["status"] == "active", "it should go on while that happens: {told}");
+    let fast = json!({ "max-bandwidth": FAST_BYTES });
+    let deadline = Deadline::seconds(PATIENCE_SECONDS);
+    source.qmp().execute("migrate-set-parameters", &fast, deadline)?;
+    wait_for_status(&mut source, "completed")?;
+    wait_until_it_runs(&mut destination)?;
+    destination.succeed(&source);
+    source.kill()?;
+    Ok(destination)
 }
 
 /// Begins a migration to `address`. `pause`: it is to wait when the source has stopped.

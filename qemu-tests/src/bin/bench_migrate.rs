@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use framework::bench::{self, Figure, Options, Outcome, Unit};
-use framework::migration::{Hosts, Move, Rig, RigOptions, Step, network};
-use framework::{Lab, Network};
+use framework::migration::{Hosts, Move, Rig, RigOptions, Step, network, start_store};
+use framework::{Lab, Network, PoolSizes, Space};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
@@ -21,12 +21,18 @@ Usage: scripts/dev bench migrate [--runs N] [--only HOSTS]... [--check] [--json 
   --json [FILE]  the figures and every run in JSON, to FILE or in place of the table
 
 A guest under QEMU moves back and forth between two hosts (network namespaces, as root), while a
-program in it keeps 8 requests under way and knows what every read must return. `aborted` moves
-diskless, and before each migration that goes through there is one that is given up, at each step in
-turn. A failed request or a wrong byte is a failure of the whole run, whatever the figures.
+program in it keeps 8 requests under way and knows what every read must return. The cluster store is an
+etcd, and the pools' files were written once, so that a sync is what it is on a block device. `aborted`
+moves diskless, and before each migration that goes through there is one that is given up, at each step
+in turn. A failed request or a wrong byte is a failure of the whole run, whatever the figures.
 
   added     what storage adds to QEMU's own downtime: drain and gap together
   drain     the source's back end, from GET_VRING_BASE to its answer; QEMU's downtime has it, too
+  own       Holdfast's own part of the gap, by the back end's clock: from when the guest's first ring
+            started at the destination until the volume was open, and what the first request took then;
+            of that, until the lease was had (`lease`), and until the volume was open (`opened`)
+  storage   drain and own together: what Holdfast adds, without what emulation and the machine's other work
+            add to the gap
   gap       the longest time without an answer from when the guest was stopped until a second after, by
             the guest's clock, which stands still while the guest is stopped
   quiet     the same for the second before: what the machine does to it, and no migration
@@ -103,7 +109,14 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
     let Scenario { name, hosts, aborts } = measured.scenario;
     let network = network(lab)?;
     let limit = LIMIT_EACH * u32::try_from(runs)? + Duration::from_mins(5);
-    let mut rig = Rig::start(lab, &network, RigOptions::new(hosts, limit))?;
+    // What hosts share: SQLite is for one machine.
+    let etcd = start_store(lab, &network)?;
+    let options = RigOptions {
+        sizes: PoolSizes { fast_mib: 256, mass_mib: 256, space: Space::Written, buffers_mib: 128 },
+        store: Some(etcd.store()),
+        ..RigOptions::new(hosts, limit)
+    };
+    let mut rig = Rig::start(lab, &network, options)?;
     let mut steps = Step::ALL.into_iter().cycle();
     for run in 1..=runs {
         if aborts && let Some(step) = steps.next() {
@@ -114,8 +127,15 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
         let moved = rig.migrate()?;
         measured.moves.push(moved);
         eprintln!(
-            "{name} {run}/{runs}: added {:.1} ms to QEMU's {:.0} ms (quiet {:.1} ms)",
-            moved.added_ms, moved.downtime_ms, moved.quiet_ms
+            "{name} {run}/{runs}: added {:.1} ms to QEMU's {:.0} ms (quiet {:.1} ms); drain {:.1} ms, \
+             lease {:.1}, opened {:.1}, own {:.1}",
+            moved.added_ms,
+            moved.downtime_ms,
+            moved.quiet_ms,
+            moved.drain_ms,
+            moved.lease_ms,
+            moved.opened_ms,
+            moved.own_ms
         );
     }
     rig.finish()
@@ -131,7 +151,11 @@ impl Measured {
         };
         vec![
             figure("added", Some(ADDED_MS_MAX), |run| run.added_ms),
+            figure("storage", Some(ADDED_MS_MAX), |run| run.drain_ms + run.own_ms),
             figure("drain", None, |run| run.drain_ms),
+            figure("lease", None, |run| run.lease_ms),
+            figure("opened", None, |run| run.opened_ms),
+            figure("own", None, |run| run.own_ms),
             figure("gap", None, |run| run.gap_ms),
             figure("quiet", None, |run| run.quiet_ms),
             figure("downtime", None, |run| run.downtime_ms),

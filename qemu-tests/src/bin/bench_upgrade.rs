@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use framework::bench::{self, Figure, Options, Outcome, Unit};
-use framework::{Cluster, Deadline, Lab, Load, LoadOptions, Oracle, PoolSizes, verify};
+use framework::{Cluster, Deadline, Lab, Load, LoadOptions, Oracle, PoolSizes, Space, verify};
 use serde_json::json;
 
 const USAGE: &str = "\
@@ -106,7 +106,7 @@ fn measure(name: &'static str, replicas: usize, runs: usize) -> Measured {
 }
 
 fn repeat(lab: &Lab, replicas: usize, runs: usize, measured: &mut Measured) -> Result<()> {
-    let sizes = PoolSizes { preallocate: true, ..PoolSizes::default() };
+    let sizes = PoolSizes { space: Space::Taken, ..PoolSizes::default() };
     let cluster = Cluster::start_with(lab, 3, sizes)?;
     cluster.create_volume("disk", 128, replicas)?;
     // A volume of one replica is served where it lies, or not at all within this goal.

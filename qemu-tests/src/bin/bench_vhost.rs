@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blkio_client::{Client, Operation};
-use framework::{Cluster, Lab, PoolSizes, StorageDaemon};
+use framework::{Cluster, Lab, PoolSizes, Space, StorageDaemon};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
@@ -135,7 +135,7 @@ fn compare(lab: &Lab, options: &Options) -> Result<()> {
     let size_mib = options.size_mib;
     let mass_mib = size_mib + size_mib / 4;
     let sizes =
-        PoolSizes { fast_mib: LOG_MIB, mass_mib, preallocate: true, ..PoolSizes::default() };
+        PoolSizes { fast_mib: LOG_MIB, mass_mib, space: Space::Taken, ..PoolSizes::default() };
     let cluster = Cluster::start_with(lab, 1, sizes)?;
     cluster.create_volume("disk", size_mib, 1)?;
     let holdfast = cluster.export(0, "disk")?;
