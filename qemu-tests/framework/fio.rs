@@ -105,7 +105,7 @@ impl Fio {
 
     /// Starts it.
     pub fn start(&self, guest: &mut Guest) -> Result<Job> {
-        guest.spawn(&self.command())
+        guest.spawn(&self.command_line())
     }
 
     /// Waits for its end. An I/O error or a block that does not verify is an error.
@@ -117,11 +117,12 @@ impl Fio {
     /// Reads back and checks what a `verify` job with the same target and size wrote.
     pub fn check_only(&self, guest: &mut Guest) -> Result<Measured> {
         ensure!(self.verify != Verify::Nothing, "there is nothing to check without verify");
-        let job = guest.spawn(&format!("{} --verify_only", self.command()))?;
+        let job = guest.spawn(&format!("{} --verify_only", self.command_line()))?;
         self.finish(guest, job)
     }
 
-    fn command(&self) -> String {
+    /// What runs it in a guest.
+    pub fn command_line(&self) -> String {
         let mut command = format!(
             "fio --name=job --thread --ioengine=libaio --direct=1 --group_reporting \
              --output-format=json --filename={} --rw={} --bs={} --iodepth={} --size={}M \

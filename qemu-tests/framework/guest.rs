@@ -24,7 +24,7 @@ const COMMAND_LIMIT: Duration = Duration::from_mins(1);
 const HOTPLUG_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the kernel prints when storage failed, or looked as if it had.
-const KERNEL_COMPLAINTS: [&str; 7] = [
+pub(crate) const KERNEL_COMPLAINTS: [&str; 7] = [
     "I/O error",
     "EXT4-fs error",
     "EXT4-fs warning",
