@@ -120,7 +120,7 @@ impl Disk {
         }
         self.lied = false;
         self.free.extend(self.replaced.drain(..).filter_map(|(_, page)| page));
-        self.free.truncate(256);
+        self.free.truncate(2048);
         Ok(())
     }
 

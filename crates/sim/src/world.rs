@@ -40,9 +40,6 @@ pub(crate) use healing::Healer;
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
 const KEY: ReplicaKey = ReplicaKey { volume: VOLUME, shard: ShardIndex(0) };
 
-/// Machines check themselves after every one of so many events, and wherever a fault strikes.
-const CHECK_EVERY: u64 = 32;
-
 /// What a run did.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -476,7 +473,7 @@ impl World {
                 self.held[process].push(event);
                 return;
             }
-            if self.report.events.is_multiple_of(CHECK_EVERY) {
+            if self.report.events.is_multiple_of(self.config.check_every) {
                 self.check_invariants(process);
             }
         }

@@ -16,6 +16,8 @@ const FAULTS_FROM: Duration = Duration::from_millis(20);
 pub struct Habits {
     /// Requests that it has under way, at most.
     pub depth: usize,
+    /// Blocks of a request, at most.
+    pub blocks: u64,
     /// Half of its discards are of whole chunks of home.
     pub discards_chunks: bool,
     /// Half of the times that a head opens it only reads for a while.
@@ -26,8 +28,13 @@ pub struct Habits {
 
 impl Habits {
     /// Of a guest that does anything at any time.
-    pub const PLAIN: Self =
-        Self { depth: 32, discards_chunks: false, looks_first: false, returns_to_damage: false };
+    pub const PLAIN: Self = Self {
+        depth: 32,
+        blocks: 32,
+        discards_chunks: false,
+        looks_first: false,
+        returns_to_damage: false,
+    };
 }
 
 /// A run.
@@ -64,6 +71,9 @@ pub struct WorldConfig {
     /// When a write counts. With [`Durability::Flush`], servers that lose power may cost what was
     /// acknowledged and not flushed.
     pub durability: Durability,
+    /// Machines check themselves, and checkers look at them, after every one of so many events (and
+    /// wherever a fault strikes).
+    pub check_every: u64,
     /// Print what happens.
     pub trace: bool,
     /// Print what happens to this block.
@@ -105,6 +115,7 @@ impl WorldConfig {
             hiccups: true,
             layout: PoolLayout::roomy(),
             durability: Durability::Flush,
+            check_every: 32,
             trace: false,
             trace_block: None,
             allocations: || 0,

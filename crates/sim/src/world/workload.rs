@@ -174,7 +174,7 @@ impl World {
             _ => self.random.between(1, 3),
         };
         let size = self.processes[process].head.map_or(1, |head| head.blocks);
-        let blocks = blocks.min(size);
+        let blocks = blocks.min(size).min(self.config.habits.blocks);
         // Half of the requests meet in a few blocks.
         let most = size - blocks + 1;
         let most = if self.random.one_in(2) { most.min(HOT_BLOCKS) } else { most };

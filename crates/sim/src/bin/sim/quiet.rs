@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use sim::{Report, World, WorldConfig};
+use sim::{Habits, Report, World, WorldConfig};
 
 /// Replicated writes a second that are wanted, all of them checked.
 const WRITES_WANTED: f64 = 50_000.0;
@@ -12,7 +12,7 @@ const SECONDS_WANTED: f64 = 1000.0;
 /// For how long each load is simulated.
 const LENGTH: Duration = Duration::from_secs(5);
 
-/// A load that stays the same.
+/// A load that stays the same: requests of 4 KiB.
 struct Load {
     name: &'static str,
     requests: u64,
@@ -42,6 +42,8 @@ pub(super) fn measure(arguments: &super::Arguments) -> ExitCode {
         while begun.elapsed() < length {
             let report = World::new(WorldConfig {
                 hiccups: false,
+                habits: Habits { blocks: 1, ..Habits::PLAIN },
+                check_every: 1024,
                 pause_nanos: load.pause_nanos,
                 reads_percent: load.reads_percent,
                 ..WorldConfig::quiet(seed, 3, false, load.requests)
