@@ -213,6 +213,8 @@ pub struct World {
     faulty: Option<usize>,
     /// They have done so: its copy may be damaged.
     damaged_disks: bool,
+    /// Pages of the faulty server have rotted: whenever it starts, the end of its log may be among them.
+    rotted: bool,
     /// Of the faulty server's devices that have a copy of its metadata, the one whose copy may not be whole.
     struck_copy: Option<usize>,
     /// Some disk has said that things are on media that were not.
@@ -268,6 +270,7 @@ impl World {
                 .then(|| random.index(config.servers))
                 .filter(|_| !config.faults.is_empty()),
             damaged_disks: false,
+            rotted: false,
             struck_copy: None,
             disks_lied: false,
             comparing: false,

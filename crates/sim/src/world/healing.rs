@@ -225,6 +225,9 @@ impl World {
         };
         let picture = Picture::of(std::slice::from_ref(&entry), self.servers());
         let plan = heal::plan(&entry, &facts, &picture, &policy(), self.wall_ms(process));
+        if let Some(blocked) = &plan.blocked {
+            self.trace.say(self.now, || format!("process {process}: {}: {blocked}", plan.cause));
+        }
         let Some(step) = plan.step else { return };
         let new = step.apply(&records.shard);
         if step.alters_in_sync(&records.shard) {

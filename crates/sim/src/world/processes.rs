@@ -78,6 +78,9 @@ impl World {
                 self.checkers.log_lost(process);
             }
         }
+        if self.rotted && self.faulty == Some(process) {
+            self.checkers.rotted(process);
+        }
         self.network.break_all(self.now, process, power_cut);
         self.after(nanos, Event::Start { process });
     }

@@ -409,6 +409,7 @@ impl World {
             }),
             FaultKind::Rot { device, pages, kill } => {
                 let mut struck = false;
+                self.rotted = true;
                 for _ in 0..pages {
                     struck |= self.damage(device, random, |world, who, page, random| {
                         let bit = random.index(8 * base::limits::PAGE_BYTES);
@@ -421,7 +422,6 @@ impl World {
                 }
                 if let Some(who) = self.faulty.filter(|_| kill) {
                     self.stop(who, false);
-                    self.checkers.rotted(who);
                 }
                 struck
             }
