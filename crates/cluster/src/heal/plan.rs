@@ -29,14 +29,14 @@ pub fn plan(
     let found = match facts.stage {
         // An opening that one more member would let go on takes one that holds its log.
         Stage::Opening if planner.has_quorum() => None,
-        Stage::Opening => planner.unblock().or_else(|| planner.swap_in()),
+        Stage::Opening => planner.unblock().or_else(|| planner.swap_in(true)),
         Stage::Open => planner
             .forget()
             .or_else(|| planner.demote())
             .or_else(|| planner.unblock())
             .or_else(|| planner.drop_gone())
             .or_else(|| planner.drop_surplus())
-            .or_else(|| planner.swap_in())
+            .or_else(|| planner.swap_in(false))
             .or_else(|| planner.add())
             .or_else(|| planner.update_failover()),
     };
@@ -203,19 +203,19 @@ impl Planner<'_> {
     }
 
     /// A member that has caught up begins to count, in the place of one that is to go if there are
-    /// enough otherwise.
-    fn swap_in(&self) -> Option<Decision> {
+    /// enough otherwise. What an opening waits for may be one that is to go, but still works: better than
+    /// a volume that stays closed.
+    fn swap_in(&self, opening: bool) -> Option<Decision> {
         if self.well() >= self.replicas() {
             return None;
         }
-        let ready =
-            |view: &&View| view.is(Role::CatchingUp) && view.holds() && view.trouble.is_none();
+        let ready = |view: &&View| {
+            view.is(Role::CatchingUp) && view.holds() && (opening || view.trouble.is_none())
+        };
         let staying = || self.in_sync().filter(|view| view.trouble.is_none());
-        let spare = self
-            .views
-            .iter()
-            .filter(ready)
-            .min_by_key(|view| self.shared(view.member.server, staying()))?;
+        let spare = self.views.iter().filter(ready).min_by_key(|view| {
+            (view.trouble.is_some(), self.shared(view.member.server, staying()))
+        })?;
         let counts = spare.member.server;
         let full = self.in_sync().count() >= self.replicas();
         if !full && self.may_gain() {

@@ -741,8 +741,13 @@ fn an_opening_counts_a_member_that_holds_its_log_where_another_is_dead() {
     world.truth.get_mut(&server_id(2)).unwrap().caught_up = true;
     world.kill(3);
     world.now_ms += 20_000;
-    let opening = VolumeFacts { stage: Stage::Opening, ..world.facts() };
-    let planned = plan(&world.entry, &opening, &world.picture(), &world.policy, world.now_ms);
-    let step = Step::Promote { server: server_id(2) };
-    assert_eq!(planned.step, Some(step), "{planned:?}");
+    // Even if somebody wants its server empty: it works, and nothing else does.
+    for draining in [false, true] {
+        let since_ms = world.now_ms;
+        world.servers[1].server.draining = draining.then_some(Draining { since_ms });
+        let opening = VolumeFacts { stage: Stage::Opening, ..world.facts() };
+        let planned = plan(&world.entry, &opening, &world.picture(), &world.policy, world.now_ms);
+        let step = Step::Promote { server: server_id(2) };
+        assert_eq!(planned.step, Some(step), "{planned:?}");
+    }
 }
