@@ -72,6 +72,11 @@ impl Checkers {
         self.durable.log_lost(process);
     }
 
+    /// A replica begins to be filled with chunks, or that is over.
+    pub(crate) fn filled(&mut self, process: usize, is_over: bool) {
+        self.durable.filled(process, is_over);
+    }
+
     /// Pages of a server's disks have rotted.
     pub(crate) fn rotted(&mut self, process: usize) {
         self.durable.rotted(process);

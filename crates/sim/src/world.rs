@@ -621,6 +621,11 @@ impl World {
         if let node::FillEvent::Started { .. } = event {
             self.spring(Trigger::Fill, process);
         }
+        match event {
+            node::FillEvent::Started { chunks: true } => self.checkers.filled(process, false),
+            node::FillEvent::Done { .. } => self.checkers.filled(process, true),
+            node::FillEvent::Started { chunks: false } | node::FillEvent::Failed { .. } => {}
+        }
         self.report.places.reach(match event {
             node::FillEvent::Started { chunks: true } => Place::FillStarted,
             node::FillEvent::Started { chunks: false } => Place::MemberCaughtUp,

@@ -20,6 +20,8 @@ pub(super) struct Durable {
     rotten: Vec<bool>,
     /// Of each server, through which seq it had things settled on media before its disk turned out to lie.
     lied: Vec<Option<Seq>>,
+    /// Of each server, whether its replica is filled with chunks, which drops its log, and whether that is over.
+    filled: Vec<(bool, bool)>,
 }
 
 impl Durable {
@@ -28,7 +30,14 @@ impl Durable {
             kept: vec![Seq::ZERO; servers],
             rotten: vec![false; servers],
             lied: vec![None; servers],
+            filled: vec![(false, false); servers],
         }
+    }
+
+    /// A fill that drops the log begins, or is over. A short one may pass between two looks.
+    pub(super) fn filled(&mut self, process: usize, is_over: bool) {
+        let (filled, over) = &mut self.filled[process];
+        (*filled, *over) = (*filled || !is_over, is_over);
     }
 
     /// Its log's device has lost what it said was on media.
@@ -58,7 +67,10 @@ impl Durable {
         };
         let kept = &mut self.kept[seen.process];
         let state = info.state;
-        if info.damaged || state.damaged || state.filling {
+        let (filled, is_over) = self.filled[seen.process];
+        self.filled[seen.process] = (filled && !is_over, false);
+        let refilled = filled && state.last.seq < *kept;
+        if info.damaged || state.damaged || state.filling || refilled {
             // What it had is lost and it says so.
             *kept = Seq::ZERO;
             return Ok(());
