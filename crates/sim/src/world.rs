@@ -350,21 +350,23 @@ impl World {
     }
 
     /// Known gap: the faulty server's copy is lost, its pool for good or its log damaged, and another member
-    /// that counts needs a copy, which nobody gives it before the opening is done: the volume waits, and
+    /// that counts needs a copy, which nobody gives it without a write quorum: the volume waits, and
     /// says so. Damage elsewhere is none of this budget's, and a checker says so.
     fn waits_for_a_pool(&self) -> bool {
         let desired = &self.processes[self.desired];
-        let Some(faulty) = self.faulty.filter(|_| desired.head.is_some_and(|head| !head.opened))
-        else {
-            return false;
-        };
+        let Some(faulty) = self.faulty else { return false };
         let needs_copy =
             |member: &volume::MemberStatus| member.role == Role::InSync && member.mode.needs_copy();
         desired.node.iter().flat_map(Node::heads).any(|(_, _, status, _)| {
             let (of_faulty, others): (Vec<_>, Vec<_>) =
                 status.members.iter().partition(|member| member.server == server_id(faulty));
             let lost = !self.processes[faulty].open || of_faulty.into_iter().any(needs_copy);
-            lost && others.into_iter().any(needs_copy)
+            let others_there = others.iter().all(|member| member.connected);
+            let stalled = matches!(
+                status.stall,
+                Some(volume::Stall { reason: volume::StallReason::Members { .. }, .. })
+            );
+            stalled && lost && others_there && others.into_iter().any(needs_copy)
         })
     }
 
