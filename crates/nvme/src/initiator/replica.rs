@@ -21,9 +21,17 @@ use crate::outbox::Data;
 /// Which handle means which replica in this session.
 #[derive(Default)]
 pub(super) struct Handles {
-    by_key: BTreeMap<ReplicaKey, (u32, Epoch)>,
+    by_key: BTreeMap<ReplicaKey, Bound>,
     free: Vec<u32>,
     last: u32,
+}
+
+/// What a handle is bound to.
+struct Bound {
+    handle: u32,
+    epoch: Epoch,
+    /// Its head has been deposed: all that it may still say is Release.
+    deposed: bool,
 }
 
 impl Handles {
@@ -31,11 +39,15 @@ impl Handles {
         *self = Self::default();
     }
 
-    /// The handle of a replica that is to be sealed; `None` if there are too many.
+    /// The handle of a replica that is to be sealed, or read for a fill; `None` if there are too many.
     fn bind(&mut self, key: ReplicaKey, epoch: Epoch) -> Option<u32> {
-        if let Some((handle, bound)) = self.by_key.get_mut(&key) {
-            *bound = epoch.max(*bound);
-            return Some(*handle);
+        if let Some(bound) = self.by_key.get_mut(&key) {
+            bound.epoch = bound.epoch.max(epoch);
+            bound.deposed = false;
+            return Some(bound.handle);
+        }
+        if self.free.is_empty() && self.last == HANDLES_MAX {
+            self.take_back();
         }
         let handle = match self.free.pop() {
             Some(handle) => handle,
@@ -45,39 +57,62 @@ impl Handles {
             }
             None => return None,
         };
-        self.by_key.insert(key, (handle, epoch));
+        self.by_key.insert(key, Bound { handle, epoch, deposed: false });
         Some(handle)
     }
 
-    fn find(&self, key: ReplicaKey) -> Option<u32> {
-        self.by_key.get(&key).map(|&(handle, _)| handle)
+    fn find(&self, key: ReplicaKey, body: &CommandBody) -> Option<u32> {
+        let bound = self.by_key.get(&key)?;
+        (!bound.deposed || matches!(body, CommandBody::Release)).then_some(bound.handle)
+    }
+
+    /// Takes the handles of deposed heads back that have not said Release.
+    fn take_back(&mut self) {
+        let free = &mut self.free;
+        self.by_key.retain(|_, bound| {
+            if bound.deposed {
+                free.push(bound.handle);
+            }
+            !bound.deposed
+        });
     }
 
     /// The head of `epoch` needs the handle no longer. What is under way with it was resolved
     /// when it arrived, so the handle may mean something else from the next Seal on.
     fn unbind(&mut self, key: ReplicaKey, epoch: Epoch) {
-        if let Some(&(handle, bound)) = self.by_key.get(&key)
+        if let Some(&Bound { handle, epoch: bound, .. }) = self.by_key.get(&key)
             && bound <= epoch
         {
             self.by_key.remove(&key);
             self.free.push(handle);
         }
     }
+
+    /// The head of `epoch` has been deposed.
+    fn depose(&mut self, key: ReplicaKey, epoch: Epoch) {
+        if let Some(bound) = self.by_key.get_mut(&key) {
+            bound.deposed |= bound.epoch <= epoch;
+        }
+    }
 }
 
 impl Initiator {
+    fn handle_for(&mut self, command: &ReplicaCommand) -> Result<u32, ReplicaError> {
+        let Subsystem::Replica(_) = self.config.subsystem else {
+            return Err(ReplicaError::NoReplica);
+        };
+        let (key, epoch) = (command.key, command.epoch);
+        match &command.body {
+            CommandBody::Seal | CommandBody::Hello { reason: HelloReason::Fill, .. } => {
+                self.handles.bind(key, epoch).ok_or(ReplicaError::Invalid)
+            }
+            body => self.handles.find(key, body).ok_or(ReplicaError::NotSealed),
+        }
+    }
+
     /// Sends a command; there is a session and a free queue entry.
     pub(super) fn send_replica(&mut self, tag: Tag, command: ReplicaCommand) {
-        let handle = if !matches!(self.config.subsystem, Subsystem::Replica(_)) {
-            Err(ReplicaError::NoReplica)
-        } else if matches!(
-            command.body,
-            CommandBody::Seal | CommandBody::Hello { reason: HelloReason::Fill, .. }
-        ) {
-            self.handles.bind(command.key, command.epoch).ok_or(ReplicaError::Invalid)
-        } else {
-            self.handles.find(command.key).ok_or(ReplicaError::NotSealed)
-        };
+        let handle = self.handle_for(&command);
         let handle = match handle {
             Ok(handle) => handle,
             Err(error) => {
@@ -152,8 +187,10 @@ impl Initiator {
                 return Err(reason.into());
             }
         };
-        if let Err(ReplicaError::Superseded { .. } | ReplicaError::NoReplica) = result {
-            self.handles.unbind(key, epoch);
+        match result {
+            Err(ReplicaError::Superseded { .. }) => self.handles.depose(key, epoch),
+            Err(ReplicaError::NoReplica) => self.handles.unbind(key, epoch),
+            Ok(_) | Err(_) => {}
         }
         self.outbox.push(Output::Reply { tag, result });
         Ok(())
