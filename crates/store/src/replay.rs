@@ -12,9 +12,10 @@ use base::checksum::crc32c;
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
 use base::planted::{self, Bug};
 use base::record::block_crc;
-use base::{BufferMut, Position, RecordHeader, RecordKind, Seq};
+use base::{BufferMut, BufferPool, Position, RecordHeader, RecordKind, Seq};
+use std::collections::VecDeque;
 
-use crate::api::{DiskError, Notice, Output};
+use crate::api::{DiskError, Notice, Output, StoreConfig};
 use crate::batch::{
     BATCH_FIXED_BYTES, BATCH_HEADER_PAGES_MAX, BATCH_LENGTH_OFFSET, BATCH_MAGIC, BatchHeader,
     Owner, SegmentHeader, payload_pages,
@@ -26,6 +27,8 @@ use crate::segments::SegmentState;
 use crate::store::{Phase, Store, Task};
 
 const WINDOW_PAGES: u32 = 32;
+/// Windows that are read before they are wanted, when a pool is opened: its guests wait.
+const AHEAD_WINDOWS: usize = 8;
 const _: () = assert!(WINDOW_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 
 /// A segment to be replayed.
@@ -73,6 +76,16 @@ struct Window {
     unreadable: bool,
 }
 
+/// A window that will be wanted, as far as is known.
+struct Ahead {
+    read: u64,
+    link: usize,
+    page: u32,
+    count: u32,
+    /// What came of it.
+    done: Option<Result<BufferMut, DiskError>>,
+}
+
 /// A replay under way.
 pub(crate) struct Replay {
     pub(crate) slot: u16,
@@ -99,9 +112,10 @@ pub(crate) struct Replay {
     want: u32,
     /// The chain broke at a page that cannot be read: no crash does that.
     unreadable: bool,
-    reading: bool,
-    /// Link, first page and pages of the window that is being read.
-    end_window: (usize, u32, u32),
+    /// The read that is waited for, and the link, first page and pages of its window.
+    reading: Option<(u64, usize, u32, u32)>,
+    /// Windows after that one, as they follow each other.
+    ahead: VecDeque<Ahead>,
     /// Link and page after the last batch that counts.
     end: (usize, u32),
     next_number: u64,
@@ -147,8 +161,8 @@ impl Replay {
             fine: None,
             want: 1,
             unreadable: false,
-            reading: false,
-            end_window: (0, 0, 0),
+            reading: None,
+            ahead: VecDeque::new(),
             end: (0, 1),
             next_number: 1,
         }
@@ -168,9 +182,9 @@ impl Replay {
         self.end = (0, 1);
     }
 
-    /// Pages of the current link's segment that may hold batches.
-    fn link_end(&self, pages_per_segment: u32) -> u32 {
-        match self.links[self.link].restart {
+    /// Pages of a link's segment that may hold batches.
+    fn link_end(&self, link: usize, pages_per_segment: u32) -> u32 {
+        match self.links[link].restart {
             Some(restart) => restart.end_page.min(pages_per_segment),
             None => pages_per_segment,
         }
@@ -228,6 +242,24 @@ impl Replay {
         }
     }
 
+    /// A window has been read, or cannot be: then page by page.
+    fn take_window(
+        &mut self,
+        (link, page, count): (usize, u32, u32),
+        result: Result<BufferMut, DiskError>,
+        buffers: &mut BufferPool,
+    ) {
+        let fine = self.fine.is_some_and(|(fine, end)| fine == link && page < end);
+        if let Ok(buffer) = result {
+            self.window = Some(Window { link, page, count, buffer, unreadable: false });
+        } else if count > 1 && !fine {
+            self.fine = Some((link, page + count));
+        } else if let Some(mut buffer) = buffers.take(PAYLOAD_BYTES_MAX) {
+            buffer.payload_mut().fill(0);
+            self.window = Some(Window { link, page, count, buffer, unreadable: true });
+        }
+    }
+
     /// The current page does not go on with the chain.
     fn break_here(&mut self) {
         if self.mode == Mode::Chain {
@@ -278,7 +310,7 @@ impl Store {
 
     pub(crate) fn pump_replay(&mut self) {
         let Some(mut replay) = self.replay.take() else { return };
-        if replay.reading {
+        if replay.reading.is_some() {
             self.replay = Some(replay);
             return;
         }
@@ -286,9 +318,10 @@ impl Store {
             match self.replay_step(&mut replay) {
                 Step::Again => {}
                 Step::Read => {
-                    self.read_window(&mut replay);
-                    self.replay = Some(replay);
-                    return;
+                    if !self.next_window(&mut replay) {
+                        self.replay = Some(replay);
+                        return;
+                    }
                 }
                 Step::End => match self.conclude(&mut replay) {
                     None => {}
@@ -298,37 +331,84 @@ impl Store {
         }
     }
 
-    fn read_window(&mut self, replay: &mut Replay) {
+    /// Takes or reads the window that is wanted now, and reads ahead. False if it is not there yet.
+    fn next_window(&mut self, replay: &mut Replay) -> bool {
         replay.window = None;
+        let link = replay.link;
         let page = replay.current.as_ref().map_or(replay.page, |current| current.page);
-        let fine = replay.fine.is_some_and(|(link, end)| link == replay.link && page < end);
+        let fine = replay.fine.is_some_and(|(at, end)| at == link && page < end);
         let most = if fine { replay.want } else { WINDOW_PAGES };
         let count = most.min(self.segments.pages_per_segment() - page);
         replay.want = 1;
-        let Some(buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) else {
-            return self.starved();
+        let wanted = replay
+            .ahead
+            .pop_front_if(|ahead| (ahead.link, ahead.page, ahead.count) == (link, page, count));
+        let read = match wanted {
+            Some(Ahead { done: Some(result), .. }) => {
+                replay.take_window((link, page, count), result, &mut self.config.buffers);
+                None
+            }
+            Some(ahead) => Some(ahead.read),
+            None => {
+                // The log goes on elsewhere than it seemed. What is on its way comes for nobody.
+                replay.ahead.clear();
+                let read = self.read_pages(replay, link, page, count);
+                if read.is_none() {
+                    self.starved();
+                    return false;
+                }
+                read
+            }
         };
-        let segment = replay.links[replay.link].segment;
-        let device = self.segments.all[segment as usize].device;
-        let offset = self.segment_offset(segment) + u64::from(page) * PAGE;
-        replay.reading = true;
-        replay.window = None;
-        replay.end_window = (replay.link, page, count);
-        self.read(device, offset, buffer, count as usize * PAGE_BYTES, Task::Replay);
+        replay.reading = read.map(|read| (read, link, page, count));
+        if !fine && self.phase == Phase::Opening {
+            self.read_ahead(replay, (link, page + count));
+        }
+        read.is_none()
     }
 
-    pub(crate) fn replay_read(&mut self, result: Result<BufferMut, DiskError>) {
+    /// Reads what follows the window that ends at `end`, and what is read ahead already.
+    fn read_ahead(&mut self, replay: &mut Replay, end: (usize, u32)) {
+        let pages = self.segments.pages_per_segment();
+        let last = replay.ahead.back().map(|ahead| (ahead.link, ahead.page + ahead.count));
+        let (mut link, mut page) = last.unwrap_or(end);
+        while replay.ahead.len() < AHEAD_WINDOWS && link < replay.links.len() {
+            if page >= replay.link_end(link, pages) {
+                (link, page) = (link + 1, 1);
+                continue;
+            }
+            if self.config.buffers.available().1 <= StoreConfig::LARGE_BUFFERS_MIN / 2 {
+                return;
+            }
+            let count = WINDOW_PAGES.min(pages - page);
+            let Some(read) = self.read_pages(replay, link, page, count) else { return };
+            replay.ahead.push_back(Ahead { read, link, page, count, done: None });
+            page += count;
+        }
+    }
+
+    /// Reads pages of a link's segment; `None` without a buffer.
+    fn read_pages(&mut self, replay: &Replay, link: usize, page: u32, count: u32) -> Option<u64> {
+        let buffer = self.config.buffers.take(PAYLOAD_BYTES_MAX)?;
+        let segment = replay.links[link].segment;
+        let device = self.segments.all[segment as usize].device;
+        let offset = self.segment_offset(segment) + u64::from(page) * PAGE;
+        // Not only of this replay: what an earlier one read ahead may still come.
+        self.replay_reads += 1;
+        let read = self.replay_reads;
+        self.read(device, offset, buffer, count as usize * PAGE_BYTES, Task::Replay { read });
+        Some(read)
+    }
+
+    pub(crate) fn replay_read(&mut self, read: u64, result: Result<BufferMut, DiskError>) {
         let Some(replay) = &mut self.replay else { return };
-        replay.reading = false;
-        let (link, page, count) = replay.end_window;
-        let fine = replay.fine.is_some_and(|(fine, end)| fine == link && page < end);
-        if let Ok(buffer) = result {
-            replay.window = Some(Window { link, page, count, buffer, unreadable: false });
-        } else if count > 1 && !fine {
-            replay.fine = Some((link, page + count));
-        } else if let Some(mut buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) {
-            buffer.payload_mut().fill(0);
-            replay.window = Some(Window { link, page, count, buffer, unreadable: true });
+        if let Some((awaited, link, page, count)) = replay.reading
+            && awaited == read
+        {
+            replay.reading = None;
+            replay.take_window((link, page, count), result, &mut self.config.buffers);
+        } else if let Some(ahead) = replay.ahead.iter_mut().find(|ahead| ahead.read == read) {
+            ahead.done = Some(result);
         }
     }
 
@@ -340,7 +420,7 @@ impl Store {
             return Step::End;
         }
         let pages = self.segments.pages_per_segment();
-        if replay.page >= replay.link_end(pages) {
+        if replay.page >= replay.link_end(replay.link, pages) {
             if replay.links[replay.link].restart.is_some_and(|restart| restart.keep != replay.last)
             {
                 replay.break_here();

@@ -49,7 +49,9 @@ pub(crate) enum Task {
         piece: u32,
     },
     /// A read that rebuilds an index.
-    Replay,
+    Replay {
+        read: u64,
+    },
     Fragment(FragmentId),
     /// Chunk metadata on its way into the cache.
     CacheFill {
@@ -122,6 +124,8 @@ pub struct Store {
     pub(crate) scrub: Scrub,
     pub(crate) opening: Opening,
     pub(crate) replay: Option<Replay>,
+    /// Reads of replays, all that there were.
+    pub(crate) replay_reads: u64,
     /// Replicas with something to append.
     pub(crate) ready: Vec<u16>,
     pub(crate) stalled: Option<Stall>,
@@ -186,6 +190,7 @@ impl Store {
             scrub: Scrub::default(),
             opening: Opening::default(),
             replay: None,
+            replay_reads: 0,
             ready: Vec::new(),
             stalled: None,
             zero_page: zero_page.freeze().payload(PAGE_BYTES),
@@ -379,7 +384,7 @@ impl Store {
     fn read_done(&mut self, task: Task, device: DeviceIndex, result: Result<BufferMut, DiskError>) {
         match task {
             Task::Opening { piece } => self.opening_read(piece, device, result),
-            Task::Replay => self.replay_read(result),
+            Task::Replay { read } => self.replay_read(read, result),
             Task::Fragment(fragment) => self.fragment_read(fragment, result.ok()),
             Task::CacheFill { location } => self.cache_filled(location, result.ok()),
             Task::Scan { scan } => self.scan_read(scan, result.ok()),
@@ -409,7 +414,7 @@ impl Store {
             Task::Ignore
             | Task::Sync
             | Task::Opening { .. }
-            | Task::Replay
+            | Task::Replay { .. }
             | Task::Fragment(_)
             | Task::CacheFill { .. }
             | Task::Scan { .. }
