@@ -389,8 +389,17 @@ impl Attached {
     pub fn wait_for_socket(&mut self) -> Result<()> {
         wait_until("holdfast attach to listen", Deadline::after(START_LIMIT), || {
             self.process.check_alive()?;
-            Ok(self.socket.exists().then_some(()))
+            Ok(self.listens()?.then_some(()))
         })
+    }
+
+    /// Whether somebody on its host listens at its socket: it is there a moment earlier.
+    fn listens(&self) -> Result<bool> {
+        let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", self.process.pid()))?;
+        let path = self.socket.display().to_string();
+        // Number, references, protocol, flags (`__SO_ACCEPTCON`), type, state, inode, path.
+        let listens = |line: &str| line.ends_with(&path) && line.contains(" 00010000 ");
+        Ok(sockets.lines().any(listens))
     }
 }
 

@@ -1,11 +1,11 @@
 //! Patience with what a process that was killed just now still holds: the kernel gives its locks
-//! and sockets back some milliseconds after its death, so whoever is started in its place at
-//! once would find them taken.
+//! and sockets back some milliseconds after its death, or when disks are busy, when what it had under
+//! way there is done. Whoever is started in its place at once would find them taken.
 
 use std::time::{Duration, Instant};
 
 /// How long a dead process's locks and sockets may take to go.
-pub const LINGER: Duration = Duration::from_secs(3);
+pub const LINGER: Duration = Duration::from_secs(10);
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Attempts until it succeeds, fails in a way that does not pass, or [`LINGER`] is over.

@@ -423,6 +423,10 @@ impl World {
                 if let Some(who) = self.faulty.filter(|_| kill) {
                     self.stop(who, false);
                 }
+                // What it has not read yet of its log counts as well.
+                if let Some(who) = self.faulty.filter(|who| !self.processes[*who].open) {
+                    self.checkers.rotted(who);
+                }
                 struck
             }
             FaultKind::LostWrite => self.misdo(WriteFault::Lost, Place::WriteLost),
