@@ -188,7 +188,7 @@ fn a_head_that_was_stopped_and_deposed_does_no_harm_and_says_so_once() {
         let status = old.process.wait(Deadline::seconds(PATIENCE_SECONDS))?;
         ensure!(status.code() == Some(SUPERSEDED), "the old head ended with {status}");
         let log = std::fs::read_to_string(old.process.log())?;
-        let told: Vec<&str> = log.lines().filter(|line| line.contains("taken over")).collect();
+        let told: Vec<&str> = log.lines().filter(|line| line.starts_with("holdfast: ")).collect();
         ensure!(told.len() == 1, "it says what became of it once: {log}");
         load.wait_for(500, Deadline::seconds(PATIENCE_SECONDS))?;
         verify(&new.socket, load.finish()?)?;

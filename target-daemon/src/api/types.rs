@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use base::{Position, ServerId, VolumeId};
+use cluster::drain::Remaining;
 use cluster::{ServerEntry, VolumeEntry};
 use serde::{Deserialize, Serialize};
 use shell::control::{HeadPhase, HeadStatus, MemberStatus, PoolStatus, ReplicaStatus, Status};
@@ -343,7 +344,13 @@ fn drain_reply(own: ServerId, plane: &Status, store: &StoreView) -> Option<Drain
             .find(|problem| problem.volume == head.volume)
             .map(|problem| problem.reason),
     };
-    let heads: Vec<DrainHead> = plane.heads.iter().map(head).collect();
+    let mut heads: Vec<DrainHead> = plane.heads.iter().map(head).collect();
+    // Heads that have ended, and whose leases others cannot take yet.
+    for volume in Remaining::on(own_entry, &store.volumes).held {
+        if heads.iter().all(|head| head.volume != volume) {
+            heads.push(DrainHead { volume, reason: None });
+        }
+    }
     let safe_to_stop = replicas.is_empty() && heads.is_empty();
     Some(DrainReply { since_ms: draining.since_ms, replicas, heads, safe_to_stop })
 }
