@@ -98,11 +98,15 @@ impl Register {
     }
 
     /// Power was lost at `lost`, and a new head has opened: what was volatile then may be gone, even if its
-    /// acknowledgement was late. Writes submitted later came after it in every log that has them.
-    fn doubt(&mut self, at: Stamp, lost: Stamp) {
+    /// acknowledgement was late. Writes submitted later came after it in every log that has them, and the
+    /// opening has put all of that on media, unless a disk that is `lying` says so.
+    fn doubt(&mut self, at: Stamp, lost: Stamp, lying: bool) {
         let Some(last) = self.volatile.last() else { return };
         if last.submitted > lost {
-            return self.keep_all();
+            if !lying {
+                self.keep_all();
+            }
+            return;
         }
         self.settled = vec![(Stamp(0), self.kept)];
         for Volatile { order, value, submitted, .. } in self.volatile.drain(..) {
@@ -194,7 +198,7 @@ impl Oracle {
         let lost = self.lost.take();
         for register in &mut self.blocks {
             match lost {
-                Some(lost) => register.doubt(at, lost),
+                Some(lost) => register.doubt(at, lost, self.lying),
                 None if self.lying => {}
                 None => register.keep_all(),
             }
@@ -302,6 +306,25 @@ mod tests {
         let stamp = oracle.stamp();
         assert!(oracle.read(0, stamp, 2).is_err(), "the newer epoch's write came later");
         assert!(oracle.read(0, stamp, 1).is_ok());
+    }
+
+    #[test]
+    fn what_a_liar_said_is_on_media_may_be_gone_after_more_than_one_opening() {
+        for lying in [true, false] {
+            let mut oracle = Oracle::new(1);
+            if lying {
+                oracle.lied();
+            }
+            oracle.power_lost();
+            oracle.submitted(0, 1, 1, 1);
+            oracle.acknowledged(0, 1, 1, true);
+            oracle.orphaned(1);
+            oracle.opened(2, !lying);
+            oracle.power_lost();
+            oracle.opened(3, true);
+            let stamp = oracle.stamp();
+            assert_eq!(oracle.read(0, stamp, 0).is_ok(), lying);
+        }
     }
 
     #[test]

@@ -58,6 +58,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (501_618, "a log whose last batches rotted and ended before them"),
     (700_533, "a seal lost in both copies, which was beyond the budget"),
     (720_525, "rot in the end of a log whose server died only later"),
+    (910_455, "a liar's word that the oracle believed after a second opening"),
     (710_550, "a read grant that was asked for again without end"),
 ];
 
