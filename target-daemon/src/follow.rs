@@ -96,7 +96,8 @@ struct Volume {
     members: Vec<ServerId>,
     exports: BTreeMap<PathBuf, Use>,
     head: Option<VolumeEntry>,
-    opened: bool,
+    /// The newest epoch in which a head has opened: that may be heard before its head is noted here.
+    opened: Epoch,
     mark: Mark,
     /// A head of ours that was deposed and may still be there.
     stale: Option<VolumeEntry>,
@@ -153,9 +154,10 @@ impl Volume {
                 let reason = self.trouble.clone();
                 LeaseState::Waiting { reason: reason.unwrap_or_else(|| "acquiring".to_owned()) }
             }
-            (Some(entry), true) => {
-                LeaseState::Held { epoch: entry.volume.epoch, open: self.opened }
-            }
+            (Some(entry), true) => LeaseState::Held {
+                epoch: entry.volume.epoch,
+                open: self.opened == entry.volume.epoch,
+            },
             (Some(entry), false) => {
                 let not_yet = || "the lease is being marked".to_owned();
                 let pending = (self.mark != Mark::Yieldable)
@@ -207,7 +209,7 @@ impl Follow {
             members: Vec::new(),
             exports: BTreeMap::new(),
             head: None,
-            opened: false,
+            opened: Epoch::NONE,
             mark: Mark::Firm,
             stale: None,
             waits_since: None,
@@ -221,7 +223,7 @@ impl Follow {
         volume.exports.insert(socket.to_owned(), export);
         if head.is_some() {
             assert!(volume.head.is_none(), "one head of a volume at a time");
-            (volume.head, volume.mark, volume.opened) = (head, Mark::Firm, false);
+            (volume.head, volume.mark) = (head, Mark::Firm);
         }
         self.shared.keep_connected(&volumes);
         self.shared.look(&mut volumes, entry.volume.id);
@@ -275,10 +277,8 @@ impl Follow {
     pub fn opened(&self, id: VolumeId, epoch: Epoch) {
         let mut volumes = self.shared.volumes();
         let Some(volume) = volumes.get_mut(&id) else { return };
-        if volume.head.as_ref().is_some_and(|entry| entry.volume.epoch == epoch) {
-            volume.opened = true;
-            self.shared.look(&mut volumes, id);
-        }
+        volume.opened = volume.opened.max(epoch);
+        self.shared.look(&mut volumes, id);
     }
 
     /// A head of ours was deposed. True if that is in order, since its lease was yieldable or may
@@ -482,7 +482,7 @@ impl Shared {
             match done {
                 Done::Ended => volume.stale = None,
                 Done::Acquired(entry) => {
-                    (volume.head, volume.mark, volume.opened) = (Some(*entry), Mark::Firm, false);
+                    (volume.head, volume.mark) = (Some(*entry), Mark::Firm);
                 }
                 Done::Marked(epoch, mark) if current == Some(epoch) => volume.mark = mark,
                 Done::Lost(epoch) if current == Some(epoch) => volume.stale = volume.head.take(),
