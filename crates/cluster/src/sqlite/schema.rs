@@ -108,8 +108,9 @@ pub(super) fn open_file(path: &Path, create: Create) -> Kind<Connection> {
         Create::Never => OpenFlags::empty(),
     };
     let mut connection = connect_with(path, Durable::Yes, may_create)?;
-    // Nothing is written before it is known to be ours, or empty and ours to fill.
-    let found = check_header(&connection, create)?;
+    // Nothing is written before it is known to be ours, or empty and ours to fill. One read
+    // transaction: another process may be filling the file between two of its questions.
+    let found = check_header(&*connection.unchecked_transaction()?, create)?;
     enter_wal(&connection)?;
     if found != Some(SCHEMA_VERSION) {
         migrate(&mut connection, create)?;
