@@ -51,6 +51,8 @@ bugs! {
                       answer alone does no harm: the new head's first record waits, too)",
     RestKeepsGrants = "a head that has released its members goes on with what they granted before",
     GrantForgottenByRestart = "a restarted server does not know that it granted reads",
+    GrantForgottenByHandOver = "a server does not tell the process that takes its pool over that it granted \
+                                reads",
     SealNotPersisted = "a seal is answered before it is on media",
     GrowthNotPersisted = "a replica says that it has grown, and forgets it when it restarts",
     SyncNotAwaited = "a record counts as durable when it is written",

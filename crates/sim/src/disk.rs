@@ -34,6 +34,8 @@ pub struct Disk {
     free: Vec<Page>,
     /// The pages that were written last.
     recent: VecDeque<u64>,
+    /// The pages that were written since somebody began to watch.
+    watched: Option<Vec<u64>>,
     /// Pages that cannot be read until they are written.
     bad: BTreeSet<u64>,
     /// Reads that fail before the next good one.
@@ -105,6 +107,9 @@ impl Disk {
                 self.recent.pop_front();
             }
             self.recent.push_back(page);
+            if let Some(watched) = &mut self.watched {
+                watched.push(page);
+            }
         }
     }
 
@@ -169,6 +174,18 @@ impl Disk {
             .find(|page| self.pages[index(*page)].is_some())
     }
 
+    /// Notes which pages are written from now on.
+    pub(crate) fn watch(&mut self) {
+        self.watched = Some(Vec::new());
+    }
+
+    /// The pages that were written since, with what they hold now; nobody watches any more.
+    pub(crate) fn watched(&mut self) -> impl Iterator<Item = (u64, &[u8])> {
+        let watched = self.watched.take().unwrap_or_default();
+        let pages = &self.pages;
+        watched.into_iter().filter_map(|page| Some((page, &pages[index(page)].as_ref()?[..])))
+    }
+
     /// Flips a bit on media.
     pub(crate) fn rot(&mut self, page: u64, bit: usize) {
         if let Some(bytes) = self.pages[index(page)].as_mut() {
@@ -183,6 +200,7 @@ impl Disk {
 
     /// No fault strikes any more; damage done stays.
     pub(crate) fn heal(&mut self) {
+        self.watched = None;
         self.read_errors = 0;
         self.write_fault = None;
         self.sync_fails = false;

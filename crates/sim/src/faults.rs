@@ -48,8 +48,8 @@ pub enum FaultKind {
         to: usize,
         /// It stands still; else it is cut off.
         pause: bool,
-        /// And every other server is killed and starts again at once.
-        restart: bool,
+        /// What happens to every other server at the same time.
+        others: Others,
         /// For how long.
         millis: u64,
     },
@@ -67,6 +67,21 @@ pub enum FaultKind {
         /// Which server.
         who: usize,
         /// For how long.
+        millis: u64,
+    },
+    /// A next process takes everything over from a running one (`holdfastd upgrade`), or fails to and the
+    /// running one takes it back.
+    Upgrade {
+        /// Which process.
+        who: usize,
+        /// The next one dies so long after it has got everything.
+        dies_after: Option<Duration>,
+    },
+    /// Records reach only a write quorum, one of which is the faulty server; the header of one of their batches
+    /// rots there, which later batches in its log vouch for, and it starts again. The others of the quorum
+    /// are cut off, and those who do not have the records are asked to open the volume.
+    RotInMidst {
+        /// For how long those who have the records are cut off.
         millis: u64,
     },
     /// A process's clock runs at another rate.
@@ -282,6 +297,17 @@ pub enum FaultKind {
     },
 }
 
+/// What happens to the other servers while somebody takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// Nothing.
+    Stay,
+    /// They are killed and start again at once.
+    Restart,
+    /// They are upgraded.
+    Upgrade,
+}
+
 /// What an ambush waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trigger {
@@ -341,6 +367,13 @@ pub enum Deed {
         /// For how long the victim stands still.
         millis: u64,
     },
+    /// What follows of [`FaultKind::RotInMidst`].
+    RotInMidst {
+        /// Bursts of writes that are still to come.
+        bursts: u64,
+        /// For how long those who have the records are cut off.
+        millis: u64,
+    },
     /// The head, the replica that is filled last and its source are cut off from all others, one of
     /// which takes over after a while.
     CutFill {
@@ -396,7 +429,7 @@ pub struct Profile {
 
 /// Kinds of faults: which of them a seed uses is part of the seed, since a run in which everything
 /// goes wrong at once never gets far enough for the rare things.
-const KINDS: usize = 44;
+const KINDS: usize = 46;
 
 /// The longest pause between two faults of a burst.
 const BURST_NANOS: u64 = 40_000_000;
@@ -452,11 +485,11 @@ impl Focus {
     const fn kinds(self) -> &'static [usize] {
         match self {
             Self::Everything => &[],
-            Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34],
+            Self::StaleReads => &[5, 22, 22, 22, 22, 29, 29, 29, 34, 34, 44],
             Self::Openings => &[0, 22, 22, 32, 32, 32, 24, 35, 35, 41, 41],
-            Self::Members => &[30, 30, 30, 26, 19, 7, 3, 42],
-            Self::Home => &[31, 31, 31, 37, 2, 0, 42],
-            Self::Media => &[17, 17, 17, 17, 18, 0, 22],
+            Self::Members => &[30, 30, 30, 26, 19, 7, 3, 42, 44],
+            Self::Home => &[31, 31, 31, 37, 2, 0, 42, 44],
+            Self::Media => &[17, 17, 17, 17, 18, 0, 22, 45, 45],
             Self::Wire => &[11, 36, 36, 36, 36, 9, 10, 12, 22],
             Self::Fills => &[33, 38, 38, 39, 39, 26, 26, 3, 7, 7, 30, 42],
             Self::Power => &[2, 24, 24, 40, 40, 40, 43, 43, 43, 22, 22, 18, 42],
@@ -561,27 +594,14 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
         }
         15 => FaultKind::HangingDisk { who: server, device, millis },
         16 => FaultKind::ReadErrors { who: server, device, count: random.between(1, 4) },
-        17 => match random.below(4) {
-            0 => FaultKind::BadPage { device },
-            1 => {
-                let pages = random.choose(&[1, 2, 4]);
-                FaultKind::Rot { device, pages, kill: random.one_in(2) }
-            }
-            2 => FaultKind::LostWrite,
-            _ => FaultKind::MisdirectedWrite,
-        },
+        17 => damage(device, random),
         18 if random.one_in(2) => FaultKind::FailedSync { device },
         18 => FaultKind::LyingSync { millis, power: !random.one_in(3) },
         19 if random.one_in(2) => FaultKind::StoreAway { millis },
         19 => FaultKind::StoreMute { answers: random.between(1, 4) },
         20 => FaultKind::Attach { who },
         21 => FaultKind::HandOver { to: who },
-        22 | 23 => FaultKind::TakeOver {
-            to: who,
-            pause: random.one_in(2),
-            restart: random.one_in(4),
-            millis,
-        },
+        22 | 23 => take_over(who, millis, random),
         26 => FaultKind::Drain { who: server },
         27 => FaultKind::WallClock {
             who,
@@ -598,14 +618,41 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
         36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
         41 => duel(who, random),
         43 => FaultKind::ThinStart { millis: random.between(200, 800) },
+        44 => upgrade(who, random),
+        45 => FaultKind::RotInMidst { millis: random.between(300, 1200) },
         42 => FaultKind::Grow { blocks: random.choose(&[1, 16, 100]) },
         _ => ambush_of_kind(number, server, millis, random),
     }
 }
 
+fn damage(device: usize, random: &mut Random) -> FaultKind {
+    match random.below(4) {
+        0 => FaultKind::BadPage { device },
+        1 => {
+            let pages = random.choose(&[1, 2, 4]);
+            FaultKind::Rot { device, pages, kill: random.one_in(2) }
+        }
+        2 => FaultKind::LostWrite,
+        _ => FaultKind::MisdirectedWrite,
+    }
+}
+
+fn take_over(to: usize, millis: u64, random: &mut Random) -> FaultKind {
+    let pause = random.one_in(2);
+    let others = [Others::Stay, Others::Stay, Others::Restart, Others::Upgrade];
+    FaultKind::TakeOver { to, pause, others: random.choose(&others), millis }
+}
+
 fn duel(to: usize, random: &mut Random) -> FaultKind {
     let writes = random.choose(&[1, 1, 2, 4]);
     FaultKind::Duel { to, writes, millis: random.between(20, 300) }
+}
+
+/// One in three next processes dies, when it has just begun or later.
+fn upgrade(who: usize, random: &mut Random) -> FaultKind {
+    let most = random.choose(&[1_000_000, 20_000_000, 500_000_000]);
+    let dies_after = random.one_in(3).then(|| Duration::from_nanos(random.between(0, most)));
+    FaultKind::Upgrade { who, dies_after }
 }
 
 /// What is rare is waited for.
@@ -733,6 +780,6 @@ mod tests {
                 seen.insert(name.split([' ', '{']).next().unwrap_or_default().to_owned());
             }
         }
-        assert_eq!(seen.len(), 37, "{seen:?}");
+        assert_eq!(seen.len(), 39, "{seen:?}");
     }
 }

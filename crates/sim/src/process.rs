@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::cluster_store::Lease;
 use crate::disk::Disk;
 use crate::random::Random;
-use crate::world::Healer;
+use crate::world::{Healer, Leaving, Successor};
 
 const CLUSTER: ClusterId = ClusterId::from_bytes([0xc1; 16]);
 const MASS_BYTES: u64 = 64 << 20;
@@ -38,6 +38,14 @@ pub(crate) struct Process {
     pub(crate) paused_until: Instant,
     /// The machine is there, whether or not the process is.
     pub(crate) machine_up: bool,
+    /// It hands everything over to a next process.
+    pub(crate) leaving: Option<Leaving>,
+    /// What it has handed over, for whoever starts next.
+    pub(crate) successor: Option<Successor>,
+    /// It was given everything by another process, and is to die.
+    pub(crate) doomed: bool,
+    /// Whoever connects is not refused: the listening socket is there, or is about to be taken over.
+    pub(crate) listens: bool,
     /// A device has failed: the next start comes with a better one.
     pub(crate) device_failed: bool,
     /// Disk operations under way.
@@ -197,6 +205,10 @@ impl Process {
             clock: Clock::new(Instant::ZERO, 0, 0),
             paused_until: Instant::ZERO,
             machine_up: true,
+            leaving: None,
+            successor: None,
+            doomed: false,
+            listens: false,
             device_failed: false,
             operations: Slab::with_capacity(64),
             tick_at: None,
@@ -227,12 +239,27 @@ impl Process {
         !self.disks.is_empty()
     }
 
-    /// Starts the process.
-    pub(crate) fn start(&mut self, now: Instant, drift: i64, random: &mut Random) {
+    /// True if nothing reaches its node any more.
+    pub(crate) fn has_let_go(&self) -> bool {
+        self.leaving.is_some_and(Leaving::has_let_go)
+    }
+
+    /// Starts the process; gives what it took over from the one before, if that has handed anything over.
+    pub(crate) fn start(
+        &mut self,
+        now: Instant,
+        drift: i64,
+        random: &mut Random,
+    ) -> Option<Successor> {
         self.life += 1;
         self.open = !self.is_server();
         self.machine_up = true;
-        self.clock = Clock::new(now, random.below(1 << 40), drift);
+        let successor = self.successor.take();
+        self.listens = successor.is_some();
+        self.doomed = false;
+        let clock = Clock::new(now, random.below(1 << 40), drift);
+        // The machine's, which the one before had, too.
+        self.clock = successor.as_ref().map_or(clock, |successor| successor.clock);
         self.tick_at = None;
         self.guest_buffers = self.buffers.pool(0, 256, 32);
         let of_store = (StoreConfig::SMALL_BUFFERS_MIN, StoreConfig::LARGE_BUFFERS_MIN);
@@ -253,7 +280,7 @@ impl Process {
             target_buffers: buffers.pool(2, 128, 24),
             offer_volumes: true,
         });
-        self.node = Some(Node::new(NodeConfig {
+        let mut node = Node::new(NodeConfig {
             host: HolderId::from_bytes(host_id(self.index)),
             jitter_seed: random.bits(),
             head_buffers: buffers.pool(3, 64, 16),
@@ -265,7 +292,12 @@ impl Process {
             },
             state_messages: true,
             server,
-        }));
+        });
+        if let Some(grants) = successor.as_ref().and_then(|successor| successor.grants.clone()) {
+            node.inherit_grants(grants);
+        }
+        self.node = Some(node);
+        successor
     }
 
     /// Free buffers, small and large: of guests, the store, the target, heads and peers.
@@ -293,6 +325,8 @@ impl Process {
         self.healer = Healer::default();
         self.paused_until = Instant::ZERO;
         self.machine_up = !power_cut;
+        self.leaving = None;
+        self.listens = false;
         self.device_failed = false;
         self.operations = Slab::with_capacity(64);
         self.life += 1;

@@ -8,6 +8,7 @@ mod healing;
 mod processes;
 mod strike;
 mod transport;
+mod upgrade;
 mod workload;
 
 use core::fmt::Write as _;
@@ -36,6 +37,7 @@ use crate::trace::Trace;
 
 pub use config::{Habits, WorldConfig};
 pub(crate) use healing::Healer;
+pub(crate) use upgrade::{Leaving, Successor};
 
 const VOLUME: VolumeId = VolumeId::from_bytes([0xd1; 16]);
 const KEY: ReplicaKey = ReplicaKey { volume: VOLUME, shard: ShardIndex(0) };
@@ -109,6 +111,12 @@ enum Event {
     },
     Resume {
         process: usize,
+    },
+    /// A process that is upgraded goes on with that, or its next one dies.
+    HandOver {
+        process: usize,
+        life: u64,
+        dies: bool,
     },
     /// A process ends by itself, and is started again.
     Exit {
@@ -186,6 +194,7 @@ impl Event {
             Self::Sprung { there, .. } => (19, *there as u64, 0),
             Self::Attach { process } => (22, *process as u64, 0),
             Self::Rest { process } => (23, *process as u64, 0),
+            Self::HandOver { process, dies, .. } => (24, *process as u64, (*dies).into()),
             Self::Exit { process, .. } => (18, *process as u64, 0),
             Self::Fault { number } => (17, *number as u64, 0),
         }
@@ -232,6 +241,7 @@ pub struct World {
     next_write: u64,
     faults_on: bool,
     ambushes: Vec<strike::Ambush>,
+    midst: Option<deeds::Midst>,
     /// The next change of members is interrupted for so long.
     split: Option<u64>,
     /// Where the replica is filled from that began last.
@@ -285,6 +295,7 @@ impl World {
             next_write: 1,
             faults_on: !config.faults.is_empty(),
             ambushes: Vec::new(),
+            midst: None,
             split: None,
             fill_source: None,
             damaged_answers: 0,
@@ -449,6 +460,7 @@ impl World {
             | Event::ClosedByUs { process, life, .. }
             | Event::Tick { process, life, .. }
             | Event::Exit { process, life }
+            | Event::HandOver { process, life, .. }
             | Event::Control { process, life }
             | Event::Heal { process, life }
             | Event::StoreAnswer { process, life, .. } => Some((*process, *life)),
@@ -507,6 +519,7 @@ impl World {
             }
             Event::Start { process } => self.start(process),
             Event::Resume { process } => self.resume(process),
+            Event::HandOver { process, life: _, dies } => self.hand_over(process, dies),
             Event::Exit { process, life: _ } => self.stop(process, false),
             Event::Control { process, life: _ } => self.control(process),
             Event::Heal { process, life: _ } => self.heal_turn(process),
@@ -527,7 +540,8 @@ impl World {
 
     fn input(&mut self, process: usize, life: u64, input: Input) {
         let state = &mut self.processes[process];
-        let Some(node) = state.node.as_mut().filter(|_| state.life == life) else { return };
+        let hears = state.life == life && !state.has_let_go();
+        let Some(node) = state.node.as_mut().filter(|_| hears) else { return };
         let before = (self.config.allocations)();
         node.handle(state.clock.local(self.now), input);
         self.note_allocations(before);
@@ -686,7 +700,8 @@ impl World {
 
     /// True if the newest head is open, where it is wanted.
     fn serving(&self) -> bool {
-        self.processes[self.desired].head.is_some_and(|head| {
+        let state = &self.processes[self.desired];
+        state.head.filter(|_| state.leaving.is_none()).is_some_and(|head| {
             head.opened
                 && head.epoch == self.opened
                 && head.epoch == self.store.records.volume.epoch

@@ -243,6 +243,29 @@ impl BatchHeader {
     }
 }
 
+/// What a batch in a log says of itself and of what was before it, as far as a page tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchFacts {
+    /// Its first record.
+    pub first: Seq,
+    /// Its last record.
+    pub last: Seq,
+    /// Through which record the log was on media before it was written: rot in what it vouches for is not
+    /// taken for a write that was cut off.
+    pub durable: Seq,
+}
+
+/// The batch that a page of a log's device begins, if its header is whole and fits in the page. For the
+/// simulator, which wants to know what its rot strikes: whose the page is, it has to know itself.
+pub fn batch_facts(page: &[u8]) -> Option<BatchFacts> {
+    if page.len() < PAGE_BYTES {
+        return None;
+    }
+    let (header, _) = BatchHeader::decode(page, &Owner::decode(page), u32_at(page, 96))?;
+    let last = header.first_seq.0.checked_add(u64::from(header.records) - 1)?;
+    Some(BatchFacts { first: header.first_seq, last: Seq(last), durable: header.durable })
+}
+
 /// Whole pages of a record's payload in the log.
 pub(crate) fn payload_pages(header: &RecordHeader) -> u32 {
     u32::try_from(header.payload_bytes().div_ceil(PAGE_BYTES)).expect("bounded by limits")
@@ -338,9 +361,13 @@ mod tests {
         assert_eq!(BatchHeader::decode(&page, &owner(), 13), None);
         let later = Owner { ordinal: 7, ..owner() };
         assert_eq!(BatchHeader::decode(&page, &later, 12), None);
+        let facts = BatchFacts { first: Seq(8), last: Seq(8), durable: Seq(11) };
+        assert_eq!(batch_facts(&page), Some(facts));
+        assert_eq!(batch_facts(&page[..PAGE_BYTES - 1]), None);
         for bit in 0..115 * 8 {
             page[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(BatchHeader::decode(&page, &owner(), 12), None, "bit {bit}");
+            assert_eq!(batch_facts(&page), None, "bit {bit}");
             page[bit / 8] ^= 1 << (bit % 8);
         }
     }

@@ -41,6 +41,7 @@ pub use api::{
     FILL_CHUNKS_MAX, FlushPolicy, Input, Notice, OpenError, Output, Parts, ReplicaInfo, Stall,
     StoreConfig, Usage,
 };
+pub use batch::{BatchFacts, batch_facts};
 pub use label::{Label, LabelError, identify};
 pub use layout::{
     DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,

@@ -22,7 +22,8 @@ impl World {
     /// A process looks whether it should do something for the head to run here.
     pub(super) fn control(&mut self, process: usize) {
         let state = &mut self.processes[process];
-        if process != self.desired || !state.open || self.provisioned < self.config.servers {
+        let stays = state.open && state.leaving.is_none();
+        if process != self.desired || !stays || self.provisioned < self.config.servers {
             return;
         }
         if let Some(head) = state.head {
@@ -123,7 +124,7 @@ impl World {
     fn won(&mut self, process: usize, records: &Records) {
         let epoch = records.volume.epoch;
         self.trace.say(self.now, || format!("process {process} won {epoch}"));
-        if process != self.desired {
+        if process != self.desired || self.processes[process].leaving.is_some() {
             return;
         }
         self.report.heads += 1;

@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use base::limits::GRANT_MS;
+use base::membership::write_quorum;
 
 use super::strike::Ambush;
 use super::{Event, World};
@@ -14,6 +15,23 @@ use crate::random::Random;
 
 /// The device of the log.
 const LOG: usize = 0;
+
+/// Bytes at the beginning of a batch in a log that all mean something.
+const BATCH_BYTES: usize = 112;
+/// Between the bursts of writes of [`crate::faults::FaultKind::RotInMidst`], and how many there are.
+const BURST_NANOS: u64 = 4_000_000;
+const BURSTS: u64 = 3;
+
+/// Who has what, while [`crate::faults::FaultKind::RotInMidst`] is under way.
+#[derive(Clone, Debug)]
+pub(super) struct Midst {
+    /// The process with the head.
+    head: usize,
+    /// A bit for each process of those who have the records, but the faulty server.
+    with: u64,
+    /// The members in sync that do not.
+    without: Vec<usize>,
+}
 
 impl World {
     /// Every server loses power; one is away for so long, and another one takes over. What only the one has
@@ -154,5 +172,79 @@ impl World {
         let nanos = self.random.between(1, GRANT_MS) * 1_000_000;
         self.after(nanos, Event::Attach { process: to });
         from != to
+    }
+
+    /// Members are cut off such that a write quorum is left, the faulty server in it, and the guest writes.
+    pub(super) fn write_thinly(&mut self, millis: u64) -> bool {
+        let Some(faulty) = self.faulty.filter(|_| self.serving()) else { return false };
+        let head = self.desired;
+        let shard = &self.store.records.shard;
+        let counts = |index: &usize| shard.in_sync().any(|server| server == server_id(*index));
+        let members: Vec<usize> = (0..self.config.pools()).filter(counts).collect();
+        if members.len() < 3 || !members.contains(&faulty) {
+            return false;
+        }
+        let mut others: Vec<usize> = members.iter().copied().filter(|who| *who != faulty).collect();
+        // The head's own server cannot be without.
+        others.sort_by_key(|who| *who != head);
+        let without = others.split_off(write_quorum(members.len()) - 1);
+        let bits = |of: &[usize]| of.iter().fold(0, |set, who| set | 1_u64 << who);
+        let with = (bits(&others) | 1 << head) & !(1 << faulty);
+        self.partition(bits(&without), self.now + Duration::from_nanos(BURSTS * BURST_NANOS));
+        self.disk(faulty, LOG).watch();
+        self.midst = Some(Midst { head, with, without });
+        self.write_burst(BURSTS, millis);
+        true
+    }
+
+    /// One write after the other, on media: each batch says of those before it that they are.
+    pub(super) fn write_burst(&mut self, bursts: u64, millis: u64) {
+        let Some(Midst { head, .. }) = self.midst else { return };
+        for lba in 0..4.min(self.config.blocks) {
+            self.submit_request(head, Kind::Write, lba, 1);
+        }
+        self.submit_request(head, Kind::Flush, 0, 1);
+        let deed = Deed::RotInMidst { bursts: bursts - 1, millis };
+        self.after(BURST_NANOS, Event::Sprung { deed, victim: Victim::There, there: head });
+    }
+
+    /// What only a write quorum has rots at one server of it, in a place that its log vouches for: that one
+    /// must know that it has lost something, when the others that are left ask it.
+    pub(super) fn rot_in_midst(&mut self, millis: u64) {
+        let Some(Midst { head, with, without }) = self.midst.take() else { return };
+        let Some(faulty) = self.faulty.filter(|_| self.desired == head) else { return };
+        let theirs: Option<Vec<_>> = without.iter().map(|who| self.log_of(*who)).collect();
+        let (Some(own), Some(theirs)) = (self.log_of(faulty), theirs) else { return };
+        let missed = theirs.iter().map(|state| state.last.seq).max().unwrap_or(own.last.seq);
+        let written = self.disk(faulty, LOG).watched();
+        let batches: Vec<_> =
+            written.filter_map(|(page, bytes)| Some((page, store::batch_facts(bytes)?))).collect();
+        let vouched = |number: usize, last: base::Seq| {
+            let mut later = batches[number + 1..].iter().map(|(_, later)| later);
+            later.any(|later| later.first > last && later.durable >= last)
+        };
+        let found = batches.iter().enumerate().find(|(number, (_, batch))| {
+            batch.first > missed && batch.last <= own.commit && vouched(*number, batch.last)
+        });
+        let Some((_, (page, batch))) = found else { return };
+        let (page, batch) = (*page, *batch);
+        self.trace.say(self.now, || format!("rot at server {faulty}, page {page}: {batch:?}"));
+        let bit = self.random.index(8 * BATCH_BYTES);
+        self.disk(faulty, LOG).rot(page, bit);
+        self.damaged_disks = true;
+        self.report.places.reach(Place::RottedInMidst);
+        let nanos = self.random.between(100_000, 10_000_000);
+        self.stop_for(faulty, false, nanos);
+        self.partition(with, self.now + Duration::from_millis(millis));
+        self.after(1_000_000, Event::Attach { process: without[0] });
+    }
+
+    /// What the log of a server that runs and has lost nothing says of itself.
+    fn log_of(&self, who: usize) -> Option<base::ReplicaState> {
+        let process = &self.processes[who];
+        let store = process.node.as_ref().filter(|_| process.open)?.store()?;
+        let (_, info) = store.replicas().next()?;
+        let whole = !info.damaged && !info.state.damaged && !info.state.filling;
+        whole.then_some(info.state)
     }
 }

@@ -64,7 +64,9 @@ impl World {
     /// A process looks after what it holds and what it keeps.
     pub(super) fn heal_turn(&mut self, process: usize) {
         self.heal_later(process);
-        let ready = self.processes[process].open && self.provisioned >= self.config.servers;
+        let state = &self.processes[process];
+        let ready =
+            state.open && state.leaving.is_none() && self.provisioned >= self.config.servers;
         if !ready || self.comparing {
             return;
         }
@@ -80,6 +82,9 @@ impl World {
 
     pub(super) fn healer_answer(&mut self, process: usize, answer: Answer) {
         self.processes[process].healer.busy = false;
+        if self.processes[process].leaving.is_some() {
+            return;
+        }
         match answer {
             Answer::Records(records) => {
                 self.tend(process, &records);

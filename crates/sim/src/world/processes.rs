@@ -13,8 +13,9 @@ impl World {
         }
         let drift = i64::try_from(self.random.below(2001)).expect("small") - 1000;
         let drift = if self.config.faults.is_empty() { 0 } else { drift };
-        self.processes[process].start(self.now, drift, &mut self.random);
+        let successor = self.processes[process].start(self.now, drift, &mut self.random);
         self.trace.say(self.now, || format!("process {process} starts"));
+        self.succeed(process, successor);
         self.heal_later(process);
         self.pump(process);
         if !self.processes[process].is_server() {
@@ -59,9 +60,14 @@ impl World {
 
     /// A process dies, and is started again after so long.
     pub(super) fn stop_for(&mut self, process: usize, power_cut: bool, nanos: u64) {
-        if self.processes[process].node.is_none() {
-            return;
+        if self.processes[process].node.is_some() {
+            self.end_process(process, power_cut);
+            self.after(nanos, Event::Start { process });
         }
+    }
+
+    /// A running process is no more.
+    pub(super) fn end_process(&mut self, process: usize, power_cut: bool) {
         if let Some(head) = self.processes[process].head {
             self.lose_head(process, head);
         }
@@ -82,7 +88,6 @@ impl World {
             self.checkers.rotted(process);
         }
         self.network.break_all(self.now, process, power_cut);
-        self.after(nanos, Event::Start { process });
     }
 
     /// Nobody will answer: the guest's requests are undecided for ever.

@@ -9,7 +9,7 @@ use base::membership::write_quorum;
 
 use super::{Event, World};
 use crate::disk::{Disk, WriteFault};
-use crate::faults::{Deed, FaultKind, Trigger, Victim};
+use crate::faults::{Deed, FaultKind, Others, Trigger, Victim};
 use crate::places::Place;
 use crate::process::server_id;
 use crate::random::Random;
@@ -65,6 +65,7 @@ impl World {
             | FaultKind::SlowTakeOver { .. }
             | FaultKind::Duel { .. }
             | FaultKind::ThinStart { .. }
+            | FaultKind::Upgrade { .. }
             | FaultKind::WallClock { .. }
             | FaultKind::ClockJump { .. }
             | FaultKind::Drift { .. } => self.strike_process(fault.kind, &mut random),
@@ -85,6 +86,7 @@ impl World {
             | FaultKind::LostWrite
             | FaultKind::LyingSync { .. }
             | FaultKind::MisdirectedWrite
+            | FaultKind::RotInMidst { .. }
             | FaultKind::FailedSync { .. } => self.strike_disk(fault.kind, &mut random),
             FaultKind::StoreAway { .. }
             | FaultKind::StoreMute { .. }
@@ -131,15 +133,12 @@ impl World {
                 }
                 true
             }
-            FaultKind::TakeOver { to, pause, restart, millis } => {
+            FaultKind::TakeOver { to, pause, others, millis } => {
                 let from = self.desired;
                 let to = self.other_than(from, to);
                 let struck = self.take_over(from, to, pause, millis);
-                if restart {
-                    for other in (0..self.config.pools()).filter(|other| *other != from) {
-                        let nanos = self.random.between(100_000, 10_000_000);
-                        self.stop_for(other, false, nanos);
-                    }
+                for other in (0..self.config.pools()).filter(|other| *other != from) {
+                    self.strike_other(other, others);
                 }
                 struck
             }
@@ -147,6 +146,7 @@ impl World {
             FaultKind::Duel { to, writes, millis } => {
                 self.challenge(Deed::Duel { to, writes, millis })
             }
+            FaultKind::Upgrade { who, dies_after } => self.upgrade(who, dies_after),
             FaultKind::ThinStart { millis } => self.challenge(Deed::ThinStart { millis }),
             FaultKind::WallClock { who, seconds } => {
                 self.wall_offset_ms[who] = seconds * 1000;
@@ -169,6 +169,19 @@ impl World {
                 true
             }
             _ => unreachable!("the caller sorts kinds"),
+        }
+    }
+
+    fn strike_other(&mut self, other: usize, what: Others) {
+        match what {
+            Others::Stay => {}
+            Others::Restart => {
+                let nanos = self.random.between(100_000, 10_000_000);
+                self.stop_for(other, false, nanos);
+            }
+            Others::Upgrade => {
+                self.upgrade(other, None);
+            }
         }
     }
 
@@ -244,6 +257,8 @@ impl World {
             Deed::HangAndCut { millis } => self.hang_and_cut(victims.start, millis),
             Deed::ThinStart { millis } => self.start_thinly(victims.start, millis),
             Deed::Duel { to, writes, millis } => self.duel(victims.start, to, writes, millis),
+            Deed::RotInMidst { bursts: 0, millis } => self.rot_in_midst(millis),
+            Deed::RotInMidst { bursts, millis } => self.write_burst(bursts, millis),
             Deed::CutFill { millis } => self.cut_fill(victims.start, millis),
         }
     }
@@ -440,6 +455,7 @@ impl World {
                 true
             }
             FaultKind::LyingSync { millis, power } => self.lie(millis, power),
+            FaultKind::RotInMidst { millis } => self.write_thinly(millis),
             _ => unreachable!("the caller sorts kinds"),
         }
     }

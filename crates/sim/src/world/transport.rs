@@ -15,6 +15,9 @@ use crate::process::address;
 /// A connection request that nobody answers is repeated after so long.
 const SYN_RETRY_NANOS: u64 = 1_000_000_000;
 
+/// A connection request that waits for a process to be there is looked at after so long.
+const ACCEPT_NANOS: u64 = 1_000_000;
+
 impl World {
     pub(super) fn end(&self, process: usize, connection: ConnectionId) -> End {
         End { process, life: self.processes[process].life, connection }
@@ -100,6 +103,11 @@ impl World {
             && self.network.is_open(self.now, target, process);
         if !reachable {
             self.after(SYN_RETRY_NANOS, Event::Connect { process, life, connection, address: to });
+            return;
+        }
+        if !self.processes[target].open && self.processes[target].listens {
+            // It waits to be accepted.
+            self.after(ACCEPT_NANOS, Event::Connect { process, life, connection, address: to });
             return;
         }
         if !self.processes[target].open {

@@ -230,7 +230,7 @@ impl World {
     pub(super) fn submit_request(&mut self, process: usize, kind: Kind, lba: u64, blocks: u64) {
         let state = &mut self.processes[process];
         let Some(head) = state.head else { return };
-        if state.paused_until > self.now {
+        if state.paused_until > self.now || state.leaving.is_some() {
             return;
         }
         let stale = head.epoch < self.opened;

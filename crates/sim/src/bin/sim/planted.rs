@@ -74,7 +74,8 @@ mod with_bugs {
             | Bug::GrantFromAnswer
             | Bug::GrantNotWaited
             | Bug::RestKeepsGrants
-            | Bug::GrantForgottenByRestart => Focus::StaleReads,
+            | Bug::GrantForgottenByRestart
+            | Bug::GrantForgottenByHandOver => Focus::StaleReads,
             Bug::JointRuleForgotten | Bug::PromotedTooEarly | Bug::GrowthNotPersisted => {
                 Focus::Members
             }
