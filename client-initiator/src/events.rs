@@ -190,6 +190,50 @@ fn civil(days: u64) -> (u64, u64, u64) {
 mod tests {
     use super::*;
 
+    /// A new kind does not compile here: explain it in the table of `holdfast events`, too.
+    #[test]
+    fn the_manual_explains_every_kind_of_event() {
+        let all = std::iter::successors(Some(EventKind::Opened), |kind| {
+            Some(match kind {
+                EventKind::Opened => EventKind::Released,
+                EventKind::Released => EventKind::TakenOver,
+                EventKind::TakenOver => EventKind::Waiting,
+                EventKind::Waiting => EventKind::Stalled,
+                EventKind::Stalled => EventKind::Resumed,
+                EventKind::Resumed => EventKind::Resized,
+                EventKind::Resized => EventKind::MemberLost,
+                EventKind::MemberLost => EventKind::MemberBack,
+                EventKind::MemberBack => EventKind::Degraded,
+                EventKind::Degraded => EventKind::Mended,
+                EventKind::Mended => EventKind::MemberAdded,
+                EventKind::MemberAdded => EventKind::FillStarted,
+                EventKind::FillStarted => EventKind::InSync,
+                EventKind::InSync => EventKind::Demoted,
+                EventKind::Demoted => EventKind::MemberRemoved,
+                EventKind::MemberRemoved => EventKind::HealRefused,
+                EventKind::HealRefused => EventKind::RepairStarted,
+                EventKind::RepairStarted => EventKind::RepairEnded,
+                EventKind::RepairEnded => EventKind::DrainStarted,
+                EventKind::DrainStarted => EventKind::Drained,
+                EventKind::Drained => EventKind::Undrained,
+                EventKind::Undrained => EventKind::ServerUp,
+                EventKind::ServerUp => EventKind::ServerDown,
+                EventKind::ServerDown => EventKind::Other,
+                EventKind::Other => return None,
+            })
+        });
+        let manual = include_str!("../../docs/operations.md");
+        let table = manual.split("| `holdfast events` | meaning |").nth(1).expect("the table");
+        let rows =
+            table.lines().skip(1).take_while(|line| line.is_empty() || line.starts_with('|'));
+        let cells: Vec<&str> = rows.filter_map(|row| row.split('|').nth(1)).collect();
+        for kind in all {
+            let word = kind.to_string();
+            let explained = cells.iter().any(|cell| cell.split(',').any(|w| w.trim() == word));
+            assert!(explained, "docs/operations.md does not explain the event '{word}'");
+        }
+    }
+
     #[test]
     fn moments_in_utc() {
         for (seconds, text) in [

@@ -487,6 +487,26 @@ fn member_line(member: &MemberView) -> String {
 mod tests {
     use super::*;
 
+    /// What `volume show` prints in a word is a row of a table, with what to do in its last cell.
+    #[test]
+    fn the_manual_explains_every_word() {
+        let manual = include_str!("../../docs/operations.md");
+        let states = ["provisioning", "ready", "attached", "repairing", "deleting"];
+        let healths = [Health::Healthy, Health::Degraded, Health::Stalled, Health::Unknown];
+        let roles = [Role::Provisioning, Role::CatchingUp, Role::InSync, Role::Leaving];
+        let servers = ["new", "up", "stopped", "down", "gone", "replaced"];
+        let all = states.into_iter().chain(servers).map(str::to_owned);
+        let all = all.chain(healths.into_iter().map(|health| health.word().to_owned()));
+        for word in all.chain(roles.into_iter().map(|role| role.to_string())) {
+            let explains = |row: &str| {
+                let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+                cells[0] == word && cells.last().is_some_and(|what| !what.is_empty())
+            };
+            let mut rows = manual.lines().filter(|line| line.starts_with('|'));
+            assert!(rows.any(explains), "docs/operations.md does not explain '{word}'");
+        }
+    }
+
     #[test]
     fn spans() {
         for (ms, text) in [

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+mod citations;
 mod edges;
 mod exceptions;
 mod lengths;
@@ -42,6 +43,7 @@ pub(crate) fn run(root: &Path) -> Result<Report> {
 
     let mut files = 0;
     let mut lengths = lengths::Lengths::default();
+    let mut functions = citations::Functions::default();
     for member in &members {
         for path in rust_files(&root.join(member))? {
             let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -49,10 +51,14 @@ pub(crate) fn run(root: &Path) -> Result<Report> {
             let source = Source::new(&text);
             check_contents(member, &name, &text, &source, &mut problems);
             lengths.measure(&name, &text, &source);
+            functions.read(&source);
             files += 1;
         }
     }
     lengths.check(&exceptions, &mut problems);
+    let page = root.join(citations::PAGE);
+    let page = fs::read_to_string(&page).with_context(|| page.display().to_string())?;
+    functions.check(&page, &mut problems);
     Ok(Report { files, crates: members.len(), problems })
 }
 
