@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use framework::{
     Attached, BLOCK_BYTES, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle,
-    Place, PoolSizes, fill_all, generation_in, test, verify, wait_until,
+    Place, PoolSizes, Server, fill_all, generation_in, test, verify, wait_until,
 };
 use serde_json::Value;
 
@@ -171,6 +171,59 @@ fn a_server_is_drained_under_load_without_a_pause() {
     });
 }
 
+/// A server that keeps a replica of a volume and serves it to a guest, too, is drained: the replica goes
+/// elsewhere, the guest goes on from there without an error, and the server says that it waits for it. When
+/// the guest has gone it is safe to stop.
+#[test]
+fn a_server_is_drained_beside_its_guest() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 4)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let number = member_number(&cluster)?;
+        let server = &cluster.servers()[number];
+        let socket = cluster.export(number, "disk")?;
+        let load = Load::start(&socket, options(), Oracle::new(options().blocks))?;
+        load.wait_for(400, Deadline::seconds(PATIENCE_SECONDS))?;
+        load.begin_window();
+        cluster.holdfast(&["server", "drain", server.name()])?;
+        wait_until("only the guest to be left", Deadline::seconds(PATIENCE_SECONDS), || {
+            load.check()?;
+            let drain = server.status()?["drain"].clone();
+            ensure!(drain["safe_to_stop"] != true, "a guest uses it: {drain:#}");
+            let left = &drain["heads"][0];
+            let waits = left["volume"] == "disk" && left["reason"].to_string().contains("migrate");
+            let moved = drain["replicas"].as_array().is_some_and(Vec::is_empty);
+            Ok((waits && moved).then_some(()))
+        })?;
+        load.wait_for(400, Deadline::seconds(PATIENCE_SECONDS))?;
+        let window = load.end_window();
+        eprintln!(
+            "drained beside its guest; the longest pause was {} ms",
+            window.pause.as_millis()
+        );
+        ensure!(window.pause < Duration::from_secs(2), "the client waited {:?}", window.pause);
+        wait_whole(&cluster, 3, server.name())?;
+        // Whoever operates it is told what to do, with the guest's socket.
+        let servers = cluster.holdfast(&["server", "list"])?.to_string();
+        ensure!(servers.contains(&socket.display().to_string()), "{servers}");
+        let refused =
+            cluster.holdfast_output(&["server", "drain", server.name(), "--wait", "1"])?;
+        ensure!(!refused.status.success(), "it is not empty: {refused:?}");
+
+        let oracle = load.finish()?;
+        wait_until("it to be safe to stop", Deadline::seconds(PATIENCE_SECONDS), || {
+            let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+            let safe = server.status()?["drain"]["safe_to_stop"] == true;
+            Ok((safe && volume["holder"].is_null()).then_some(()))
+        })?;
+        server.stop()?;
+        let mut attached = attach(&cluster, &[])?;
+        verify(&attached.socket, oracle)?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+        Ok(())
+    });
+}
+
 #[test]
 fn a_head_that_was_stopped_and_deposed_does_no_harm_and_says_so_once() {
     test(1, |lab: &Lab| {
@@ -225,42 +278,128 @@ fn mended_blocks(cluster: &Cluster<'_>) -> Result<usize> {
     Ok(blocks)
 }
 
+/// Three servers whose scrub is quick.
+fn start_scrubbing(lab: &Lab) -> Result<Cluster<'_>> {
+    let sizes = PoolSizes { fast_mib: 192, mass_mib: 256, buffers_mib: 64, ..Default::default() };
+    let configuration = "scrub = \"64M\"\n".to_owned();
+    Cluster::start_of(
+        lab,
+        ClusterOptions { servers: 3, sizes, configuration, ..Default::default() },
+    )
+}
+
+/// Waits until a server's part of the volume is home, and lets some blocks of it rot.
+fn rot(lab: &Lab, cluster: &Cluster<'_>, number: usize) -> Result<()> {
+    let server = &cluster.servers()[number];
+    let mass = lab.directory().join(format!("{}-mass", server.name()));
+    wait_until("data to be home", Deadline::seconds(PATIENCE_SECONDS), || {
+        let metrics = server.metrics()?;
+        let is_home = metrics.lines().any(|line| line == "holdfast_log_dirty_bytes 0");
+        Ok((is_home && blocks_in(&std::fs::read(&mass)?).len() >= 2 * ROTTEN).then_some(()))
+    })?;
+    let at_home = blocks_in(&std::fs::read(&mass)?);
+    let file = File::options().write(true).open(&mass)?;
+    for offset in at_home.iter().step_by(at_home.len() / ROTTEN).take(ROTTEN) {
+        file.write_all_at(b"rot", u64::try_from(*offset)? + 1000)?;
+    }
+    file.sync_all()?;
+    Ok(())
+}
+
+fn wait_mended(cluster: &Cluster<'_>) -> Result<()> {
+    wait_until("the rot to be mended", Deadline::seconds(PATIENCE_SECONDS), || {
+        Ok((mended_blocks(cluster)? >= ROTTEN).then_some(()))
+    })
+}
+
 /// Bytes change on a server's disk. Its scrub finds them, the head writes them again, and nobody is given a
 /// wrong byte meanwhile.
 #[test]
 fn rot_in_a_pool_is_found_and_mended() {
     test(1, |lab: &Lab| {
-        let sizes =
-            PoolSizes { fast_mib: 192, mass_mib: 256, buffers_mib: 64, ..Default::default() };
-        let configuration = "scrub = \"64M\"\n".to_owned();
-        let three = ClusterOptions { servers: 3, sizes, configuration, ..Default::default() };
-        let cluster = Cluster::start_of(lab, three)?;
+        let cluster = start_scrubbing(lab)?;
         cluster.create_volume("disk", VOLUME_MIB, 3)?;
         let socket = cluster.export(0, "disk")?;
         let oracle = fill_all(&socket, options().blocks)?;
-        let mass = lab.directory().join("b-mass");
-        let rotting = &cluster.servers()[1];
-        wait_until("data to be home", Deadline::seconds(PATIENCE_SECONDS), || {
-            let metrics = rotting.metrics()?;
-            let is_home = metrics.lines().any(|line| line == "holdfast_log_dirty_bytes 0");
-            Ok((is_home && blocks_in(&std::fs::read(&mass)?).len() >= 2 * ROTTEN).then_some(()))
-        })?;
-        let at_home = blocks_in(&std::fs::read(&mass)?);
-        let file = File::options().write(true).open(&mass)?;
-        for offset in at_home.iter().step_by(at_home.len() / ROTTEN).take(ROTTEN) {
-            file.write_all_at(b"rot", u64::try_from(*offset)? + 1000)?;
-        }
-        file.sync_all()?;
+        rot(lab, &cluster, 1)?;
         let oracle = verify(&socket, oracle)?;
-        wait_until("the rot to be mended", Deadline::seconds(PATIENCE_SECONDS), || {
-            Ok((mended_blocks(&cluster)? >= ROTTEN).then_some(()))
-        })?;
+        wait_mended(&cluster)?;
         cluster.wait_all_well(0, "disk")?;
         // The server that had it all wrong serves it, beside another one, to a head elsewhere.
         cluster.unexport(0, &socket)?;
         cluster.servers()[2].kill()?;
         let socket = cluster.export(1, "disk")?;
         verify(&socket, oracle)?;
+        Ok(())
+    });
+}
+
+/// The same with nobody there to read it: the server whose disk rots opens the volume for as long as it
+/// takes to mend it.
+#[test]
+fn rot_in_a_volume_that_nobody_has_attached_is_mended() {
+    test(1, |lab: &Lab| {
+        let cluster = start_scrubbing(lab)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let oracle = fill_all(&socket, options().blocks)?;
+        cluster.unexport(0, &socket)?;
+        rot(lab, &cluster, 1)?;
+        wait_mended(&cluster)?;
+        wait_until("the volume to be free", Deadline::seconds(PATIENCE_SECONDS), || {
+            let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+            let metrics = cluster.servers()[1].metrics()?;
+            let whole = metrics.lines().any(|line| line == "holdfast_damaged_blocks 0");
+            Ok((volume["holder"].is_null() && whole).then_some(()))
+        })?;
+        cluster.servers()[2].kill()?;
+        let socket = cluster.export(1, "disk")?;
+        verify(&socket, oracle)?;
+        Ok(())
+    });
+}
+
+/// The last record that a server's only replica holds.
+fn end_of_log(server: &Server) -> Result<u64> {
+    let status = server.status()?;
+    status["replicas"][0]["last_seq"].as_u64().context("a replica with a log")
+}
+
+/// A server was away when the last guest left. When it is back it is brought what it lacks, though nobody has
+/// the volume attached: then the loss of another one costs nothing.
+#[test]
+fn a_server_that_comes_back_to_a_volume_that_nobody_has_attached_catches_up() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 3)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let absent = &cluster.servers()[2];
+        let mut oracle = Oracle::new(options().blocks);
+        // Away when the volume is opened, and away only later.
+        for before in [true, false] {
+            if before {
+                absent.kill()?;
+            }
+            let mut attached = attach(&cluster, &[])?;
+            let load = Load::start(&attached.socket, options(), oracle)?;
+            load.wait_for(400, Deadline::seconds(PATIENCE_SECONDS))?;
+            absent.kill()?;
+            load.wait_for(1200, Deadline::seconds(PATIENCE_SECONDS))?;
+            oracle = load.finish()?;
+            attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
+            absent.start()?;
+            wait_until("all to hold the same", Deadline::seconds(PATIENCE_SECONDS), || {
+                let ends = cluster.servers().iter().map(end_of_log);
+                let ends = ends.collect::<Result<Vec<_>>>()?;
+                let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+                let same = ends.iter().all(|end| *end == ends[0]);
+                Ok((volume["holder"].is_null() && same).then_some(()))
+            })
+            .with_context(|| format!("away before the opening: {before}"))?;
+        }
+        cluster.servers()[0].kill()?;
+        let mut attached = attach(&cluster, &[])?;
+        verify(&attached.socket, oracle)?;
+        attached.process.terminate(Deadline::seconds(PATIENCE_SECONDS))?;
         Ok(())
     });
 }

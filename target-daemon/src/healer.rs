@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use base::ServerId;
 use cluster::heal::HealPolicy;
 use cluster::{ClusterStore, StoreError};
-use shell::control::{ControlError, DataPlane, Event, HeadStatus};
+use shell::control::{ControlError, DataPlane, Event, Status};
 
 use crate::heads::Heads;
 use change::Changes;
@@ -182,7 +182,7 @@ impl Healer {
             let happened = servers.news(known, Instant::now(), cluster::unix_ms());
             self.tell_later(happened);
         }
-        let worked = refreshed.and_then(|()| self.work(&status.heads));
+        let worked = refreshed.and_then(|()| self.work(&status));
         self.note(worked);
         Ok(())
     }
@@ -233,8 +233,9 @@ impl Healer {
         }
     }
 
-    fn work(&mut self, heads: &[HeadStatus]) -> Result<(), StoreError> {
+    fn work(&mut self, status: &Status) -> Result<(), StoreError> {
         self.tell()?;
+        let heads = &status.heads;
         let now_ms = cluster::unix_ms();
         let reports = self.reports.due(heads, &self.heads.holder().name, now_ms);
         if !reports.is_empty() {
@@ -250,7 +251,7 @@ impl Healer {
         };
         let changed = self.changes.turn(&mut parts, heads);
         let repaired = match &mut self.repairs {
-            Some(repairs) => repairs.turn(&self.heads, &mut parts, heads, &self.changes),
+            Some(repairs) => repairs.turn(&self.heads, &mut parts, status, &self.changes),
             None => Ok(()),
         };
         self.tell()?;

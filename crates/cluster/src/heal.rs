@@ -25,7 +25,7 @@ use std::fmt;
 use base::{Member, Move, PoolId, Role, ServerId, ShardRecord};
 
 pub use plan::plan;
-pub use repair::{Repair, wants_repair};
+pub use repair::{Repair, may_repair, wants_repair};
 
 /// Moves that a shard's record remembers.
 pub const MOVES_REMEMBERED: usize = 8;

@@ -9,10 +9,12 @@
 //! * `node` — the routes.
 //! * `io` — what goes in and comes out.
 //! * `replica_service` — sessions and epochs of this server's replicas.
+//! * `damage` — what of them a scrub could not read.
 //! * `fills` — fills this server's replicas from those of other servers.
 //! * `heads`, `peers` — who of them has something to say.
 //! * `metrics` — what is counted.
 
+mod damage;
 mod fills;
 mod grants;
 mod heads;

@@ -442,6 +442,10 @@ pub struct ReplicaStatus {
     pub spec: ReplicaSpec,
     /// What it knows of its log.
     pub state: ReplicaState,
+    /// It has lost durable records: it counts for no opening, and is to be filled.
+    pub lost_records: bool,
+    /// Blocks that a scrub could not read and that nobody has written again yet.
+    pub damaged_blocks: u64,
 }
 
 /// What a head does.

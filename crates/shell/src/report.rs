@@ -40,6 +40,8 @@ impl Worker {
             .map(|(key, info)| ReplicaStatus {
                 spec: ReplicaSpec { key, block_size: info.block_size, blocks: info.blocks },
                 state: info.state,
+                lost_records: info.damaged,
+                damaged_blocks: self.node.damaged_blocks(key),
             })
             .collect()
     }
@@ -212,6 +214,11 @@ impl Worker {
                 "holdfast_scrub_damaged_blocks_total",
                 "Blocks that a scrub could not read.",
                 scrubbed.damaged_blocks,
+            ),
+            gauge(
+                "holdfast_damaged_blocks",
+                "Blocks that a scrub could not read and that nobody has written again yet.",
+                store.replicas().map(|(key, _)| self.node.damaged_blocks(key)).sum::<u64>(),
             ),
             counter(
                 "holdfast_damaged_answers_total",

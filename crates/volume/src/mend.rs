@@ -18,6 +18,7 @@ use core::time::Duration;
 
 use crate::head::{Head, Output, Phase};
 use crate::inflight::NewRecord;
+use crate::member::Mode;
 use crate::quorum::{Bits, bit};
 use crate::sessions::Answer;
 use crate::tag::Kind;
@@ -105,7 +106,20 @@ impl Head {
         }
         let member = &self.members[index];
         let inside = lba.checked_add(blocks).is_some_and(|end| end.0 <= self.size.served);
-        if blocks.0 == 0 || !inside || !member.follows() || self.policy.read_only {
+        // One that is to be filled gets other data anyway. One that is on its way is told of while
+        // the head still opens: what it lacks comes with its log.
+        let is_lost = match member.mode {
+            Mode::Filling(_) | Mode::Parked { .. } => true,
+            Mode::Down
+            | Mode::Resting { .. }
+            | Mode::Sealing
+            | Mode::Sealed(_)
+            | Mode::Matching(_)
+            | Mode::Truncating { .. }
+            | Mode::CatchingUp(_)
+            | Mode::Live => false,
+        };
+        if blocks.0 == 0 || !inside || is_lost || self.policy.read_only {
             return;
         }
         let most = u64::try_from(PAYLOAD_BYTES_MAX).expect("small") >> self.block_size.log2();
@@ -166,9 +180,9 @@ impl Head {
         if seen <= self.log.commit() {
             let covers = self.covers(lba, blocks);
             let Some(member) = self.reader(covers, own | current.failed) else {
-                // Nobody has it now. Who finds it again may ask again.
-                self.mends.current = None;
-                return;
+                // Nobody has it now. Soon somebody may: a head that has just opened hears of damage
+                // before all members follow.
+                return self.try_later(current);
             };
             let bytes = usize::try_from(blocks.bytes(self.block_size)).expect("bounded");
             if let Some(buffer) = self.buffers.take(bytes) {

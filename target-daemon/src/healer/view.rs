@@ -39,6 +39,11 @@ impl View {
         Ok(())
     }
 
+    /// The revision that the volumes were read at; `None`: they are to be read again.
+    pub(crate) fn revision(&self) -> Option<u64> {
+        self.seen
+    }
+
     /// Takes in what a change has made of a volume. The next refresh reads everything again.
     pub(crate) fn put(&mut self, entry: VolumeEntry) {
         match self.index(entry.volume.id) {

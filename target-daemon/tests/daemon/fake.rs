@@ -91,7 +91,24 @@ struct Inner {
     connected: BTreeSet<PathBuf>,
     /// Changes of the in-sync set that are begun: the new set.
     changing: BTreeMap<VolumeId, Vec<ServerId>>,
+    /// Blocks that replicas here cannot read.
+    damaged: BTreeMap<VolumeId, u64>,
+    /// What replicas here have sealed, if not the newest epoch there is.
+    away_since: BTreeMap<VolumeId, Epoch>,
     down: bool,
+}
+
+impl Inner {
+    fn replica_status(&self, spec: &ReplicaSpec) -> ReplicaStatus {
+        let volume = &spec.key.volume;
+        let sealed = self.away_since.get(volume).copied().unwrap_or(Epoch(u64::MAX));
+        ReplicaStatus {
+            spec: *spec,
+            state: ReplicaState { sealed, ..ReplicaState::default() },
+            lost_records: false,
+            damaged_blocks: self.damaged.get(volume).copied().unwrap_or(0),
+        }
+    }
 }
 
 /// What a head sees of a member that is not well.
@@ -115,6 +132,16 @@ impl FakePlane {
 
     pub(crate) fn replica_keys(&self) -> Vec<VolumeId> {
         self.inner.lock().unwrap().replicas.keys().map(|key| key.volume).collect()
+    }
+
+    /// So many blocks of the replica here cannot be read.
+    pub(crate) fn damage(&self, volume: VolumeId, blocks: u64) {
+        self.inner.lock().unwrap().damaged.insert(volume, blocks);
+    }
+
+    /// The replica here was away since this epoch, until the next head opens.
+    pub(crate) fn was_away(&self, volume: VolumeId, since: Epoch) {
+        self.inner.lock().unwrap().away_since.insert(volume, since);
     }
 
     pub(crate) fn refuse_replicas(&self, refuse: bool) {
@@ -232,7 +259,7 @@ impl DataPlane for FakePlane {
                 failed: None,
             }),
             listen: Some(([127, 0, 0, 1], 4999).into()),
-            replicas: Vec::new(),
+            replicas: inner.replicas.values().map(|spec| inner.replica_status(spec)).collect(),
             heads: inner.heads.values().map(head).collect(),
             exports: inner.exports.values().map(|(spec, _)| export(spec)).collect(),
         })
@@ -263,8 +290,7 @@ impl DataPlane for FakePlane {
 
     fn replicas(&self, _wait: Duration) -> Result<Vec<ReplicaStatus>, ControlError> {
         let inner = self.inner()?;
-        let status =
-            |spec: &ReplicaSpec| ReplicaStatus { spec: *spec, state: ReplicaState::default() };
+        let status = |spec: &ReplicaSpec| inner.replica_status(spec);
         Ok(inner.replicas.values().map(status).collect())
     }
 
@@ -293,6 +319,7 @@ impl DataPlane for FakePlane {
         }
         inner.log.push(format!("open_head {id}"));
         inner.sealed.insert(id, epoch);
+        inner.away_since.remove(&id);
         inner.heads.insert(id, spec.clone());
         Ok(Opening::Open)
     }

@@ -346,6 +346,73 @@ fn a_repair_ends_by_itself_and_gives_the_volume_back() {
     running.stop();
 }
 
+/// A volume that is ready, was used once by a guest, and that nobody has.
+fn left_alone(bench: &Bench, others: &Others<'_>) -> VolumeId {
+    let id = others.volume(bench, 2);
+    let guest = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "guest".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
+    lease::acquire(others.store, id, &guest, Acquire::default()).unwrap();
+    lease::release(others.store, id, guest.id, Epoch(1)).unwrap();
+    id
+}
+
+#[test]
+fn what_only_a_server_knows_of_its_own_copy_is_healed_by_itself() {
+    let bench = Bench::new();
+    let running = bench.start(AT_ONCE);
+    let others = Others::new(&bench, &["b"]);
+    let id = left_alone(&bench, &others);
+    let wait_for = |what: &str, repair: bool, epoch: u64| {
+        until(what, || {
+            others.beat();
+            let volume = bench.store.volume(id).unwrap().unwrap().volume;
+            let held = volume.holder.is_some_and(|holder| holder.repair);
+            (held == repair && volume.epoch == Epoch(epoch)).then_some(())
+        });
+    };
+    // Blocks that cannot be read: the head stays until they have been written again.
+    running.plane.damage(id, 3);
+    wait_for("a repair head", true, 2);
+    running.plane.damage(id, 0);
+    wait_for("the volume to be free", false, 2);
+    // The copy was away when somebody else opened it.
+    running.plane.was_away(id, Epoch(1));
+    wait_for("another repair head", true, 3);
+    wait_for("the volume to be free again", false, 3);
+    // What the last head told: the copy had not followed.
+    let mut told = bench.store.statuses().unwrap().remove(0);
+    assert_eq!((told.volume, told.epoch), (id, Epoch(3)));
+    let guest = Holder {
+        id: HolderId::from_bytes([9; 16]),
+        name: "guest".to_owned(),
+        repair: false,
+        yieldable: false,
+    };
+    lease::acquire(others.store, id, &guest, Acquire::default()).unwrap();
+    told.epoch = Epoch(4);
+    "open".clone_into(&mut told.phase);
+    for member in told.members.iter_mut().filter(|member| member.server == bench.server) {
+        member.connected = false;
+    }
+    others.store.put_statuses(&[told]).unwrap();
+    lease::release(others.store, id, guest.id, Epoch(4)).unwrap();
+    wait_for("a third one", true, 5);
+    wait_for("the volume to be free at last", false, 5);
+    let repairs = kinds(&bench).iter().filter(|kind| **kind == EventKind::RepairEnded).count();
+    assert_eq!(repairs, 3);
+    // While somebody serves it, it is none of this server's business.
+    lease::acquire(others.store, id, &guest, Acquire::default()).unwrap();
+    running.plane.damage(id, 3);
+    let turns = Instant::now();
+    until("some turns", || (turns.elapsed() > Duration::from_secs(3)).then_some(()));
+    assert_eq!(bench.holder(id), (Some("guest".to_owned()), Epoch(6)));
+    running.stop();
+}
+
 #[test]
 fn a_server_is_emptied_and_says_what_it_waits_for() {
     let bench = Bench::new();

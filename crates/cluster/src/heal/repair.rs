@@ -29,10 +29,7 @@ pub fn wants_repair(
     policy: &HealPolicy,
     now_ms: u64,
 ) -> Option<Repair> {
-    let served = entry.volume.holder.as_ref().is_some_and(|holder| !holder.repair);
-    let unmade = |member: &Member| member.role == Role::Provisioning;
-    let new = entry.volume.epoch == Epoch::NONE && entry.shard.members.iter().any(unmade);
-    if served || entry.deleted || new {
+    if is_taken(entry) {
         return None;
     }
     let facts = facts_of(entry, picture, now_ms);
@@ -60,6 +57,23 @@ pub fn wants_repair(
     };
     let server = repairer(entry, picture, now_ms)?;
     Some(Repair { server, cause })
+}
+
+/// Whether a server may run a head of the volume of `entry` to heal what only that server knows of its own
+/// copy: nobody serves the volume, and enough members run for a head to open and write.
+pub fn may_repair(entry: &VolumeEntry, picture: &Picture, now_ms: u64) -> bool {
+    let in_sync = entry.shard.in_sync().count();
+    let facts = facts_of(entry, picture, now_ms);
+    let alive = facts.members.iter().filter(|facts| facts.caught_up).count();
+    !is_taken(entry) && in_sync > 0 && alive >= write_quorum(in_sync)
+}
+
+/// True if somebody serves it, or there is nothing of it to heal.
+fn is_taken(entry: &VolumeEntry) -> bool {
+    let served = entry.volume.holder.as_ref().is_some_and(|holder| !holder.repair);
+    let unmade = |member: &Member| member.role == Role::Provisioning;
+    let new = entry.volume.epoch == Epoch::NONE && entry.shard.members.iter().any(unmade);
+    served || entry.deleted || new
 }
 
 /// What the store knows of the members, put as a head would.

@@ -35,6 +35,9 @@ impl Node {
             return Err(ReplicaError::Invalid);
         }
         let (blocks, block_size, last) = (info.blocks, info.block_size, info.state.last);
+        if chunks {
+            server.damage.forget(key);
+        }
         let shape = Shape { unit, blocks, block_size, last };
         let order = Order { epoch, source, chunks };
         let progress = server.fills.install(self.now, key, order, shape, bytes_per_second);

@@ -21,6 +21,7 @@ use store::{DeviceInfo, DiskOperation, Store, StoreConfig};
 use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 
 use self::states::Standing;
+use crate::damage::Damage;
 use crate::fills::{Fills, Step};
 use crate::grants::Grants;
 use crate::heads::Heads;
@@ -97,6 +98,8 @@ struct Server {
     service: ReplicaService,
     fills: Fills,
     standing: Standing,
+    /// What a scrub found here and nobody has mended yet.
+    damage: Damage,
     /// The hosts behind the target's replica sessions.
     sessions: BTreeMap<u64, HolderId>,
     /// Commands that the store has not answered.
@@ -165,6 +168,7 @@ impl Node {
             service: ReplicaService::default(),
             fills: Fills::new(),
             standing: Standing::default(),
+            damage: Damage::default(),
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
             grants: None,
@@ -397,6 +401,12 @@ impl Node {
     /// True while some session or head commands the replica.
     pub fn is_commanded(&self, key: ReplicaKey) -> bool {
         self.server.as_ref().is_some_and(|server| server.service.is_commanded(key))
+    }
+
+    /// Blocks of a replica here that a scrub could not read and that nobody has written again yet.
+    pub fn damaged_blocks(&self, key: ReplicaKey) -> u64 {
+        let Some(server) = &self.server else { return 0 };
+        server.damage.blocks(key, server.store.scrubbed().rounds)
     }
 
     /// True if there is a session with a peer.

@@ -37,9 +37,11 @@ impl Node {
             Ok(Admitted::Command) => {}
             Ok(Admitted::Seal { deposed }) => {
                 server.fills.sealed(self.now, command.key, command.epoch);
+                server.damage.nobody_knows(command.key);
                 if let Some(deposed) = deposed {
                     self.tell_deposed(deposed, command.key, command.epoch);
                 }
+                self.tell_damage(command.key);
             }
             Err(error) => {
                 self.replica_reply(origin, tag, Err(error));
@@ -89,6 +91,12 @@ impl Node {
             }
             _ => StoreCommand::Replica { key, epoch, origin, tag },
         };
+        if let CommandBody::Append { record, .. } = &body
+            && !server.damage.is_empty()
+        {
+            let (lba, blocks) = (record.header().lba, record.header().blocks);
+            self.blocks_written(key, lba, blocks);
+        }
         let command = match body {
             CommandBody::Seal => store::Command::Seal { key, epoch },
             CommandBody::Append { record, media } => {
@@ -198,6 +206,7 @@ impl Node {
             StoreCommand::Delete { key, tag } => {
                 if result.is_ok() {
                     server.service.remove(key);
+                    server.damage.forget(key);
                 }
                 self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
             }

@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 
-use base::{DegradedReason, Epoch, Instant, ReplicaKey, ServerId, StateMessage};
+use base::{BlockCount, DegradedReason, Epoch, Instant, Lba, ReplicaKey, ServerId, StateMessage};
 use nvme::SessionId;
 use nvme::state::StateEntry;
 use nvme::target::{Audience as Sessions, Input as TargetInput};
@@ -146,8 +146,11 @@ impl Node {
             // A few blocks, which answer so when they are read: the member is no worse otherwise, and
             // the head has them written again.
             store::Notice::DamagedBlocks { key, lba, blocks } => {
-                let message = StateMessage::DamagedBlocks { lba, blocks };
-                return self.tell(Audience::Heads, Some(key), message);
+                if let Some(server) = &mut self.server {
+                    let round = server.store.scrubbed().rounds;
+                    server.damage.found(key, lba, blocks, round);
+                }
+                return self.tell_damage(key);
             }
             store::Notice::Resumed => {
                 if let Some(server) = &mut self.server {
@@ -161,6 +164,24 @@ impl Node {
             server.standing.stalled |= key.is_none();
         }
         self.tell(Audience::Heads, key, StateMessage::Degraded { reason });
+    }
+
+    /// Tells the head that commands a replica what is damaged in it, as far as it has room for that.
+    pub(super) fn tell_damage(&mut self, key: ReplicaKey) {
+        while let Some(server) = &mut self.server
+            && let Some(owner) = server.service.owner(key)
+            && let Some((lba, blocks)) = server.damage.tell(key, server.store.scrubbed().rounds)
+        {
+            self.tell_origin(owner, Some(key), StateMessage::DamagedBlocks { lba, blocks });
+        }
+    }
+
+    /// A record is written to a replica here.
+    pub(super) fn blocks_written(&mut self, key: ReplicaKey, lba: Lba, blocks: BlockCount) {
+        if let Some(server) = &mut self.server {
+            server.damage.written(key, lba, blocks);
+        }
+        self.tell_damage(key);
     }
 
     /// Something is over: heads take everything back, so they hear again what still holds.

@@ -106,11 +106,19 @@ pub(crate) struct Setup {
     pub(crate) blocks: u64,
     pub(crate) state_messages: bool,
     pub(crate) fill_bytes_per_second: u64,
+    /// 0: no scrub.
+    pub(crate) scrub_bytes_per_second: u64,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { servers: 3, blocks: 256, state_messages: true, fill_bytes_per_second: 1 << 30 }
+        Self {
+            servers: 3,
+            blocks: 256,
+            state_messages: true,
+            fill_bytes_per_second: 1 << 30,
+            scrub_bytes_per_second: 0,
+        }
     }
 }
 
@@ -209,7 +217,7 @@ impl Cluster {
                     StoreConfig::LARGE_BUFFERS_MIN,
                 ),
                 flush: FlushPolicy { idle: Duration::from_millis(500), ..FlushPolicy::default() },
-                scrub_bytes_per_second: 0,
+                scrub_bytes_per_second: self.setup.scrub_bytes_per_second,
             },
             devices: devices(),
             target: TargetConfig::new(server(index)),
@@ -255,6 +263,18 @@ impl Cluster {
         for end in ends {
             self.shut(end);
         }
+    }
+
+    /// Changes a bit of every copy of a block that is on a machine's home device. False: there is none.
+    pub(crate) fn rot(&mut self, index: usize, lba: usize) -> bool {
+        let value = self.content[lba].to_le_bytes();
+        let holds = |page: &&mut Page| page.chunks_exact(8).all(|word| word == value);
+        let mut found = false;
+        for page in self.machines[index].disks[1].values_mut().filter(holds) {
+            page[100] ^= 1;
+            found = true;
+        }
+        found
     }
 
     /// Packets between two machines are lost from now on.

@@ -1,6 +1,7 @@
 //! Several nodes of production machines, in memory: grants, state messages, members that come and
-//! go, fills.
+//! go, fills, damage.
 
+mod damage;
 mod fills;
 mod grants;
 mod harness;
