@@ -97,7 +97,7 @@ impl Wire {
         match output {
             initiator::Output::Connect { connection, .. } => {
                 self.pipes.insert(connection.0, (Pipe::default(), Pipe::default()));
-                self.target.handle(self.now, target::Input::Accepted { connection });
+                self.target.handle(self.now, target::Input::Accepted { connection, from: None });
                 let input = initiator::Input::Connected { connection, result: Ok(()) };
                 self.initiator.handle(self.now, input);
             }

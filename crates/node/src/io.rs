@@ -1,6 +1,6 @@
 //! What goes into a node and what comes out of it.
 
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 use std::io::ErrorKind;
 
 use base::{
@@ -8,6 +8,7 @@ use base::{
     Position, ReplicaError, ReplicaKey, ServerId, VolumeId,
 };
 use nvme::ReceiveRegion;
+use nvme::target::Refusal;
 use volume::{FailStop, StallReason};
 
 use crate::fills::FillEvent;
@@ -59,6 +60,8 @@ pub enum Input {
     Accepted {
         /// The number.
         connection: u64,
+        /// The peer's address, if it is known.
+        from: Option<IpAddr>,
     },
     /// The answer to [`Output::Connect`].
     Connected {
@@ -169,6 +172,13 @@ pub enum Output {
     Close {
         /// Which.
         connection: ConnectionId,
+    },
+    /// A connection that was accepted was not taken: it is closed.
+    Refused {
+        /// The peer, as [`Input::Accepted`] has named it.
+        from: Option<IpAddr>,
+        /// Why.
+        refusal: Refusal,
     },
     /// The answer to a request. [`base::Status::Superseded`]: nothing was decided here, keep the
     /// request for the volume's next head.

@@ -127,6 +127,8 @@ pub struct NodeCounters {
     pub seals_held: usize,
     /// Seals whose answers have ever waited for that.
     pub seals_waited: u64,
+    /// Connections that were closed as they came.
+    pub refused: u64,
     /// What fills of this server's replicas have done.
     pub fills: FillCounters,
 }

@@ -5,11 +5,14 @@
 
 mod raw;
 
+use std::net::IpAddr;
+
 use base::VolumeId;
 use nvme::Subsystem;
 use nvme::codec::command::{Command, Sgl, nvm};
 use nvme::codec::fabrics::CONTROLLER_ANY;
 use nvme::codec::pdu::PduType;
+use nvme::target::{Output, Refusal};
 use raw::{Random, Raw, VOLUME, capsule, connect, h2c, ic_req, write};
 
 #[test]
@@ -238,4 +241,61 @@ fn garbage_never_panics() {
         }
         raw.finish("garbage");
     }
+}
+
+fn refused(raw: &Raw) -> Vec<(Option<IpAddr>, Refusal)> {
+    let refused = |event: &Output| match event {
+        Output::Refused { from, refusal } => Some((*from, *refusal)),
+        _ => None,
+    };
+    raw.events.iter().filter_map(refused).collect()
+}
+
+#[test]
+fn a_peer_that_says_nothing_takes_no_place_but_its_own() {
+    let address = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+    let (mute, other) = (address("192.0.2.7"), address("192.0.2.8"));
+    let limited = || Raw::with(|config| config.handshakes_of_peer_max = 1);
+    let mut raw = limited();
+    raw.accept_from(0, mute);
+    raw.send(0, &ic_req(0, 0, false, false));
+    raw.pdu(0).unwrap();
+    raw.accept_from(1, mute);
+    assert!(raw.closed[1] && !raw.closed[0], "the newer one is refused");
+    assert_eq!(refused(&raw), [(mute, Refusal::Peer)]);
+    // IPv4 in IPv6 is the same peer; another address is not.
+    raw.accept_from(1, address("::ffff:192.0.2.7"));
+    assert_eq!(refused(&raw).len(), 2);
+    raw.closed[1] = false;
+    raw.accept_from(1, other);
+    assert!(!raw.closed[1]);
+    // It has said who it is, and may come again.
+    raw.send(0, &connect(0, CONTROLLER_ANY, Subsystem::Volume(VOLUME)));
+    assert_eq!(raw.pdu(0).unwrap().0, PduType::CapsuleResp);
+    raw.accept_from(2, mute);
+    assert!(!raw.closed[2]);
+    raw.finish("mute");
+
+    // A host with a network of its own is one peer; those whose address is not known are another.
+    let mut raw = limited();
+    raw.accept_from(0, address("2001:db8::1"));
+    raw.accept_from(1, address("2001:db8::2"));
+    assert!(raw.closed[1]);
+    raw.closed[1] = false;
+    raw.accept_from(1, None);
+    raw.accept_from(2, address("2001:db8:0:1::1"));
+    assert!(!raw.closed[1] && !raw.closed[2]);
+    raw.finish("IPv6");
+
+    // Everything is taken: nobody is let in, and whoever leaves makes room.
+    let mut raw = Raw::with(|config| config.connections_max = 1);
+    raw.accept_from(0, mute);
+    raw.accept_from(1, other);
+    assert_eq!(refused(&raw), [(other, Refusal::Full)]);
+    raw.send(0, &[0x55; 8]);
+    assert!(raw.closed[0]);
+    raw.closed[1] = false;
+    raw.accept_from(1, other);
+    assert!(!raw.closed[1]);
+    raw.finish("full");
 }

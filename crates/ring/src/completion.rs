@@ -1,5 +1,7 @@
 //! What came of an operation.
 
+use std::net::IpAddr;
+
 use base::BufferMut;
 
 use crate::error::IoError;
@@ -50,6 +52,8 @@ pub enum Completion {
         listener: ListenerHandle,
         /// The new connection.
         connection: ConnectionHandle,
+        /// The other side's address; `None` of a Unix socket, or if it is gone already.
+        from: Option<IpAddr>,
     },
     /// The listener could not accept (out of descriptors or memory). It tries again by itself,
     /// at most ten times a second.

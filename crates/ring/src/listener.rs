@@ -1,7 +1,7 @@
 //! Listening and connecting.
 
 use std::io;
-use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -116,6 +116,12 @@ fn listen_on(
     Ok((socket, bound))
 }
 
+/// Who is at the other end of a connection. Once for each, so it may cost a system call.
+fn peer_of(socket: &OwnedFd) -> Option<IpAddr> {
+    let address = rustix::net::getpeername(socket).ok()??;
+    Some(SocketAddr::try_from(address).ok()?.ip())
+}
+
 pub(crate) fn accept_entry(descriptor: RawFd) -> Entry {
     opcode::AcceptMulti::new(types::Fd(descriptor)).flags(libc::SOCK_CLOEXEC).build()
 }
@@ -167,8 +173,10 @@ impl Reactor {
             // SAFETY: the kernel has made this descriptor for us; nobody else knows it.
             let socket = unsafe { OwnedFd::from_raw_fd(result) };
             if !closing {
+                let from = peer_of(&socket);
                 let connection = self.add_connection(socket);
-                self.completions.push_back(Completion::Accepted { listener: handle, connection });
+                let accepted = Completion::Accepted { listener: handle, connection, from };
+                self.completions.push_back(accepted);
             }
         } else if !closing && !matches!(-result, libc::ECONNABORTED | libc::EINTR) {
             let error = error_of(result);

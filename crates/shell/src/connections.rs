@@ -2,7 +2,7 @@
 //! what the reactor's send queue did not take in between.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use base::limits::HEADER_BYTES;
 use base::{Buffer, BufferMut, Slab};
@@ -60,10 +60,10 @@ impl Connections {
     }
 
     /// A peer has connected.
-    pub(crate) fn accepted(&mut self, handle: ConnectionHandle) -> Input {
+    pub(crate) fn accepted(&mut self, handle: ConnectionHandle, from: Option<IpAddr>) -> Input {
         self.accepted += 1;
         self.insert(ConnectionId::Accepted(self.accepted), handle);
-        Input::Accepted { connection: self.accepted }
+        Input::Accepted { connection: self.accepted, from }
     }
 
     /// Starts to connect for the node.

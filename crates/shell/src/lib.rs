@@ -22,6 +22,7 @@ mod members;
 mod message;
 mod plane;
 mod pool;
+mod refusals;
 mod report;
 mod worker;
 

@@ -169,7 +169,8 @@ impl Worker {
         if self.node.store().is_none() {
             return Vec::new();
         }
-        let node::metrics::NodeCounters { seals_held, seals_waited, fills } = self.node.counters();
+        let node::metrics::NodeCounters { seals_held, seals_waited, refused, fills } =
+            self.node.counters();
         vec![
             gauge(
                 "holdfast_seals_held",
@@ -177,6 +178,11 @@ impl Worker {
                 seals_held,
             ),
             counter("holdfast_seals_waited_total", "Seals that ever waited so.", seals_waited),
+            counter(
+                "holdfast_connections_refused_total",
+                "Connections closed as they came: too many, or too many of a peer that says nothing.",
+                refused,
+            ),
             gauge(
                 "holdfast_fills",
                 "Replicas that are being filled from other servers, or wait for that.",

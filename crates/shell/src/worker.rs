@@ -20,6 +20,7 @@ use crate::exports::Exports;
 use crate::handover::HandingOver;
 use crate::message::{Answer, ExportId, Message};
 use crate::pool::Devices;
+use crate::refusals::Refusals;
 
 /// A replica that is being made or deleted.
 pub(crate) enum Asked {
@@ -54,6 +55,7 @@ pub(crate) struct Worker {
     pub(crate) pool_failed: Option<String>,
     pub(crate) listen: Option<SocketAddr>,
     pub(crate) connections: Connections,
+    pub(crate) refusals: Refusals,
     pub(crate) listener: Option<ListenerHandle>,
     pub(crate) devices: Option<Devices>,
     /// Who waits for the guests to be quiet.
@@ -88,6 +90,7 @@ impl Worker {
             pool_failed: None,
             listen: None,
             connections: Connections::new(),
+            refusals: Refusals::default(),
             listener: None,
             devices: parts.devices,
             holding: None,
@@ -181,7 +184,9 @@ impl Worker {
             Completion::Discarded { token, result } => {
                 disk(token, DiskResult::Discarded(result.map_err(disk_error)))
             }
-            Completion::Accepted { connection, .. } => Some(self.connections.accepted(connection)),
+            Completion::Accepted { connection, from, .. } => {
+                Some(self.connections.accepted(connection, from))
+            }
             Completion::AcceptFailed { error, .. } => {
                 tracing::warn!("cannot accept connections: {error}");
                 None
@@ -233,6 +238,10 @@ impl Worker {
             }
             Output::Send { connection, part } => self.connections.send(reactor, connection, part),
             Output::Close { connection } => self.connections.close(reactor, connection),
+            Output::Refused { from, refusal } => {
+                self.refusals.note(now, from, refusal);
+                None
+            }
             Output::Reply { front_end, reply } => {
                 self.exports.reply(now, front_end, reply);
                 None

@@ -506,7 +506,7 @@ impl World {
                 self.connected(process, life, connection, refused);
             }
             Event::Accepted { process, life, connection } => {
-                self.input(process, life, Input::Accepted { connection });
+                self.input(process, life, Input::Accepted { connection, from: None });
             }
             Event::ClosedByUs { process, life, connection } => {
                 self.input(process, life, Input::Closed { connection });
@@ -622,7 +622,7 @@ impl World {
             Output::PoolNotice(store::Notice::Resumed) => {
                 self.report.places.reach(Place::LogFreed);
             }
-            Output::Peer { .. } => {}
+            Output::Peer { .. } | Output::Refused { .. } => {}
             Output::Fill { event, source, .. } => {
                 self.fill_source =
                     (0..self.config.pools()).find(|index| server_id(*index) == source);

@@ -76,6 +76,10 @@ impl Node {
                     let connection = ConnectionId::Accepted(connection.0);
                     self.outputs.push_back(Output::Close { connection });
                 }
+                TargetOutput::Refused { from, refusal } => {
+                    server.refused += 1;
+                    self.outputs.push_back(Output::Refused { from, refusal });
+                }
                 TargetOutput::SessionOpened { session, subsystem, host } => match subsystem {
                     Subsystem::Replica(_) => {
                         server.sessions.insert(session.0, host);

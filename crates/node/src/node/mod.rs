@@ -100,6 +100,8 @@ struct Server {
     standing: Standing,
     /// What a scrub found here and nobody has mended yet.
     damage: Damage,
+    /// Connections that were not taken.
+    refused: u64,
     /// The hosts behind the target's replica sessions.
     sessions: BTreeMap<u64, HolderId>,
     /// Commands that the store has not answered.
@@ -169,6 +171,7 @@ impl Node {
             fills: Fills::new(),
             standing: Standing::default(),
             damage: Damage::default(),
+            refused: 0,
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
             grants: None,
@@ -198,9 +201,9 @@ impl Node {
                 let server = self.server.as_mut().expect("only a store starts disk operations");
                 server.store.handle(now, store::Input::DiskDone { id, result });
             }
-            Input::Accepted { connection } => {
+            Input::Accepted { connection, from } => {
                 let connection = nvme::ConnectionId(connection);
-                self.target_input(TargetInput::Accepted { connection });
+                self.target_input(TargetInput::Accepted { connection, from });
             }
             Input::Connected { connection, result } => self.connected(connection, result),
             Input::Received { connection, buffer, bytes } => match connection {
@@ -418,7 +421,8 @@ impl Node {
     pub fn counters(&self) -> NodeCounters {
         let Some(server) = &self.server else { return NodeCounters::default() };
         let (seals_held, seals_waited) = server.service.seals_held();
-        NodeCounters { seals_held, seals_waited, fills: server.fills.counters() }
+        let fills = server.fills.counters();
+        NodeCounters { seals_held, seals_waited, refused: server.refused, fills }
     }
 
     /// Asserts what must hold between any two calls. For tests and the simulator.

@@ -600,7 +600,7 @@ impl Cluster {
             Output::PoolFailed(failure) => panic!("{failure}"),
             Output::Head { head, event, .. } => machine.events.push((head, event)),
             Output::Fill { event, .. } => machine.fills.push(event),
-            Output::PoolNotice(_) | Output::Peer { .. } => {}
+            Output::PoolNotice(_) | Output::Peer { .. } | Output::Refused { .. } => {}
         }
     }
 
@@ -618,7 +618,7 @@ impl Cluster {
         self.peers.extend([(here, there), (there, here)]);
         self.pipes.extend([(here, Pipe::default()), (there, Pipe::default())]);
         self.input(index, Input::Connected { connection, result: Ok(()) });
-        self.input(target, Input::Accepted { connection: self.accepted });
+        self.input(target, Input::Accepted { connection: self.accepted, from: None });
     }
 
     /// One end is gone; the other reads what was sent, and then the end.

@@ -1,5 +1,6 @@
 //! One connection of a target: its phase, its commands, and what its data is for.
 
+use core::net::IpAddr;
 use std::collections::VecDeque;
 
 use base::checksum::crc32c;
@@ -188,6 +189,8 @@ impl Commands {
 pub(super) struct Connection {
     pub(super) id: ConnectionId,
     pub(super) index: u16,
+    /// Whose it is, as far as limits go.
+    pub(super) peer: Option<IpAddr>,
     pub(super) link: Link,
     pub(super) framing: Framing,
     pub(super) phase: Phase,
@@ -210,10 +213,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(id: ConnectionId, index: u16, now: Instant) -> Self {
+    pub(super) fn new(id: ConnectionId, index: u16, peer: Option<IpAddr>, now: Instant) -> Self {
         Self {
             id,
             index,
+            peer,
             link: Link::new(Role::Controller),
             framing: Framing::default(),
             phase: Phase::Initialize,

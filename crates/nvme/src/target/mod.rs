@@ -8,7 +8,7 @@ mod process;
 mod replica;
 mod session;
 
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
 use std::collections::BTreeMap;
 
@@ -40,6 +40,9 @@ pub struct TargetConfig {
     pub io_queues_max: u16,
     /// A connection that has not got as far as Connect by then is closed.
     pub handshake_deadline: Duration,
+    /// Connections of one peer that have not got as far as Connect, at most; more are closed as they
+    /// come. So one peer that sends nothing, or never the right thing, does not keep others out.
+    pub handshakes_of_peer_max: usize,
     /// Refuse hosts that do not offer header digests to the replica subsystem.
     pub require_header_digest: bool,
 }
@@ -54,6 +57,7 @@ impl TargetConfig {
             queue_entries: 1024,
             io_queues_max: 16,
             handshake_deadline: Duration::from_secs(10),
+            handshakes_of_peer_max: 128,
             require_header_digest: true,
         }
     }
@@ -101,6 +105,8 @@ pub enum Input {
     Accepted {
         /// The new connection.
         connection: ConnectionId,
+        /// The peer's address, if the shell knows it. Those whose address is not known are one peer.
+        from: Option<IpAddr>,
     },
     /// A receive has ended.
     Received {
@@ -182,6 +188,13 @@ pub enum Output {
         /// Which.
         connection: ConnectionId,
     },
+    /// A connection was not taken; its [`Output::Close`] comes next.
+    Refused {
+        /// The peer, as [`Input::Accepted`] has named it.
+        from: Option<IpAddr>,
+        /// Why.
+        refusal: Refusal,
+    },
     /// A host has opened a session (a Connect of an admin queue succeeded).
     SessionOpened {
         /// Its id.
@@ -220,6 +233,17 @@ pub enum Output {
         /// The request; `id` is unique in the life of this target.
         request: BlockRequest,
     },
+}
+
+/// Why a connection is closed as it comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// See [`TargetConfig::connections_max`].
+    #[error("there are as many connections as there may be")]
+    Full,
+    /// See [`TargetConfig::handshakes_of_peer_max`].
+    #[error("too many connections of this peer have not said who they are")]
+    Peer,
 }
 
 /// Bytes a connection may have unsent before it stops taking commands.
@@ -312,7 +336,7 @@ impl Target {
         self.core.now = now;
         match input {
             Input::Tick => {}
-            Input::Accepted { connection } => self.accepted(connection),
+            Input::Accepted { connection, from } => self.accepted(connection, from),
             Input::Received { connection, buffer, bytes } => {
                 self.received(connection, buffer, bytes);
             }
@@ -368,18 +392,36 @@ impl Target {
         self.core.sessions.len()
     }
 
-    fn accepted(&mut self, id: ConnectionId) {
+    fn accepted(&mut self, id: ConnectionId, from: Option<IpAddr>) {
         assert!(!self.by_id.contains_key(&id), "the shell gives each connection its own id");
-        let index = if self.stopped { None } else { self.free.pop() };
-        let Some(index) = index else {
+        let peer = from.map(peer);
+        let refusal = if self.free.is_empty() {
+            Some(Refusal::Full)
+        } else if self.handshakes_of(peer) >= self.core.config.handshakes_of_peer_max {
+            Some(Refusal::Peer)
+        } else {
+            None
+        };
+        let taken = if self.stopped || refusal.is_some() { None } else { self.free.pop() };
+        let Some(index) = taken else {
+            if let Some(refusal) = refusal.filter(|_| !self.stopped) {
+                self.core.outbox.push(Output::Refused { from, refusal });
+            }
             self.core.outbox.push(Output::Close { connection: id });
             return;
         };
         self.by_id.insert(id, index);
-        let connection = Connection::new(id, index, self.core.now);
+        let connection = Connection::new(id, index, peer, self.core.now);
         self.connections[usize::from(index)] = Some(Box::new(connection));
         self.check_at = self.check_at.min(self.core.now + self.core.config.handshake_deadline);
         self.process(index);
+    }
+
+    /// Connections of a peer that belong to no session.
+    fn handshakes_of(&self, peer: Option<IpAddr>) -> usize {
+        let connections = self.connections.iter().flatten();
+        let strange = connections.filter(|connection| connection.phase.session().is_none());
+        strange.filter(|connection| connection.peer == peer).count()
     }
 
     fn received(&mut self, id: ConnectionId, buffer: BufferMut, bytes: usize) {
@@ -651,6 +693,18 @@ impl Target {
         let admin = usize::from(session.admin);
         if let Some(Some(connection)) = self.connections.get_mut(admin) {
             admin::tell_events(connection, &mut self.core, id);
+        }
+    }
+}
+
+/// What counts as one peer: an IPv4 address, or the network of 64 bits that an IPv6 host chooses its
+/// addresses from.
+fn peer(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => {
+            let network = u128::from(address) & (u128::MAX << 64);
+            core::net::Ipv6Addr::from(network).into()
         }
     }
 }

@@ -226,7 +226,7 @@ impl Net {
                     pipe.corrupt = Some(byte);
                 }
                 self.links.insert(connection.0, link);
-                self.target.handle(self.now, target::Input::Accepted { connection });
+                self.target.handle(self.now, target::Input::Accepted { connection, from: None });
                 let input = initiator::Input::Connected { connection, result: Ok(()) };
                 self.initiator.handle(self.now, input);
                 while let Some(output) = self.target.poll_output() {

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 
 use base::checksum::crc32c;
 use base::{BlockSize, BufferPool, Instant, ServerId, VolumeId};
@@ -49,9 +50,15 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// A target with another configuration.
+    pub(crate) fn with(configure: impl FnOnce(&mut TargetConfig)) -> Self {
         let pool = BufferPool::heap(64, 16);
         let mut config = TargetConfig::new(SERVER);
         config.require_header_digest = false;
+        configure(&mut config);
         config.address = Some("192.0.2.1:4420".parse().unwrap());
         let mut raw = Self {
             target: Target::new(config, pool.clone()),
@@ -98,7 +105,11 @@ impl Raw {
     }
 
     pub(crate) fn accept(&mut self, index: usize) {
-        self.input(Input::Accepted { connection: ConnectionId(index as u64) });
+        self.accept_from(index, None);
+    }
+
+    pub(crate) fn accept_from(&mut self, index: usize, from: Option<IpAddr>) {
+        self.input(Input::Accepted { connection: ConnectionId(index as u64), from });
     }
 
     /// Sends bytes, as long as the target takes them.
