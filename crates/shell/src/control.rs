@@ -427,6 +427,8 @@ pub struct PoolStatus {
     pub log_bytes: u64,
     /// Bytes of log in use.
     pub log_used_bytes: u64,
+    /// Bytes of log that the next process to open the pool would read before it serves.
+    pub log_recovery_bytes: u64,
     /// Bytes of home space: what volumes are placed by.
     pub home_bytes: u64,
     /// Bytes of home space that replicas may still take.

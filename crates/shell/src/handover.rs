@@ -86,6 +86,11 @@ impl Default for HandOverWaits {
     }
 }
 
+/// Log that the next process reads in a few milliseconds.
+const LITTLE_LOG_BYTES: u64 = 4 << 20;
+/// How often it is asked how much is left.
+const LOG_TURN: Duration = Duration::from_millis(10);
+
 /// Why a data plane was not handed over.
 #[derive(Debug, thiserror::Error)]
 pub enum HandOverError {
@@ -104,6 +109,10 @@ pub enum HandOverError {
 
 /// A data plane that can be handed over.
 pub trait HandOver {
+    /// Sends home what is in the pool's log, while everything is served, so that the next process
+    /// has little to read. Returns once that is so, or after `wait`: guests may write faster.
+    fn prepare(&self, wait: Duration);
+
     /// Stops, and leaves everything for another process. Afterwards every other method fails with
     /// [`ControlError::HandedOver`], until [`HandOver::take_back`].
     fn hand_over(&self, waits: HandOverWaits) -> Result<Left, HandOverError>;
@@ -121,6 +130,29 @@ pub trait HandOver {
 }
 
 impl HandOver for Plane {
+    fn prepare(&self, wait: Duration) {
+        let begun = Instant::now();
+        let mut before = None;
+        let left = loop {
+            let left = match self.status(STATUS_WAIT) {
+                Ok(status) => status.pool.map_or(0, |pool| pool.log_recovery_bytes),
+                Err(error) => return tracing::warn!(%error, "the log is not sent home first"),
+            };
+            if left <= LITTLE_LOG_BYTES || begun.elapsed() >= wait {
+                break left;
+            }
+            if before.is_none() {
+                before = Some(left);
+                if let Err(error) = self.mail().send("hasten", Message::Hasten(wait), STATUS_WAIT) {
+                    return tracing::warn!(%error, "the log is not sent home first");
+                }
+            }
+            std::thread::sleep(LOG_TURN);
+        };
+        let before = before.unwrap_or(left);
+        tracing::info!(before, left, took = ?begun.elapsed(), "bytes of log for the next process");
+    }
+
     fn hand_over(&self, waits: HandOverWaits) -> Result<Left, HandOverError> {
         let begun = Instant::now();
         let mut exports = std::mem::take(&mut *self.served());

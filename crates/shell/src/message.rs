@@ -82,6 +82,8 @@ pub(crate) enum Message {
         export: ExportId,
         control: vhost_blk::Control,
     },
+    /// Sends home what it can, for as long.
+    Hasten(Duration),
     /// Takes nothing new from guests; answered when nothing of theirs is under way.
     Hold(Answer<()>),
     /// Lets go of pool, sockets and guests, answers with the replica service's listening socket

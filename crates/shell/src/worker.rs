@@ -364,6 +364,7 @@ impl Worker {
                 let _ = answer.try_send(());
             }
             Message::Vhost { export, control } => self.exports.control(export, control),
+            Message::Hasten(wait) => self.node.hasten_home(now, now + wait),
             Message::Hold(answer) => {
                 self.exports.hold();
                 self.holding = Some(answer);

@@ -4,8 +4,8 @@ use core::fmt;
 use core::time::Duration;
 
 use base::{
-    BlockCount, BlockSize, Buffer, BufferMut, BufferPool, ClusterId, Epoch, Lba, PoolId, Position,
-    Record, ReplicaError, ReplicaKey, ReplicaState, ReplyBody, Seq, ServerId,
+    BlockCount, BlockSize, Buffer, BufferMut, BufferPool, ClusterId, Epoch, Instant, Lba, PoolId,
+    Position, Record, ReplicaError, ReplicaKey, ReplicaState, ReplyBody, Seq, ServerId,
 };
 
 use crate::label::LabelError;
@@ -46,6 +46,9 @@ pub struct FlushPolicy {
     pub log_fill_percent: u8,
     /// Flush while more than this share of the index is in use.
     pub index_fill_percent: u8,
+    /// Flush while full segments hold more bytes than this that are not home. Whoever opens the
+    /// pool next reads them before anybody is served.
+    pub full_bytes: u64,
     /// Flush what has been in the log for longer than this.
     pub age: Duration,
     /// Flush everything that may go home after no append has come for this long.
@@ -61,6 +64,7 @@ impl Default for FlushPolicy {
         Self {
             log_fill_percent: 50,
             index_fill_percent: 50,
+            full_bytes: 128 << 20,
             age: Duration::from_secs(30),
             idle: Duration::from_secs(5),
             operations: 8,
@@ -90,6 +94,12 @@ pub enum Input {
         tag: u64,
         /// What to do.
         command: Command,
+    },
+    /// This process is about to leave the pool to another one: until then, whatever may go home
+    /// does, beyond what the policy asks for, so that the next one has little log to read.
+    Hasten {
+        /// When it ends, if no other process has taken the pool.
+        until: Instant,
     },
     /// Nothing happened but time: [`next_deadline`](crate::Store::next_deadline) passed.
     Tick,
@@ -574,6 +584,8 @@ pub struct Usage {
     pub log_used_bytes: u64,
     /// Bytes of log segments that hold data which is not home.
     pub log_dirty_bytes: u64,
+    /// Bytes of log that an opening of the pool would read.
+    pub log_recovery_bytes: u64,
     /// Blocks found through the index.
     pub index_entries: u64,
     /// Blocks that the index has room for.

@@ -27,6 +27,9 @@ pub(crate) use crate::wave::MoverId;
 const HOME_FULL_RETRY: Duration = Duration::from_millis(100);
 /// What is settled is noted in the journal once no append has come for this long.
 const NOTE_AFTER: Duration = Duration::from_millis(50);
+/// How much log may be left, and how often to look, while everything is to go home soon.
+const HASTE_LEAVES_BYTES: u64 = 2 << 20;
+const HASTE_TURN: Duration = Duration::from_millis(10);
 /// Index slots looked at in one turn.
 const SWEEP_SLOTS: usize = 64 * 1024;
 
@@ -53,6 +56,8 @@ pub(crate) struct Flush {
     pub(crate) spare_meta: Vec<ChunkMeta>,
     retry_at: Option<Instant>,
     check_at: Option<Instant>,
+    /// Until then, everything goes home as soon as it may.
+    pub(crate) hasten_until: Option<Instant>,
     /// What is settled may have to be noted then.
     note_at: Option<Instant>,
     /// Replicas with settling segments.
@@ -68,6 +73,8 @@ impl Flush {
 
 enum Why {
     Fill,
+    /// A recovery would take too long.
+    Recovery,
     Age(Instant),
     Idle,
 }
@@ -153,6 +160,13 @@ impl Store {
         if self.stalled.is_some() || fill || index || self.segments.zeroes > ZEROES_MAX / 2 {
             return Some(Why::Fill);
         }
+        if self.hastens() {
+            self.flush.check_at = Some(self.now + HASTE_TURN);
+            return Some(Why::Idle);
+        }
+        if self.segments.full as u64 * self.segments.segment_bytes > policy.full_bytes {
+            return Some(Why::Recovery);
+        }
         if !due {
             return None;
         }
@@ -166,15 +180,22 @@ impl Store {
         (oldest + policy.age <= self.now).then_some(Why::Age(oldest))
     }
 
+    /// Another process is about to open the pool, and would have much to read.
+    fn hastens(&mut self) -> bool {
+        self.flush.hasten_until = self.flush.hasten_until.filter(|until| *until > self.now);
+        self.flush.hasten_until.is_some() && self.segments.recovery_bytes() > HASTE_LEAVES_BYTES
+    }
+
     fn start_job(&mut self) -> bool {
         let Some(why) = self.why_flush() else { return false };
         let found = match why {
             Why::Fill => self.candidate(false, None).or_else(|| self.candidate(true, None)),
+            Why::Recovery => self.candidate(false, None),
             Why::Age(oldest) => self.candidate(true, Some(oldest)),
             Why::Idle => self.candidate(true, None),
         };
         let Some((slot, last)) = found else { return false };
-        if !matches!(why, Why::Fill) {
+        if !matches!(why, Why::Fill | Why::Recovery) {
             // There may be more of the kind.
             self.flush.check_at = Some(self.now);
         }

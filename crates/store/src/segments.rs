@@ -27,6 +27,16 @@ pub(crate) enum SegmentState {
     Trimming,
 }
 
+impl SegmentState {
+    /// Whether a recovery reads it.
+    fn is_replayed(self) -> bool {
+        match self {
+            Self::Open | Self::Full | Self::Settling => true,
+            Self::Free | Self::Clean | Self::Trimming => false,
+        }
+    }
+}
+
 /// One segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
@@ -57,6 +67,8 @@ pub(crate) struct Segments {
     pub(crate) segment_bytes: u64,
     /// Segments in state `Open` or `Full`.
     pub(crate) dirty: usize,
+    /// Segments in state `Full`.
+    pub(crate) full: usize,
     /// Segments in state `Clean`.
     pub(crate) clean: usize,
     /// Sum of `blocks` over segments that a recovery would replay.
@@ -72,6 +84,7 @@ impl Segments {
             free: VecDeque::new(),
             segment_bytes,
             dirty: 0,
+            full: 0,
             clean: 0,
             blocks: 0,
             zeroes: 0,
@@ -118,15 +131,14 @@ impl Segments {
     pub(crate) fn set_state(&mut self, segment: u32, state: SegmentState) {
         let segment_index = segment;
         let segment = &mut self.all[segment as usize];
-        let replayed = |state| match state {
-            SegmentState::Open | SegmentState::Full | SegmentState::Settling => 1_u64,
-            SegmentState::Free | SegmentState::Clean | SegmentState::Trimming => 0,
-        };
+        let replayed = |state: SegmentState| u64::from(state.is_replayed());
         let dirty = |state| usize::from(matches!(state, SegmentState::Open | SegmentState::Full));
+        let full = |state| usize::from(state == SegmentState::Full);
         let clean = |state| usize::from(state == SegmentState::Clean);
         let old = segment.state;
         segment.state = state;
         self.dirty = self.dirty + dirty(state) - dirty(old);
+        self.full = self.full + full(state) - full(old);
         self.clean = self.clean + clean(state) - clean(old);
         let (blocks, zeroes) = (u64::from(segment.blocks), u64::from(segment.zeroes));
         self.blocks = self.blocks + replayed(state) * blocks - replayed(old) * blocks;
@@ -139,6 +151,12 @@ impl Segments {
                 self.free.push_back(segment_index);
             }
         }
+    }
+
+    /// Bytes that a recovery would read now.
+    pub(crate) fn recovery_bytes(&self) -> u64 {
+        let replayed = self.all.iter().filter(|segment| segment.state.is_replayed());
+        replayed.map(|segment| u64::from(segment.pages) * PAGE).sum()
     }
 
     /// Forgets what a segment was charged with: its records are about to be replayed.

@@ -214,6 +214,7 @@ impl Store {
         match input {
             Input::DiskDone { id, result } => self.disk_done(id, result),
             Input::Command { tag, command } => self.command(tag, command),
+            Input::Hasten { until } => self.flush.hasten_until = Some(until),
             Input::Tick => {}
         }
     }
@@ -700,6 +701,7 @@ impl Store {
             log_bytes: all * segment,
             log_used_bytes: (all - self.segments.free.len() as u64) * segment,
             log_dirty_bytes: self.segments.dirty as u64 * segment,
+            log_recovery_bytes: self.segments.recovery_bytes(),
             index_entries: self.index.entries() as u64,
             index_entries_max: self.index.entries_max() as u64,
             home_bytes: u64::from(self.chunks.chunks()) * chunk,

@@ -13,7 +13,7 @@ use base::{
 };
 use core::time::Duration;
 use sim::{Disk, Random, SECTOR, Shape, World, shape};
-use store::{Command, LABEL_AREA_BYTES, OpenError};
+use store::{Command, Input, LABEL_AREA_BYTES, OpenError};
 
 const SIZE: usize = 4096;
 
@@ -213,6 +213,67 @@ fn a_small_log_takes_overwrites_for_ever() {
     one.world.reopen(true).expect("it opens");
     assert_eq!(one.check(), 0);
     one.settle_home();
+    assert_eq!(one.check(), 0);
+}
+
+/// A store whose policy leaves everything in the log.
+fn patient() -> Shape {
+    let mut shape = shape();
+    shape.flush.log_fill_percent = 100;
+    shape.flush.index_fill_percent = 100;
+    (shape.flush.idle, shape.flush.age) = (Duration::from_hours(1), Duration::from_hours(1));
+    shape
+}
+
+#[test]
+fn what_an_opening_would_have_to_read_is_bounded() {
+    let mut shape = patient();
+    shape.flush.full_bytes = 2 << 20;
+    let mut one = One::new(shape, 2048, 3);
+    let mut most = 0;
+    for number in 0..400 {
+        one.write(number % 100 * 16, 4);
+        let usage = one.world.store.usage();
+        // What comes while a segment goes home, and the one that is being filled.
+        assert!(usage.log_recovery_bytes <= 4 << 20, "after {number} writes: {usage:?}");
+        most = most.max(usage.log_recovery_bytes);
+    }
+    assert!(most > 2 << 20, "it does not go home sooner than it must: {most} bytes at most");
+    one.flush();
+    one.world.reopen(true).expect("it opens");
+    assert_eq!(one.check(), 0);
+}
+
+#[test]
+fn a_log_goes_home_before_another_process_opens_it() {
+    let mut one = One::new(patient(), 2048, 4);
+    for number in 0..200 {
+        one.write(number * 8, 4);
+    }
+    let commit = Seq(one.last);
+    one.ask(Command::Commit { key: key(), commit }).expect("it takes a commit seq");
+    one.world.run(Duration::from_secs(3));
+    let before = one.world.store.usage().log_recovery_bytes;
+    assert!(before > 3 << 20, "nobody wants it home yet: {before} bytes");
+
+    let until = one.world.now + Duration::from_secs(1);
+    one.world.store.handle(one.world.now, Input::Hasten { until });
+    for number in 0..10 {
+        one.write(number * 8, 4);
+        one.world.run(Duration::from_millis(20));
+    }
+    let left = one.world.store.usage().log_recovery_bytes;
+    assert!(left <= 2 << 20, "{left} of {before} bytes are left");
+
+    // If nobody comes, the policy holds again.
+    one.world.now = until;
+    for number in 0..200 {
+        one.write(number * 8, 4);
+    }
+    one.world.run(Duration::from_secs(3));
+    assert!(one.world.store.usage().log_recovery_bytes > 3 << 20);
+    one.flush();
+    one.world.reopen(true).expect("it opens");
     assert_eq!(one.check(), 0);
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base::{ClusterId, PoolId, ServerId};
 use cluster::Create;
@@ -17,6 +17,9 @@ use super::{Daemon, DaemonError, Listeners, Parts, plane_config};
 use crate::config::Config;
 use crate::pool::PoolIdentity;
 use crate::upgrade::{self, Leaves, Next, Outcome, PassOn, UpgradeError};
+
+/// How long the log may take to go home before an upgrade; all is served meanwhile.
+const LOG_HOME: Duration = Duration::from_secs(5);
 
 const CLUSTER: &str = "cluster";
 const SERVER: &str = "server";
@@ -60,6 +63,7 @@ impl Leaves for Leaving {
     fn leave(&self, pass_on: &mut PassOn<'_>) -> Result<Outcome, String> {
         let plane = Arc::clone(&self.parts.plane);
         let hand_over = plane.handing_over().ok_or("this data plane cannot be handed over")?;
+        hand_over.prepare(LOG_HOME);
         let _frozen = self.parts.exports.freeze();
         self.parts.exports.end_repairs();
         let named: [(&str, BorrowedFd<'_>); 2] =

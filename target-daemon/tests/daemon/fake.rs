@@ -254,6 +254,7 @@ impl DataPlane for FakePlane {
                 id: self.pool.pool,
                 log_bytes: DEVICE_BYTES,
                 log_used_bytes: 0,
+                log_recovery_bytes: 0,
                 home_bytes: DEVICE_BYTES,
                 home_free_bytes: DEVICE_BYTES,
                 failed: None,

@@ -313,6 +313,15 @@ impl Node {
         self.peers.keep(now, others.collect());
     }
 
+    /// Another process is about to take the pool: until `until`, what may go home does, so that
+    /// the next one has little log to read.
+    pub fn hasten_home(&mut self, now: Instant, until: Instant) {
+        self.now = now;
+        if let Some(server) = &mut self.server {
+            server.store.handle(now, store::Input::Hasten { until });
+        }
+    }
+
     /// Makes a head; its lease is won. It goes on opening by itself and says
     /// [`HeadEvent::Opened`](crate::HeadEvent::Opened).
     pub fn open_head(

@@ -132,6 +132,8 @@ pub struct Shape {
     pub flush: FlushPolicy,
     pub buffers: (usize, usize),
     pub scrub_bytes_per_second: u64,
+    /// Now and then, another process is about to open the pool, and does not.
+    pub leaves: bool,
 }
 
 impl Shape {
@@ -155,9 +157,11 @@ impl Shape {
                 idle: Duration::from_millis(1 + random.below(500)),
                 operations: u16::try_from(1 + random.below(8)).unwrap(),
                 operations_pressed: 16,
+                full_bytes: random.below(16) << 19,
             },
             buffers: (64 + usize::try_from(random.below(100)).unwrap(), 16),
             scrub_bytes_per_second: 0,
+            leaves: true,
         }
     }
 }
@@ -179,6 +183,7 @@ pub fn shape() -> Shape {
         },
         buffers: (128, 24),
         scrub_bytes_per_second: 0,
+        leaves: false,
     }
 }
 
@@ -361,6 +366,10 @@ impl World {
         let Some(deadline) = self.store.next_deadline() else { return false };
         self.now = self.now.max(deadline);
         self.store.handle(self.now, Input::Tick);
+        if self.shape.leaves && self.random.chance(1) {
+            let until = self.now + Duration::from_millis(self.random.below(200));
+            self.store.handle(self.now, Input::Hasten { until });
+        }
         self.drain();
         true
     }
