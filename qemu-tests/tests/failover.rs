@@ -286,7 +286,8 @@ fn a_flood_of_connections_keeps_nobody_else_out() {
             Ok(line.rsplit(' ').next().context("a value")?.parse()?)
         };
         let refused = || counted("holdfast_connections_refused_total ");
-        let listen = flooded.status()?["listen"].as_str().context("an address")?.to_owned();
+        let listen =
+            flooded.status()?["server"]["listen"].as_str().context("an address")?.to_owned();
         let target: SocketAddr = listen.parse()?;
         let flood: Vec<TcpStream> = (0..3 * HANDSHAKES_MAX)
             .map(|_| connect_from(FLOODER, target))
