@@ -115,6 +115,33 @@ fn volume(bench: &Bench) -> VolumeId {
 }
 
 #[test]
+fn a_head_that_opens_before_it_is_noted_is_open() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let (a, b) = (Host::standby(&bench, 1, id), Host::standby(&bench, 2, id));
+    let held = |number, open| LeaseState::Held { epoch: Epoch(number), open };
+    // The data plane may say so while the thread that acquires is on its way back from asking for it.
+    a.follow.opened(id, Epoch(1));
+    assert_eq!(a.state(), LeaseState::Standby);
+    a.start();
+    a.until("an open head", |state| *state == held(1, true));
+    // It says nothing of the head after that.
+    a.stop();
+    a.until_yielded();
+    b.start();
+    b.until_held(2);
+    a.follow.deposed(id, Epoch(1));
+    b.stop();
+    b.until_yielded();
+    a.start();
+    a.until_held(3);
+    assert_eq!(a.state(), held(3, false));
+    a.follow.opened(id, Epoch(3));
+    assert_eq!(a.state(), held(3, true));
+    a.leave();
+}
+
+#[test]
 fn a_guest_moves_there_and_back_and_its_lease_with_it() {
     let bench = Bench::new();
     let id = volume(&bench);
