@@ -77,9 +77,9 @@ impl Checkers {
         self.durable.filled(process, is_over);
     }
 
-    /// Pages of a server's disks have rotted.
-    pub(crate) fn rotted(&mut self, process: usize) {
-        self.durable.rotted(process);
+    /// Pages of a server's disks have rotted; these batches in its log are whole.
+    pub(crate) fn rotted(&mut self, process: usize, whole: Vec<store::BatchFacts>) {
+        self.durable.rotted(process, whole);
     }
 
     /// Looks at a process; what it finds wrong begins with the invariant's name.

@@ -186,6 +186,12 @@ impl Disk {
         watched.into_iter().filter_map(|page| Some((page, &pages[index(page)].as_ref()?[..])))
     }
 
+    /// The batches of a log that begin on it and are whole.
+    pub(crate) fn batches(&self) -> Vec<store::BatchFacts> {
+        let pages = self.pages.iter().flatten();
+        pages.filter_map(|page| store::batch_facts(&page[..])).collect()
+    }
+
     /// Flips a bit on media.
     pub(crate) fn rot(&mut self, page: u64, bit: usize) {
         if let Some(bytes) = self.pages[index(page)].as_mut() {

@@ -37,6 +37,7 @@ places! {
     UpgradeTakenBack = "a next process died and the one before took everything back",
     GrantHandedOver = "an upgraded server had granted reads, and the next process knew",
     PowerLost = "a server lost power",
+    PowerLostWhileDown = "a server lost power while its process was down",
     AllPowerLost = "every server lost power at once",
     WallClockWrong = "a process's wall clock was wrong",
     ClockJumped = "a head's clock jumped ahead",

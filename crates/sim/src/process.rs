@@ -340,6 +340,14 @@ impl Process {
         lost
     }
 
+    /// The power goes while it is down, and whoever was about to take over from it is gone, too.
+    pub(crate) fn lose_power(&mut self, random: &mut Random) {
+        self.machine_up = false;
+        self.listens = false;
+        self.successor = None;
+        self.disks.iter_mut().for_each(|disk| disk.power_cut(random));
+    }
+
     /// Writes under way when their process dies have reached the disk, page by page, or not.
     fn settle_writes(&mut self, random: &mut Random) {
         for (_, operation) in self.operations.iter() {

@@ -59,6 +59,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (700_533, "a seal lost in both copies, which was beyond the budget"),
     (720_525, "rot in the end of a log whose server died only later"),
     (910_455, "a liar's word that the oracle believed after a second opening"),
+    (8_008_497, "rot in batches that were written at the same time, which nothing vouches for"),
     (710_550, "a read grant that was asked for again without end"),
 ];
 

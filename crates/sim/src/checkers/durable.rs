@@ -7,17 +7,15 @@
 //! at which such a server is back with less than it had, nobody promises more than it has now.
 
 use base::Seq;
+use store::BatchFacts;
 
 use super::Seen;
-
-/// Records of a batch in a log, at most (as `store` has it).
-const BATCH_RECORDS_MAX: u64 = 32;
 
 pub(super) struct Durable {
     /// Of each server, the highest seq that was both on media and settled.
     kept: Vec<Seq>,
-    /// Of each server, whether its disk may have rotted since it was last looked at.
-    rotten: Vec<bool>,
+    /// Of each server whose disk may have rotted since it was last looked at, the batches that are whole.
+    rotten: Vec<Option<Vec<BatchFacts>>>,
     /// Of each server, through which seq it had things settled on media before its disk turned out to lie.
     lied: Vec<Option<Seq>>,
     /// Of each server, whether its replica is filled with chunks, which drops its log, and whether that is over.
@@ -28,7 +26,7 @@ impl Durable {
     pub(super) fn new(servers: usize) -> Self {
         Self {
             kept: vec![Seq::ZERO; servers],
-            rotten: vec![false; servers],
+            rotten: vec![None; servers],
             lied: vec![None; servers],
             filled: vec![(false, false); servers],
         }
@@ -54,9 +52,10 @@ impl Durable {
         }
     }
 
-    /// Rot in the last batch cannot be told from a write that was cut off: so much may go.
-    pub(super) fn rotted(&mut self, process: usize) {
-        self.rotten[process] = true;
+    /// Rot in batches that none of the whole ones vouches for cannot be told from writes that were cut
+    /// off: so much may go. They are several where batches were written at the same time.
+    pub(super) fn rotted(&mut self, process: usize, whole: Vec<BatchFacts>) {
+        self.rotten[process] = Some(whole);
     }
 
     pub(super) fn look(&mut self, seen: &Seen<'_>) -> Result<(), String> {
@@ -78,7 +77,9 @@ impl Durable {
         let rotten = std::mem::take(&mut self.rotten[seen.process]);
         let lied = self.lied[seen.process].take();
         let mut forgot = lied.is_some_and(|had| state.last.seq < had);
-        if rotten && state.last.seq < *kept && kept.0 - state.last.seq.0 <= BATCH_RECORDS_MAX {
+        if rotten.is_some_and(|whole| vouched(&whole, *kept) <= state.last.seq)
+            && state.last.seq < *kept
+        {
             *kept = state.last.seq;
             forgot = true;
         }
@@ -99,5 +100,32 @@ impl Durable {
         }
         *kept = (*kept).max(state.commit.min(state.durable));
         Ok(())
+    }
+}
+
+/// What the log's batches say was on media. Those beyond `kept` may be of a log that was cut since.
+fn vouched(whole: &[BatchFacts], kept: Seq) -> Seq {
+    let counts = whole.iter().filter(|batch| batch.last <= kept);
+    counts.map(|batch| batch.durable).max().unwrap_or(Seq::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rot_costs_what_nothing_vouches_for_and_no_more() {
+        let batch = |first, last, durable| BatchFacts {
+            first: Seq(first),
+            last: Seq(last),
+            durable: Seq(durable),
+        };
+        // Three were written at the same time; the first and the last of them rotted.
+        let whole = [batch(160, 168, 159), batch(201, 232, 168)];
+        assert_eq!(vouched(&whole, Seq(237)), Seq(168));
+        let whole = [batch(160, 168, 159), batch(233, 237, 200)];
+        assert_eq!(vouched(&whole, Seq(237)), Seq(200));
+        assert_eq!(vouched(&whole, Seq(236)), Seq(159), "it is of a log that was cut");
+        assert_eq!(vouched(&[], Seq(1)), Seq::ZERO);
     }
 }

@@ -63,6 +63,27 @@ impl World {
         if self.processes[process].node.is_some() {
             self.end_process(process, power_cut);
             self.after(nanos, Event::Start { process });
+        } else if power_cut && self.processes[process].is_server() {
+            self.lose_caches(process);
+        }
+    }
+
+    /// What is about to be recovered may have rotted.
+    pub(super) fn note_rot(&mut self, process: usize) {
+        self.checkers.rotted(process, self.processes[process].disks[0].batches());
+    }
+
+    /// The power goes where a process was down already: what it had not put on media may be gone, too.
+    fn lose_caches(&mut self, process: usize) {
+        self.report.places.reach(Place::PowerLostWhileDown);
+        let lied = self.processes[process].disks.iter().any(|disk| disk.lied);
+        self.processes[process].lose_power(&mut self.random);
+        self.oracle.power_lost();
+        if lied {
+            self.checkers.log_lost(process);
+        }
+        if self.rotted && self.faulty == Some(process) {
+            self.note_rot(process);
         }
     }
 
@@ -85,7 +106,7 @@ impl World {
             }
         }
         if self.rotted && self.faulty == Some(process) {
-            self.checkers.rotted(process);
+            self.note_rot(process);
         }
         self.network.break_all(self.now, process, power_cut);
     }

@@ -440,7 +440,7 @@ impl World {
                 }
                 // What it has not read yet of its log counts as well.
                 if let Some(who) = self.faulty.filter(|who| !self.processes[*who].open) {
-                    self.checkers.rotted(who);
+                    self.note_rot(who);
                 }
                 struck
             }
