@@ -394,7 +394,7 @@ impl Attached {
     }
 
     /// Whether somebody on its host listens at its socket: it is there a moment earlier.
-    fn listens(&self) -> Result<bool> {
+    pub(crate) fn listens(&self) -> Result<bool> {
         let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", self.process.pid()))?;
         let path = self.socket.display().to_string();
         // Number, references, protocol, flags (`__SO_ACCEPTCON`), type, state, inode, path.

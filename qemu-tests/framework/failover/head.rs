@@ -97,7 +97,8 @@ fn repeat(
 /// Connects to the new head as soon as it listens.
 fn connect(attached: &mut Attached, options: LoadOptions, oracle: Oracle) -> Result<Load> {
     let deadline = Deadline::seconds(PATIENCE_SECONDS);
-    while !attached.socket.exists() {
+    // The socket is there a moment before anybody listens at it.
+    while !attached.listens()? {
         attached.process.check_alive()?;
         ensure!(!deadline.has_passed(), "holdfast attach does not listen");
         std::thread::sleep(SOCKET_POLL);
