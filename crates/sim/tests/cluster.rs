@@ -61,6 +61,12 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (910_455, "a liar's word that the oracle believed after a second opening"),
     (8_008_497, "rot in batches that were written at the same time, which nothing vouches for"),
     (710_550, "a read grant that was asked for again without end"),
+    (
+        351_609_381_092_118,
+        "batches of a log that a fill had dropped, which vouched for the new one",
+    ),
+    (351_609_381_094_238, "a member that lost power unnoticed, and was read alone"),
+    (351_609_381_095_676, "a small log that rotted as a whole, and nothing in the journal of it"),
 ];
 
 #[test]

@@ -253,6 +253,8 @@ pub struct BatchFacts {
     /// Through which record the log was on media before it was written: rot in what it vouches for is not
     /// taken for a write that was cut off.
     pub durable: Seq,
+    /// Of its segment: later ones are higher. What begins again at a lower seq in a later segment took its place.
+    pub ordinal: u64,
 }
 
 /// The batch that a page of a log's device begins, if its header is whole and fits in the page. For the
@@ -261,9 +263,11 @@ pub fn batch_facts(page: &[u8]) -> Option<BatchFacts> {
     if page.len() < PAGE_BYTES {
         return None;
     }
-    let (header, _) = BatchHeader::decode(page, &Owner::decode(page), u32_at(page, 96))?;
-    let last = header.first_seq.0.checked_add(u64::from(header.records) - 1)?;
-    Some(BatchFacts { first: header.first_seq, last: Seq(last), durable: header.durable })
+    let owner = Owner::decode(page);
+    let (header, _) = BatchHeader::decode(page, &owner, u32_at(page, 96))?;
+    let (first, durable, ordinal) = (header.first_seq, header.durable, owner.ordinal);
+    let last = Seq(first.0.checked_add(u64::from(header.records) - 1)?);
+    Some(BatchFacts { first, last, durable, ordinal })
 }
 
 /// Whole pages of a record's payload in the log.
@@ -361,7 +365,7 @@ mod tests {
         assert_eq!(BatchHeader::decode(&page, &owner(), 13), None);
         let later = Owner { ordinal: 7, ..owner() };
         assert_eq!(BatchHeader::decode(&page, &later, 12), None);
-        let facts = BatchFacts { first: Seq(8), last: Seq(8), durable: Seq(11) };
+        let facts = BatchFacts { first: Seq(8), last: Seq(8), durable: Seq(11), ordinal: 6 };
         assert_eq!(batch_facts(&page), Some(facts));
         assert_eq!(batch_facts(&page[..PAGE_BYTES - 1]), None);
         for bit in 0..115 * 8 {

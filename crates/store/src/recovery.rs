@@ -642,6 +642,8 @@ impl Store {
             self.output(Output::Notice(crate::api::Notice::Damaged(key)));
             return;
         }
+        // All of it is on media before the checkpoint is, which need not rely on the log for it.
+        replica.commit_durable = replica.commit;
         let ordinal = replica.next_ordinal;
         if replica.segments.is_empty() {
             return;

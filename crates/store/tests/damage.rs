@@ -1,4 +1,5 @@
-//! Damage of home is found by reads and scrubs, and gone when the blocks are written again.
+//! Damage of home is found by reads and scrubs, and gone when the blocks are written again; a log that is
+//! gone as a whole is missed.
 
 #![allow(missing_docs)]
 #![allow(clippy::cast_possible_truncation)]
@@ -122,4 +123,29 @@ fn a_scrub_finds_what_is_damaged() {
         node.world.run(Duration::from_secs(1));
         assert_eq!(node.world.store.scrubbed(), before);
     }
+}
+
+#[test]
+fn a_log_that_rots_as_a_whole_is_missed_after_a_restart() {
+    let mut shape = small_shape(8 << 20, 64 << 10);
+    (shape.flush.idle, shape.flush.age) = (Duration::from_hours(1), Duration::from_hours(1));
+    let mut node = Node::new(shape, BlockSize::B4096, BLOCKS, 7);
+    for lba in 0..8 {
+        node.append(1, lba, 1, RecordKind::Write);
+    }
+    node.flush();
+    node.commit(8);
+    node.append(1, 8, 1, RecordKind::Write);
+    node.flush();
+    // Only the log itself says what is settled: there was no time to note it.
+    node.world.reopen(false).expect("it opens");
+    assert_eq!(node.state().commit.0, 8);
+    for page in node.world.disks[0].media.chunks_exact_mut(4096) {
+        if page.starts_with(b"HFBT") || page.starts_with(b"HFSG") {
+            page[9] ^= 1;
+        }
+    }
+    node.world.reopen(true).expect("it opens");
+    let info = node.world.store.replica(key()).expect("it is there");
+    assert!(info.damaged, "{info:?}");
 }

@@ -103,9 +103,13 @@ impl Durable {
     }
 }
 
-/// What the log's batches say was on media. Those beyond `kept` may be of a log that was cut since.
+/// What the log's batches say was on media. Those beyond `kept` may be of a log that was cut since, and so are
+/// those that a later segment has again.
 fn vouched(whole: &[BatchFacts], kept: Seq) -> Seq {
-    let counts = whole.iter().filter(|batch| batch.last <= kept);
+    let again = |batch: &BatchFacts| {
+        whole.iter().any(|other| other.ordinal > batch.ordinal && other.first <= batch.last)
+    };
+    let counts = whole.iter().filter(|batch| batch.last <= kept && !again(batch));
     counts.map(|batch| batch.durable).max().unwrap_or(Seq::ZERO)
 }
 
@@ -115,17 +119,21 @@ mod tests {
 
     #[test]
     fn rot_costs_what_nothing_vouches_for_and_no_more() {
-        let batch = |first, last, durable| BatchFacts {
+        let batch = |ordinal, first, last, durable| BatchFacts {
             first: Seq(first),
             last: Seq(last),
             durable: Seq(durable),
+            ordinal,
         };
         // Three were written at the same time; the first and the last of them rotted.
-        let whole = [batch(160, 168, 159), batch(201, 232, 168)];
+        let whole = [batch(1, 160, 168, 159), batch(1, 201, 232, 168)];
         assert_eq!(vouched(&whole, Seq(237)), Seq(168));
-        let whole = [batch(160, 168, 159), batch(233, 237, 200)];
+        let whole = [batch(1, 160, 168, 159), batch(1, 233, 237, 200)];
         assert_eq!(vouched(&whole, Seq(237)), Seq(200));
         assert_eq!(vouched(&whole, Seq(236)), Seq(159), "it is of a log that was cut");
+        // A fill has dropped the log and brought another.
+        let whole = [batch(1, 233, 237, 200), batch(2, 1, 8, 0), batch(2, 17, 240, 0)];
+        assert_eq!(vouched(&whole, Seq(240)), Seq(0));
         assert_eq!(vouched(&[], Seq(1)), Seq::ZERO);
     }
 }

@@ -37,7 +37,8 @@ impl World {
         let heads = self.processes[self.desired].node.iter().flat_map(Node::heads);
         let members = heads.flat_map(|(_, _, status, _)| status.members);
         let wanted = |member: &volume::MemberStatus| {
-            let whole = member.caught_up && member.lag == Some(0);
+            // A head that waits for nothing may not have noticed yet that its member lost power.
+            let whole = member.caught_up && member.lag == Some(0) && self.has(member);
             if role == Role::InSync {
                 member.role == role && whole
             } else {
@@ -49,6 +50,14 @@ impl World {
         let stays = |server: &ServerId| record.in_sync().any(|member| member == *server);
         let servers = members.filter(wanted).map(|member| member.server);
         servers.filter(|server| role != Role::InSync || stays(server)).collect()
+    }
+
+    /// Whether a member has what its head believes.
+    fn has(&self, member: &volume::MemberStatus) -> bool {
+        let mut servers = (0..self.config.pools()).filter(|at| server_id(*at) == member.server);
+        let store = servers.next().and_then(|at| self.processes[at].node.as_ref()?.store());
+        let replica = store.and_then(|store| store.replicas().next());
+        replica.is_some_and(|(_, info)| info.state.last.seq >= member.last)
     }
 
     /// The volume has this copy alone, and what is read is what it was.
