@@ -73,6 +73,7 @@ struct Running {
 }
 
 /// Why a repair is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ended {
     Done,
     NotOpen,
@@ -91,7 +92,11 @@ impl Running {
         if matches!(head.phase, HeadPhase::Opening { .. }) {
             return (now.duration_since(self.started) >= OPEN_LIMIT).then_some(Ended::NotOpen);
         }
-        let left = Left::of(status, head);
+        self.judge(now, Left::of(status, head), planned)
+    }
+
+    /// The same of a head that is open, with what is left to do.
+    fn judge(&mut self, now: Instant, left: Left, planned: bool) -> Option<Ended> {
         if planned || left != self.left.0 {
             self.left = (left, now);
         }
@@ -256,13 +261,7 @@ impl Repairs {
         let running = self.volumes.values().filter(|known| known.running.is_some()).count();
         let wait = wait(id, repair.server == self.server);
         let now = Instant::now();
-        let candidate = self.volumes.entry(id).or_insert_with(|| Candidate {
-            since: now,
-            not_before: now,
-            own_not_before: now,
-            failures: 0,
-            running: None,
-        });
+        let candidate = self.volumes.entry(id).or_insert_with(|| Candidate::new(now));
         let not_before = candidate.not_before;
         let not_before = if own { not_before.max(candidate.own_not_before) } else { not_before };
         let early = now < candidate.since + wait || now < not_before;
@@ -310,10 +309,10 @@ impl Repairs {
             let Some(head) = head.filter(|_| !deposed) else {
                 // A guest has it, or its head has ended itself.
                 close(heads, *volume, epoch);
-                candidate.running = None;
-                if !deposed {
-                    candidate.fail(now);
-                    candidate.own_not_before = now + AFTER_NOT_OPEN;
+                if deposed {
+                    candidate.running = None;
+                } else {
+                    candidate.ended(Ended::NotOpen, now);
                 }
                 continue;
             };
@@ -324,22 +323,14 @@ impl Repairs {
             let ended = running.look(now, status, head, planned.is_some() || changing);
             let Some(ended) = ended else { continue };
             close(heads, *volume, epoch);
-            candidate.running = None;
-            candidate.fail(now);
+            candidate.ended(ended, now);
+            if ended == Ended::Done {
+                self.whole.insert(*volume, epoch);
+            }
             let cause = match ended {
-                Ended::Done => {
-                    candidate.failures = 0;
-                    self.whole.insert(*volume, epoch);
-                    "there is nothing to do"
-                }
-                Ended::NotOpen => {
-                    candidate.own_not_before = now + AFTER_NOT_OPEN;
-                    "its members do not answer"
-                }
-                Ended::Stuck => {
-                    candidate.own_not_before = now + AFTER_STUCK;
-                    "what is left to do gets nowhere; it is tried again in an hour"
-                }
+                Ended::Done => "there is nothing to do",
+                Ended::NotOpen => "its members do not answer",
+                Ended::Stuck => "what is left to do gets nowhere; it is tried again in an hour",
             };
             let (server, name) = (parts.view.server_name(self.server), &entry.volume.name);
             parts.happened.push(event(
@@ -354,6 +345,21 @@ impl Repairs {
 }
 
 impl Candidate {
+    fn new(now: Instant) -> Self {
+        Self { since: now, not_before: now, own_not_before: now, failures: 0, running: None }
+    }
+
+    /// Its repair head is gone: says when the next may come.
+    fn ended(&mut self, ended: Ended, now: Instant) {
+        self.running = None;
+        self.fail(now);
+        match ended {
+            Ended::Done => self.failures = 0,
+            Ended::NotOpen => self.own_not_before = now + AFTER_NOT_OPEN,
+            Ended::Stuck => self.own_not_before = now + AFTER_STUCK,
+        }
+    }
+
     fn fail(&mut self, now: Instant) {
         let wait = BACKOFF.saturating_mul(1 << self.failures.min(8)).min(BACKOFF_MAX);
         self.not_before = now + wait;
@@ -366,4 +372,64 @@ fn wait(volume: VolumeId, first: bool) -> Duration {
     // Some hundreds of milliseconds apart for different volumes.
     let jitter = Duration::from_millis(u64::from(volume.bytes()[0]));
     if first { FIRST_AFTER + jitter } else { OTHERS_AFTER + jitter }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running(now: Instant) -> Running {
+        Running { epoch: Epoch(1), started: now, busy: now, left: (Left::default(), now) }
+    }
+
+    fn damaged(damaged_blocks: u64) -> Left {
+        Left { damaged_blocks, ..Left::default() }
+    }
+
+    #[test]
+    fn a_repair_ends_when_there_has_been_nothing_to_do_for_a_while() {
+        let now = Instant::now();
+        let mut repair = running(now);
+        assert_eq!(repair.judge(now + IDLE / 2, Left::default(), false), None);
+        assert_eq!(repair.judge(now + IDLE, damaged(1), false), None, "found just now");
+        assert_eq!(repair.judge(now + IDLE * 3 / 2, Left::default(), false), None, "mended");
+        assert_eq!(repair.judge(now + IDLE * 2, Left::default(), false), Some(Ended::Done));
+    }
+
+    #[test]
+    fn only_a_repair_that_gets_nowhere_is_given_up() {
+        let mut now = Instant::now();
+        let mut repair = running(now);
+        for blocks in (1..=10).rev() {
+            now += STUCK - IDLE;
+            assert_eq!(repair.judge(now, damaged(blocks), false), None, "{blocks} blocks left");
+        }
+        assert_eq!(repair.judge(now + STUCK - IDLE, damaged(1), false), None);
+        assert_eq!(repair.judge(now + STUCK, damaged(1), false), Some(Ended::Stuck));
+        // The planner has no such limit: a copy to a new member may take as long as it takes.
+        let mut planned = running(now);
+        for _ in 0..10 {
+            now += STUCK;
+            assert_eq!(planned.judge(now, damaged(1), true), None);
+        }
+    }
+
+    #[test]
+    fn what_gets_nowhere_is_tried_again_much_later_unless_others_see_a_need() {
+        let now = Instant::now();
+        let mut candidate = Candidate::new(now);
+        candidate.ended(Ended::Stuck, now);
+        assert_eq!(candidate.own_not_before, now + AFTER_STUCK);
+        assert_eq!(candidate.not_before, now + BACKOFF, "for what the planner sees");
+        let mut candidate = Candidate::new(now);
+        candidate.ended(Ended::NotOpen, now);
+        assert_eq!(candidate.own_not_before, now + AFTER_NOT_OPEN);
+        for _ in 0..100 {
+            candidate.ended(Ended::NotOpen, now);
+        }
+        assert_eq!(candidate.not_before, now + BACKOFF_MAX);
+        candidate.ended(Ended::Done, now);
+        candidate.fail(now);
+        assert_eq!(candidate.not_before, now + BACKOFF, "what was done is no failure");
+    }
 }
