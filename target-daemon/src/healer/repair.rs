@@ -400,11 +400,12 @@ mod tests {
     fn only_a_repair_that_gets_nowhere_is_given_up() {
         let mut now = Instant::now();
         let mut repair = running(now);
+        let nearly = STUCK * 9 / 10;
         for blocks in (1..=10).rev() {
-            now += STUCK - IDLE;
+            now += nearly;
             assert_eq!(repair.judge(now, damaged(blocks), false), None, "{blocks} blocks left");
         }
-        assert_eq!(repair.judge(now + STUCK - IDLE, damaged(1), false), None);
+        assert_eq!(repair.judge(now + nearly, damaged(1), false), None);
         assert_eq!(repair.judge(now + STUCK, damaged(1), false), Some(Ended::Stuck));
         // The planner has no such limit: a copy to a new member may take as long as it takes.
         let mut planned = running(now);
