@@ -21,8 +21,21 @@ pub const LARGE_SLOT_BYTES: usize = HEADER_BYTES + PAYLOAD_BYTES_MAX;
 enum Memory {
     /// Part of a region that lives as long as the process (huge pages, registered with the kernel).
     Region(&'static mut [u8]),
-    /// Own heap memory; the slot starts at the first page boundary inside.
+    /// Own heap memory; the slot starts at the first page boundary inside. Made when the slot is first
+    /// taken at the latest.
     Heap { bytes: Vec<u8>, start: usize, slot_bytes: usize },
+}
+
+impl Memory {
+    fn make(&mut self) {
+        match self {
+            Self::Heap { bytes, start, slot_bytes } if bytes.is_empty() => {
+                *bytes = vec![0; *slot_bytes + PAGE_BYTES];
+                *start = bytes.as_ptr().align_offset(PAGE_BYTES);
+            }
+            Self::Heap { .. } | Self::Region(_) => {}
+        }
+    }
 }
 
 struct Slot {
@@ -63,13 +76,21 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A pool on heap memory, for tests, tools and the simulator.
+    /// A pool on heap memory.
     pub fn heap(small: usize, large: usize) -> Self {
-        let memory = |slot_bytes: usize| {
-            let bytes = vec![0; slot_bytes + PAGE_BYTES];
-            let start = bytes.as_ptr().align_offset(PAGE_BYTES);
-            Memory::Heap { bytes, start, slot_bytes }
-        };
+        let pool = Self::on_demand(small, large);
+        let slots = |slots: &mut Vec<Rc<Slot>>| slots.iter_mut().for_each(make);
+        let mut free = pool.pool.free.borrow_mut();
+        slots(&mut free.small);
+        slots(&mut free.large);
+        drop(free);
+        pool
+    }
+
+    /// A pool on heap memory that is allocated as its slots are first taken: for tests and the simulator,
+    /// where many pools live for a short time and few slots of each are ever used.
+    pub fn on_demand(small: usize, large: usize) -> Self {
+        let memory = |slot_bytes: usize| Memory::Heap { bytes: Vec::new(), start: 0, slot_bytes };
         Self::with_slots(
             (0..small).map(|_| memory(SMALL_SLOT_BYTES)).collect(),
             (0..large).map(|_| memory(LARGE_SLOT_BYTES)).collect(),
@@ -123,7 +144,8 @@ impl BufferPool {
         }
         let mut free = self.pool.free.borrow_mut();
         let small = if payload_bytes <= SMALL_PAYLOAD_BYTES { free.small.pop() } else { None };
-        let slot = small.or_else(|| free.large.pop())?;
+        let mut slot = small.or_else(|| free.large.pop())?;
+        make(&mut slot);
         Some(BufferMut { slot })
     }
 
@@ -139,6 +161,11 @@ impl fmt::Debug for BufferPool {
         let (small, large) = self.available();
         write!(f, "BufferPool {{ free small: {small}, free large: {large} }}")
     }
+}
+
+/// A free slot is about to be used.
+fn make(slot: &mut Rc<Slot>) {
+    Rc::get_mut(slot).expect("a free slot is nobody's").memory.make();
 }
 
 /// Puts the slot back if `slot` is its last reference.
@@ -373,7 +400,8 @@ mod tests {
             let offset = leaked.as_ptr().align_offset(PAGE_BYTES);
             &mut leaked[offset..]
         };
-        for pool in [BufferPool::heap(2, 2), BufferPool::from_region(region, 2, 2)] {
+        let heap = [BufferPool::heap(2, 2), BufferPool::on_demand(2, 2)];
+        for pool in heap.into_iter().chain([BufferPool::from_region(region, 2, 2)]) {
             let all: Vec<_> = std::iter::from_fn(|| pool.take(1)).collect();
             assert_eq!(all.len(), 4);
             for buffer in all {

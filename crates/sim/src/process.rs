@@ -70,7 +70,7 @@ impl Buffers {
     fn pool(&mut self, which: usize, small: usize, large: usize) -> BufferPool {
         let whole = |pool: &BufferPool| pool.available() == (small, large);
         let kept = self.0[which].take().filter(whole);
-        let pool = kept.unwrap_or_else(|| BufferPool::heap(small, large));
+        let pool = kept.unwrap_or_else(|| BufferPool::on_demand(small, large));
         self.0[which] = Some(pool.clone());
         pool
     }
@@ -215,7 +215,7 @@ impl Process {
             ticks_at_once: 0,
             layout,
             buffers: Buffers::default(),
-            guest_buffers: BufferPool::heap(1, 1),
+            guest_buffers: BufferPool::on_demand(1, 1),
         }
     }
 
