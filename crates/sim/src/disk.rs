@@ -1,19 +1,21 @@
 //! A disk, page by page, with a volatile write cache and faults of its own.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
 
 use base::Instant;
 use base::limits::PAGE_BYTES;
 use store::DiskError;
 
+use self::pages::Page;
 use crate::random::Random;
+
+mod pages;
 
 const SECTOR_BYTES: usize = 512;
 
 /// Pages that a disk knows to have been written just now: a fault there strikes what is in use.
 const RECENT_PAGES: usize = 64;
-
-type Page = Box<[u8; PAGE_BYTES]>;
 
 /// What the next write of a disk does instead of what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,6 @@ pub struct Disk {
     pages: Vec<Option<Page>>,
     /// What unsynced writes replaced, oldest first.
     replaced: Vec<(u64, Option<Page>)>,
-    free: Vec<Page>,
     /// The pages that were written last.
     recent: VecDeque<u64>,
     /// The pages that were written since somebody began to watch.
@@ -95,9 +96,10 @@ impl Disk {
             Some(WriteFault::Misdirected(pages)) => pages,
         };
         for (page, chunk) in (page_of(offset) + shift..).zip(bytes.chunks_exact(PAGE_BYTES)) {
-            let mut fresh = self.free.pop().unwrap_or_else(|| Box::new([0; PAGE_BYTES]));
-            fresh.copy_from_slice(chunk);
-            self.bad.remove(&page);
+            let fresh = pages::holding(chunk);
+            if !self.bad.is_empty() {
+                self.bad.remove(&page);
+            }
             let at = index(page);
             if at >= self.pages.len() {
                 self.pages.resize_with((at + 1).next_power_of_two(), || None);
@@ -124,8 +126,7 @@ impl Disk {
             return Err(DiskError::Io);
         }
         self.lied = false;
-        self.free.extend(self.replaced.drain(..).filter_map(|(_, page)| page));
-        self.free.truncate(2048);
+        pages::give_back(self.replaced.drain(..).filter_map(|(_, page)| page));
         Ok(())
     }
 
@@ -195,7 +196,7 @@ impl Disk {
     /// Flips a bit on media.
     pub(crate) fn rot(&mut self, page: u64, bit: usize) {
         if let Some(bytes) = self.pages[index(page)].as_mut() {
-            bytes[bit / 8 % PAGE_BYTES] ^= 1 << (bit % 8);
+            Rc::make_mut(bytes)[bit / 8 % PAGE_BYTES] ^= 1 << (bit % 8);
         }
     }
 
@@ -225,9 +226,16 @@ impl Disk {
     }
 }
 
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let replaced = self.replaced.drain(..).map(|(_, page)| page);
+        pages::give_back(self.pages.drain(..).chain(replaced).flatten());
+    }
+}
+
 /// A page of which some sectors are of one version, the rest of another.
 fn torn(one: Option<&Page>, other: Option<&Page>, random: &mut Random) -> Page {
-    let mut page = one.cloned().unwrap_or_else(|| Box::new([0; PAGE_BYTES]));
+    let mut page = one.map_or([0; PAGE_BYTES], |page| **page);
     for start in (0..PAGE_BYTES).step_by(SECTOR_BYTES) {
         if random.one_in(2) {
             match other {
@@ -239,7 +247,7 @@ fn torn(one: Option<&Page>, other: Option<&Page>, random: &mut Random) -> Page {
             }
         }
     }
-    page
+    pages::holding(&page)
 }
 
 #[cfg(test)]
@@ -271,6 +279,29 @@ mod tests {
             }
         }
         assert!(lost > 10 && kept > 10 && torn > 5, "{lost} {kept} {torn}");
+    }
+
+    #[test]
+    fn disks_that_hold_the_same_do_not_share_their_faults() {
+        let (mut one, mut other) = (Disk::default(), Disk::default());
+        let bytes = [7; PAGE_BYTES];
+        for disk in [&mut one, &mut other] {
+            disk.write(0, &bytes);
+            disk.write(PAGE_BYTES as u64, &bytes);
+            disk.sync(Instant::ZERO).unwrap();
+        }
+        one.rot(0, 9);
+        let mut read = [0; 2 * PAGE_BYTES];
+        other.read(0, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 7));
+        one.read(0, &mut read).unwrap();
+        assert_eq!((read[1], &read[2..]), (5, &[7; 2 * PAGE_BYTES - 2][..]));
+        // What comes next is not what rotted, nor is it written over what others hold.
+        one.write(0, &[8; PAGE_BYTES]);
+        one.sync(Instant::ZERO).unwrap();
+        one.write(0, &[9; PAGE_BYTES]);
+        other.read(0, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 7));
     }
 
     #[test]
