@@ -142,6 +142,7 @@ impl Journal {
 impl Store {
     /// Writes a checkpoint soon even if the journal has room: the next opening has less to read.
     pub fn checkpoint(&mut self) {
+        self.settled = false;
         if self.phase == Phase::Open {
             self.journal.checkpoint_wanted = true;
         }

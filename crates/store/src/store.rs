@@ -141,6 +141,8 @@ pub struct Store {
     /// Chunks whose device is being told that they are free.
     pub(crate) releasing: u32,
     outputs: VecDeque<Output>,
+    /// Nothing has come in since there was nothing to do.
+    pub(crate) settled: bool,
     operations: Vec<Operation>,
     operations_free: Vec<u32>,
     pub(crate) retry_at: Option<Instant>,
@@ -201,6 +203,7 @@ impl Store {
             listed: Vec::new(),
             releasing: 0,
             outputs: VecDeque::with_capacity(256),
+            settled: false,
             operations: Vec::new(),
             operations_free: Vec::new(),
             retry_at: None,
@@ -211,6 +214,7 @@ impl Store {
     /// Takes in what happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
         self.now = self.now.max(now);
+        self.settled = false;
         match input {
             Input::DiskDone { id, result } => self.disk_done(id, result),
             Input::Command { tag, command } => self.command(tag, command),
@@ -225,9 +229,16 @@ impl Store {
         if let Some(output) = self.outputs.pop_front() {
             return Some(output);
         }
+        // A node asks whenever any of its machines has had something to say.
+        if self.settled {
+            return None;
+        }
         self.retry_at = None;
         self.pump();
-        self.outputs.pop_front()
+        let output = self.outputs.pop_front();
+        // Memory that was short may come back without a word to the store.
+        self.settled = output.is_none() && self.retry_at.is_none();
+        output
     }
 
     /// When to come back with [`Input::Tick`] if nothing happens before.
