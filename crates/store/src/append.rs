@@ -95,6 +95,7 @@ impl Store {
         replica.answers.push_back(Answer { seq: header.position.seq, tag, media });
         replica.pending.push_back(Pending { record });
         replica.note_commit(commit);
+        self.note_progress(slot);
         self.make_ready(slot);
     }
 
@@ -122,6 +123,7 @@ impl Store {
         for tag in tags.into_iter().rev() {
             self.done(tag, Err(error));
         }
+        self.note_progress(slot);
     }
 
     /// Writes what has come, as far as there is room.
@@ -259,6 +261,7 @@ impl Store {
     pub(crate) fn close_open_segment(&mut self, slot: u16) {
         if let Some(open) = self.open_segment(slot) {
             self.segments.set_state(open, SegmentState::Full);
+            self.search_again();
         }
     }
 
@@ -303,6 +306,7 @@ impl Store {
             previous_epoch: replica.issued.epoch,
         };
         self.segments.set_state(segment, SegmentState::Open);
+        self.search_again();
         header
     }
 
@@ -545,6 +549,7 @@ impl Store {
         }
         self.settle_seals(slot);
         self.unpark_reads(slot);
+        self.note_progress(slot);
     }
 
     /// Asks for the syncs that make this replica durable through `target`, if it is written.

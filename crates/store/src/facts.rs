@@ -407,6 +407,8 @@ impl Store {
             entry.seq = entry.seq.min(keep.seq);
         }
         replica.exclusive = Exclusive::None;
+        self.search_again();
+        let replica = self.replica_ref(slot);
         if let Some(last) = replica.segments.back().copied() {
             let state = &mut self.segments.all[last as usize];
             state.last_seq = state.last_seq.min(keep.seq);

@@ -9,15 +9,15 @@
 
 use base::planted::{self, Bug};
 use base::time::earliest;
-use base::{Instant, Position, Seq};
+use base::{Instant, Position};
 use core::time::Duration;
 
 use crate::append::ZEROES_MAX;
 use crate::home::ChunkMeta;
 use crate::journal::After;
 use crate::metadata::Entry;
-use crate::replica::{Exclusive, Replica};
-use crate::segments::{Segment, SegmentState};
+use crate::replica::{Exclusive, Obstacle, Replica};
+use crate::segments::SegmentState;
 use crate::store::Store;
 use crate::wave::Wave;
 
@@ -63,20 +63,25 @@ pub(crate) struct Flush {
     /// Replicas with settling segments.
     settling: Vec<u16>,
     pub(crate) jobs_done: u64,
+    nothing: Nothing,
+    pub(crate) searches: u64,
+}
+
+/// What the last searches did not find in any replica, while nothing happens that could change that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Nothing {
+    #[default]
+    Unknown,
+    /// No full segment may go home.
+    Full,
+    /// No segment at all may go home.
+    Any,
 }
 
 impl Flush {
     pub(crate) fn is_busy_with(&self, slot: u16) -> bool {
         self.job.is_some_and(|job| job.slot == slot)
     }
-}
-
-enum Why {
-    Fill,
-    /// A recovery would take too long.
-    Recovery,
-    Age(Instant),
-    Idle,
 }
 
 impl Store {
@@ -143,41 +148,66 @@ impl Store {
         self.pump_wave();
     }
 
-    fn why_flush(&mut self) -> Option<Why> {
+    /// The next segments to take home: of which replica, and the last of them.
+    ///
+    /// What there is a reason to flush may have to stay where it is for long, as does the log of a damaged
+    /// replica, or what nobody says is settled. So one reason without a find does not hide the others.
+    fn next_job(&mut self) -> Option<(u16, u32)> {
         if self.segments.dirty == 0 && self.segments.zeroes == 0 {
             return None;
         }
-        let policy = self.config.flush;
-        let all = self.segments.all.len();
-        let fill = self.segments.dirty * 100 > all * usize::from(policy.log_fill_percent);
-        let index = self.segments.blocks * 100
-            > self.index.entries_max() as u64 * u64::from(policy.index_fill_percent);
-        let due = self.flush.check_at.is_none_or(|at| at <= self.now);
-        if due {
-            let pause = policy.idle.min(policy.age) / 4;
-            self.flush.check_at = Some(self.now + pause.max(Duration::from_millis(50)));
-        }
-        if self.stalled.is_some() || fill || index || self.segments.zeroes > ZEROES_MAX / 2 {
-            return Some(Why::Fill);
+        let due = self.is_check_due();
+        if self.is_filling_up() {
+            return self.search(false).or_else(|| self.search(true));
         }
         if self.hastens() {
             self.flush.check_at = Some(self.now + HASTE_TURN);
-            return Some(Why::Idle);
+            let found = self.search(true);
+            return self.with_more_to_come(found);
         }
-        if self.segments.full as u64 * self.segments.segment_bytes > policy.full_bytes {
-            return Some(Why::Recovery);
+        let policy = self.config.flush;
+        if due && let Some(found) = self.candidate(true, policy.age) {
+            return self.with_more_to_come(Some(found));
         }
-        if !due {
-            return None;
+        // An opening would take too long.
+        if self.segments.full as u64 * self.segments.segment_bytes > policy.full_bytes
+            && let Some(found) = self.search(false)
+        {
+            return Some(found);
         }
-        if self.last_append + policy.idle <= self.now {
-            return Some(Why::Idle);
+        if due && self.last_append + policy.idle <= self.now {
+            let found = self.search(true);
+            return self.with_more_to_come(found);
         }
-        let is_dirty =
-            |segment: &&Segment| matches!(segment.state, SegmentState::Open | SegmentState::Full);
-        let oldest =
-            self.segments.all.iter().filter(is_dirty).map(|segment| segment.opened_at).min()?;
-        (oldest + policy.age <= self.now).then_some(Why::Age(oldest))
+        None
+    }
+
+    /// True if it is time to look for what is old or idle.
+    fn is_check_due(&mut self) -> bool {
+        let due = self.flush.check_at.is_none_or(|at| at <= self.now);
+        if due {
+            let policy = self.config.flush;
+            let pause = policy.idle.min(policy.age) / 4;
+            self.flush.check_at = Some(self.now + pause.max(Duration::from_millis(50)));
+        }
+        due
+    }
+
+    /// There may be more of the kind: look again after this job.
+    fn with_more_to_come(&mut self, found: Option<(u16, u32)>) -> Option<(u16, u32)> {
+        if found.is_some() {
+            self.flush.check_at = Some(self.now);
+        }
+        found
+    }
+
+    fn is_filling_up(&self) -> bool {
+        let policy = self.config.flush;
+        let all = self.segments.all.len();
+        let index = self.segments.blocks * 100
+            > self.index.entries_max() as u64 * u64::from(policy.index_fill_percent);
+        let log = self.segments.dirty * 100 > all * usize::from(policy.log_fill_percent);
+        self.stalled.is_some() || log || index || self.segments.zeroes > ZEROES_MAX / 2
     }
 
     /// Another process is about to open the pool, and would have much to read.
@@ -187,18 +217,7 @@ impl Store {
     }
 
     fn start_job(&mut self) -> bool {
-        let Some(why) = self.why_flush() else { return false };
-        let found = match why {
-            Why::Fill => self.candidate(false, None).or_else(|| self.candidate(true, None)),
-            Why::Recovery => self.candidate(false, None),
-            Why::Age(oldest) => self.candidate(true, Some(oldest)),
-            Why::Idle => self.candidate(true, None),
-        };
-        let Some((slot, last)) = found else { return false };
-        if !matches!(why, Why::Fill | Why::Recovery) {
-            // There may be more of the kind.
-            self.flush.check_at = Some(self.now);
-        }
+        let Some((slot, last)) = self.next_job() else { return false };
         self.close_if_open(slot, last);
         let state = self.segments.all[last as usize];
         let through = Position::new(state.last_epoch, state.last_seq);
@@ -226,19 +245,34 @@ impl Store {
         }
     }
 
-    /// The replica whose log has waited longest, and the last of its segments to take.
-    fn candidate(&mut self, close: bool, before: Option<Instant>) -> Option<(u16, u32)> {
-        let most = (self.segments.all.len() / 8).max(1);
+    /// Looks for the segments that have waited longest, the open ones too or only full ones; but only if
+    /// there may be some that the last search has not seen.
+    fn search(&mut self, close: bool) -> Option<(u16, u32)> {
+        let nothing = if close { Nothing::Any } else { Nothing::Full };
+        if self.flush.nothing >= nothing {
+            return None;
+        }
+        let found = self.candidate(close, Duration::ZERO);
+        self.flush.nothing = if found.is_some() { Nothing::Unknown } else { nothing };
+        found
+    }
+
+    /// The replica whose log has waited longest, and for so long, and the last of its segments to take.
+    fn candidate(&mut self, close: bool, waited: Duration) -> Option<(u16, u32)> {
+        self.flush.searches += 1;
         let mut best: Option<(Instant, u16, u32)> = None;
         for number in 0..self.replicas.len() {
             let Some(replica) = &self.replicas[number] else { continue };
             let slot = replica.slot;
-            let (found, unsynced) = self.flushable(replica, close, most);
-            if let Some(seq) = unsynced {
+            let (found, obstacle) = self.flushable(replica, close, waited);
+            if let Obstacle::Durable(seq) = obstacle {
                 self.want_durable(slot, seq);
             }
+            // A search for what is old knows nothing of the rest.
+            if waited.is_zero() {
+                self.replica_mut(slot).obstacle = obstacle;
+            }
             if let Some((since, last)) = found
-                && before.is_none_or(|before| since <= before)
                 && best.is_none_or(|(best, ..)| since < best)
             {
                 best = Some((since, slot, last));
@@ -247,41 +281,93 @@ impl Store {
         best.map(|(_, slot, last)| (slot, last))
     }
 
-    /// The segments of a replica that may go home: since when the first waits, and the last. And
-    /// the seq to be synced if that is what keeps more from going.
+    /// The segments of a replica that may go home, if the first has waited for so long: since when it does,
+    /// and the last. And what keeps more from going.
     fn flushable(
         &self,
         replica: &Replica,
         close: bool,
-        most: usize,
-    ) -> (Option<(Instant, u32)>, Option<Seq>) {
+        waited: Duration,
+    ) -> (Option<(Instant, u32)>, Obstacle) {
         if replica.damaged || replica.exclusive != Exclusive::None {
-            return (None, None);
+            return (None, Obstacle::Other);
         }
+        let most = (self.segments.all.len() / 8).max(1);
         let mut found: Option<(Instant, u32)> = None;
         let mut count = 0;
         for segment in &replica.segments {
             let state = &self.segments.all[*segment as usize];
-            let ready = match state.state {
+            let open = match state.state {
                 SegmentState::Clean | SegmentState::Settling | SegmentState::Trimming => continue,
-                SegmentState::Full => true,
-                SegmentState::Open => {
-                    close && replica.batches.is_empty() && state.last_seq >= state.first_seq
-                }
+                SegmentState::Full => false,
+                SegmentState::Open => true,
                 SegmentState::Free => unreachable!("a replica's segment is not free"),
             };
-            let settled = state.last_seq <= replica.commit || planted::is(Bug::UncommittedHome);
-            if !ready || !settled || count == most {
-                break;
+            let young = found.is_none() && state.opened_at + waited > self.now;
+            if open && !close || young || count == most {
+                return (found, Obstacle::Other);
+            }
+            let busy = open && self.is_appended_to(replica);
+            if busy || !replica.is_settled(state.last_seq) {
+                let obstacle =
+                    if open { Obstacle::Unrest } else { Obstacle::Unsettled(state.last_seq) };
+                return (found, obstacle);
             }
             if state.last_seq > replica.durable {
-                return (found, Some(state.last_seq));
+                return (found, Obstacle::Durable(state.last_seq));
             }
             count += 1;
             let since = found.map_or(state.opened_at, |(since, _)| since);
             found = Some((since, *segment));
         }
-        (found, None)
+        (found, Obstacle::Other)
+    }
+
+    /// More of a replica's log is settled, written or on media: something may go home now that could not.
+    pub(crate) fn note_progress(&mut self, slot: u16) {
+        if self.flush.nothing == Nothing::Unknown {
+            return;
+        }
+        let replica = self.replica_ref(slot);
+        let over = match replica.obstacle {
+            Obstacle::Other => false,
+            Obstacle::Unsettled(seq) => replica.is_settled(seq),
+            Obstacle::Unrest => {
+                replica.is_settled(replica.issued.seq) && !self.is_appended_to(replica)
+            }
+            Obstacle::Durable(seq) => seq <= replica.durable,
+        };
+        if over {
+            self.search_again();
+        }
+    }
+
+    /// Something is on its way to the open segment. What waits for room is not.
+    fn is_appended_to(&self, replica: &Replica) -> bool {
+        !replica.batches.is_empty() || !replica.pending.is_empty() && self.stalled.is_none()
+    }
+
+    /// Something has happened after which more may go home.
+    pub(crate) fn search_again(&mut self) {
+        self.flush.nothing = Nothing::Unknown;
+    }
+
+    /// Asserts that what is not searched for is not there.
+    pub(crate) fn check_nothing(&self) {
+        if self.failed.is_some() || self.flush.nothing == Nothing::Unknown {
+            return;
+        }
+        let close = self.flush.nothing == Nothing::Any;
+        for replica in self.replicas.iter().flatten() {
+            let (found, obstacle) = self.flushable(replica, close, Duration::ZERO);
+            let (slot, known) = (replica.slot, replica.obstacle);
+            assert_eq!(found, None, "the log of replica {slot} may go home: {known:?}");
+            if let Obstacle::Durable(seq) = obstacle {
+                // A sync of what came before is enough: the next is asked for after it.
+                let asked = matches!(known, Obstacle::Durable(asked) if asked > replica.durable);
+                assert!(asked, "nobody syncs replica {slot} through {seq:?}: {known:?}");
+            }
+        }
     }
 
     /// The journal has the commit seq that the job relies on.

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use base::planted::{self, Bug};
 use base::{BlockSize, Epoch, Position, Record, RecordHeader, ReplicaKey, ReplicaState, Seq};
 
 use crate::extents::Extents;
@@ -60,6 +61,20 @@ pub(crate) enum Exclusive {
     Journal,
 }
 
+/// What keeps the first segment of a replica that is not home from going there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    /// Nothing, or what says itself when it is over.
+    Other,
+    /// The segment is full and ends with this seq, which is not written or not settled.
+    Unsettled(Seq),
+    /// The segment is the one that is appended to: something of it is not written, not settled, or about
+    /// to come.
+    Unrest,
+    /// This seq is not on media; the sync is asked for.
+    Durable(Seq),
+}
+
 /// One replica.
 pub(crate) struct Replica {
     pub(crate) slot: u16,
@@ -111,6 +126,8 @@ pub(crate) struct Replica {
     /// The log has lost durable records: what is not in the index is not known.
     pub(crate) damaged: bool,
     pub(crate) exclusive: Exclusive,
+    /// As the last search for something to flush has seen it.
+    pub(crate) obstacle: Obstacle,
     /// In the store's list of replicas with something to append.
     pub(crate) ready: bool,
     /// Where the next scan probably finds its record.
@@ -195,6 +212,7 @@ impl Replica {
             extents: Extents::default(),
             damaged: false,
             exclusive: Exclusive::None,
+            obstacle: Obstacle::Other,
             ready: false,
             scan_hints: ScanHints::default(),
         }
@@ -227,6 +245,12 @@ impl Replica {
             | Exclusive::Truncate(..)
             | Exclusive::Fill(_) => false,
         }
+    }
+
+    /// Everything through `seq` is written, and nothing of it is ever truncated.
+    pub(crate) fn is_settled(&self, seq: Seq) -> bool {
+        let settled = seq <= self.commit || planted::is(Bug::UncommittedHome);
+        settled && seq <= self.written.seq
     }
 
     /// Every record through here is home, or what came after it in the log is settled.

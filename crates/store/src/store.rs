@@ -520,6 +520,7 @@ impl Store {
             Command::Commit { key, commit } => match self.find(key) {
                 Ok(slot) => {
                     self.replica_mut(slot).note_commit(commit);
+                    self.note_progress(slot);
                     self.note_settled_later();
                     self.done(tag, Ok(ReplyBody::Done));
                 }
@@ -703,6 +704,11 @@ impl Store {
         }
     }
 
+    /// How often all replicas were looked through for what may go home. For checks.
+    pub fn flush_searches(&self) -> u64 {
+        self.flush.searches
+    }
+
     /// How full the pool is.
     pub fn usage(&self) -> Usage {
         let segment = self.geometry.segment_bytes;
@@ -725,6 +731,7 @@ impl Store {
     pub(crate) fn set_stalled(&mut self, stalled: Option<Stall>) {
         if self.stalled != stalled {
             self.stalled = stalled;
+            self.search_again();
             self.output(Output::Notice(stalled.map_or(Notice::Resumed, Notice::Stalled)));
         }
     }
@@ -768,6 +775,7 @@ impl Store {
             assert_eq!(segment.live, live, "live counts are right");
         }
         self.check_chunks();
+        self.check_nothing();
         assert!(self.segments.blocks <= self.index.entries_max() as u64, "the budget holds");
         for replica in self.replicas.iter().flatten() {
             assert!(replica.blocks <= replica.blocks_coming);
