@@ -322,7 +322,7 @@ impl Exports {
             }
         }
         // Who is opened in a hurry shall find its members connected.
-        let standing = self.follow.waiting_for_heads().into_iter();
+        let standing = self.follow.unwatched().into_iter();
         let standing: Vec<_> =
             standing.filter_map(|id| self.store.volume(id).ok().flatten()).collect();
         self.follow.note_members(&standing);

@@ -14,8 +14,13 @@
 //!
 //! For each volume there is a thread as long as something is to be done for it; everything else only
 //! notes what is wanted and wakes it. So nobody who takes events waits for the store here.
+//!
+//! A guest's pause should not be spent on questions. So how a volume's record is, is heard of before it is
+//! needed (module `watch`), and what is acquired or marked is changed at once by compare-and-swap on
+//! that. If it was old news the store says how the record is now, and that decides.
 
 mod handover;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -28,6 +33,8 @@ use cluster::{Event as Told, EventKind, VolumeEntry};
 use shell::control::DataPlane;
 
 use crate::heads::{HeadError, Heads};
+
+use watch::Watch;
 
 pub use handover::Adopt;
 
@@ -70,6 +77,10 @@ pub enum LeaseState {
     },
 }
 
+fn servers(entry: &VolumeEntry) -> Vec<ServerId> {
+    entry.shard.members.iter().map(|member| member.server).collect()
+}
+
 /// Who is told of every change of a state. Called on any thread; must not block for long.
 pub type TellState = Box<dyn Fn(VolumeId, &LeaseState) + Send + Sync>;
 
@@ -99,6 +110,10 @@ struct Volume {
     /// The newest epoch in which a head has opened: that may be heard before its head is noted here.
     opened: Epoch,
     mark: Mark,
+    /// How the record was when it was heard of last, if that has not been used up. May be old news.
+    known: Option<VolumeEntry>,
+    /// The thread that watches the record.
+    watch: Option<Watch>,
     /// A head of ours that was deposed and may still be there.
     stale: Option<VolumeEntry>,
     /// Since when a guest waits for the lease.
@@ -211,6 +226,8 @@ impl Follow {
             head: None,
             opened: Epoch::NONE,
             mark: Mark::Firm,
+            known: None,
+            watch: None,
             stale: None,
             waits_since: None,
             told_cluster: None,
@@ -219,10 +236,11 @@ impl Follow {
             leaving: false,
             said: None,
         });
-        volume.members = entry.shard.members.iter().map(|member| member.server).collect();
+        volume.members = servers(entry);
         volume.exports.insert(socket.to_owned(), export);
         if head.is_some() {
             assert!(volume.head.is_none(), "one head of a volume at a time");
+            volume.known.clone_from(&head);
             (volume.head, volume.mark) = (head, Mark::Firm);
         }
         self.shared.keep_connected(&volumes);
@@ -329,11 +347,17 @@ impl Follow {
         self.shared.volumes().get(&id).map(Volume::state)
     }
 
-    /// The volumes that are followed and have no head here.
-    pub fn waiting_for_heads(&self) -> Vec<VolumeId> {
+    /// The volumes that are followed, have no head here, and whose records are not heard of otherwise.
+    pub fn unwatched(&self) -> Vec<VolumeId> {
         let volumes = self.shared.volumes();
-        let headless = volumes.iter().filter(|(_, volume)| volume.head.is_none());
-        headless.map(|(id, _)| *id).collect()
+        let hears = |volume: &Volume| volume.watch.as_ref().is_some_and(Watch::hears);
+        let asked = volumes.iter().filter(|(_, volume)| volume.head.is_none() && !hears(volume));
+        asked.map(|(id, _)| *id).collect()
+    }
+
+    /// How a volume's record was when it was heard of last, if that is to be relied on.
+    pub fn known(&self, id: VolumeId) -> Option<VolumeEntry> {
+        self.shared.volumes().get(&id)?.known.clone()
     }
 
     /// The volume's members are these now: sessions are kept with them.
@@ -342,7 +366,7 @@ impl Follow {
         let mut changed = false;
         for entry in entries {
             let Some(volume) = volumes.get_mut(&entry.volume.id) else { continue };
-            let members: Vec<_> = entry.shard.members.iter().map(|member| member.server).collect();
+            let members = servers(entry);
             changed |= volume.members != members;
             volume.members = members;
         }
@@ -378,6 +402,8 @@ impl Shared {
         }
         self.say(volume, id);
         self.news.notify_all();
+        self.see_to_watch(volumes, id);
+        let Some(volume) = volumes.get_mut(&id) else { return };
         if volume.busy || volume.next_step().is_none() {
             return;
         }
@@ -448,15 +474,17 @@ impl Shared {
         enum Done {
             Ended,
             Acquired(Box<VolumeEntry>),
-            Marked(Epoch, Mark),
+            Marked(Epoch, Mark, Box<VolumeEntry>),
             Lost(Epoch),
         }
+        // Used once: an attempt whose answer is lost may have made it old news.
+        let known = || self.volumes().get_mut(&id).and_then(|volume| volume.known.take());
         let done = match step {
             Step::End(entry) => {
                 self.heads.end(&entry).map_err(|error| error.to_string())?;
                 Done::Ended
             }
-            Step::Acquire => match self.heads.open_standby(id) {
+            Step::Acquire => match self.heads.open_standby(id, known().as_ref()) {
                 Ok(head) => Done::Acquired(Box::new(head.entry)),
                 Err(HeadError::Acquire(AcquireError::Held { holder, epoch, .. })) => {
                     return Err(format!(
@@ -469,9 +497,9 @@ impl Shared {
             Step::Mark(entry, yieldable) => {
                 let epoch = entry.volume.epoch;
                 self.note_unknown(id, epoch);
-                match self.heads.mark_yieldable(&entry, yieldable) {
-                    Ok(Marked::Done) if yieldable => Done::Marked(epoch, Mark::Yieldable),
-                    Ok(Marked::Done) => Done::Marked(epoch, Mark::Firm),
+                let mark = if yieldable { Mark::Yieldable } else { Mark::Firm };
+                match self.heads.mark_yieldable(&entry, yieldable, known()) {
+                    Ok(Marked::Done(now)) => Done::Marked(epoch, mark, now),
                     Ok(Marked::NotOurs(_)) => Done::Lost(epoch),
                     Err(error) => return Err(error.to_string()),
                 }
@@ -482,9 +510,12 @@ impl Shared {
             match done {
                 Done::Ended => volume.stale = None,
                 Done::Acquired(entry) => {
+                    volume.known = Some(VolumeEntry::clone(&entry));
                     (volume.head, volume.mark) = (Some(*entry), Mark::Firm);
                 }
-                Done::Marked(epoch, mark) if current == Some(epoch) => volume.mark = mark,
+                Done::Marked(epoch, mark, now) if current == Some(epoch) => {
+                    (volume.known, volume.mark) = (Some(*now), mark);
+                }
                 Done::Lost(epoch) if current == Some(epoch) => volume.stale = volume.head.take(),
                 Done::Marked(..) | Done::Lost(_) => {}
             }

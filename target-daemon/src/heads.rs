@@ -166,17 +166,28 @@ impl Heads {
     }
 
     /// Acquires a volume for a guest that has started it here, from a holder that yields it too, and
-    /// begins to open a head. The data plane knows the members' addresses already.
-    pub fn open_standby(&self, id: VolumeId) -> Result<Head, HeadError> {
+    /// begins to open a head. The data plane knows the members' addresses already. `known` is how the
+    /// volume was when it was heard of last; if it is so still that saves a question to the store.
+    pub fn open_standby(
+        &self,
+        id: VolumeId,
+        known: Option<&VolumeEntry>,
+    ) -> Result<Head, HeadError> {
         let mut repairs = self.repairs();
         if let Some(entry) = repairs.get(&id) {
             self.end_within(entry, GIVE_WAY)?;
             repairs.remove(&id);
         }
-        self.open_by(id, Duration::ZERO, Book::Known, |_, above| {
+        self.open_by(id, Duration::ZERO, Book::Known, |attempt, above| {
             let how = Acquire { standby: true, above, ..Acquire::default() };
-            lease::acquire(self.store.as_ref(), id, &self.me, how)
+            let known = known.filter(|_| attempt == 1).cloned();
+            lease::acquire_known(self.store.as_ref(), id, &self.me, how, known)
         })
+    }
+
+    /// Where a volume's records are watched.
+    pub(crate) fn store(&self) -> Arc<dyn ClusterStore> {
+        Arc::clone(&self.store)
     }
 
     /// A volume's records as they are now.
@@ -184,14 +195,16 @@ impl Heads {
         self.store.volume(id)
     }
 
-    /// Says in the volume's record whether the lease of `entry` would be given to a standby.
+    /// Says in the volume's record whether the lease of `entry` would be given to a standby; `known` is
+    /// how the volume was when it was heard of last.
     pub fn mark_yieldable(
         &self,
         entry: &VolumeEntry,
         yieldable: bool,
+        known: Option<VolumeEntry>,
     ) -> Result<Marked, StoreError> {
         let (id, epoch) = (entry.volume.id, entry.volume.epoch);
-        lease::mark_yieldable(self.store.as_ref(), id, self.me.id, epoch, yieldable)
+        lease::mark_yieldable(self.store.as_ref(), id, self.me.id, epoch, yieldable, known)
     }
 
     /// Tells the cluster of something. It is of no consequence if that fails.

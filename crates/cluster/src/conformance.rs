@@ -13,7 +13,7 @@ use base::{
 use crate::error::{StoreError, StoreErrorKind};
 use crate::events::{Event, EventKind};
 use crate::heal::Step;
-use crate::lease::{self, Acquire, AcquireError, Marked};
+use crate::lease::{self, Acquire, AcquireError};
 use crate::members::{self, ChangeOutcome};
 use crate::named_failover::{NamedError, name_failover};
 use crate::records::{Draining, Heartbeat, Problem, ServerRecord, VolumeEntry};
@@ -22,6 +22,8 @@ use crate::servers::{self, DrainError, RegisterError, Remaining, RemoveError};
 use crate::status::{FillReport, MemberReport, Rates, StallReport, VolumeStatus};
 use crate::store::ClusterStore;
 use crate::volumes::{self, CreateError, DeleteError, NewVolume, Task};
+
+mod standby;
 
 /// Two handles on one new store, and what must outlive them.
 pub(crate) type Opened = (Box<dyn ClusterStore>, Box<dyn ClusterStore>, Box<dyn Any>);
@@ -37,7 +39,7 @@ pub(crate) fn run(open: impl Fn() -> Opened) {
 
 /// Runs those tests in which no one else gets between an attempt and the next.
 pub(crate) fn run_apart(open: impl Fn() -> Opened) {
-    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 19] = [
+    let tests: [fn(&dyn ClusterStore, &dyn ClusterStore); 22] = [
         inserts_are_unique_and_seen_by_others,
         updates_are_conditional_on_both_versions,
         epochs_and_tombstones_do_not_go_back,
@@ -47,7 +49,10 @@ pub(crate) fn run_apart(open: impl Fn() -> Opened) {
         volumes_grow_where_there_is_room,
         bad_volumes_are_refused,
         leases_have_one_holder,
-        standbys_take_what_is_yielded,
+        standby::standbys_take_what_is_yielded,
+        standby::volumes_are_watched,
+        standby::what_is_known_saves_a_question,
+        standby::what_was_known_is_not_believed,
         servers_keep_their_names,
         statuses_and_events_are_told,
         draining_is_kept_and_conditional,
@@ -414,60 +419,6 @@ fn leases_have_one_holder(one: &dyn ClusterStore, two: &dyn ClusterStore) {
     assert_eq!(lease::acquire(one, id, &holder(1), ask).unwrap().volume.epoch, Epoch(42));
     let gone = lease::acquire(one, VolumeId::from_bytes([7; 16]), &holder(1), ask);
     assert!(matches!(gone, Err(AcquireError::Store(_))));
-}
-
-fn standbys_take_what_is_yielded(one: &dyn ClusterStore, two: &dyn ClusterStore) {
-    let entry = one.insert_volume(&volume(1, "a"), &shard(1), one.revision().unwrap()).unwrap();
-    let id = entry.volume.id;
-    let plain = Acquire::default();
-    let standby = Acquire { standby: true, ..plain };
-    let mark = |store, number, epoch, yieldable| {
-        lease::mark_yieldable(store, id, holder(number).id, Epoch(epoch), yieldable).unwrap()
-    };
-    assert_eq!(lease::acquire(one, id, &holder(1), standby).unwrap().volume.epoch, Epoch(1));
-    let refused = lease::acquire(two, id, &holder(2), standby).unwrap_err();
-    assert!(matches!(refused, AcquireError::Held { epoch: Epoch(1), yieldable: false, .. }));
-    // Only the holder of the epoch marks, as often as it likes; that is no new epoch.
-    assert_eq!(mark(two, 2, 1, true), Marked::NotOurs(Some("holder 1".to_owned())));
-    assert_eq!(mark(two, 1, 2, true), Marked::NotOurs(Some("holder 1".to_owned())));
-    let seen = one.revision().unwrap();
-    assert_eq!(mark(one, 1, 1, true), Marked::Done);
-    assert!(two.revision().unwrap() > seen, "who waits for it hears of it");
-    let seen = one.revision().unwrap();
-    assert_eq!(mark(two, 1, 1, true), Marked::Done);
-    assert_eq!(one.revision().unwrap(), seen, "once is enough");
-    let now = two.volume(id).unwrap().unwrap().volume;
-    assert_eq!((now.epoch, now.holder.unwrap().yieldable), (Epoch(1), true));
-    // It is not given to whom no guest waits for, and not to a repairer.
-    let refused = lease::acquire(two, id, &holder(2), plain).unwrap_err();
-    assert!(matches!(refused, AcquireError::Held { yieldable: true, .. }));
-    assert!(refused.to_string().contains("--standby"), "{refused}");
-    let repairer = Holder { repair: true, ..holder(3) };
-    assert!(lease::acquire_repair(two, id, &repairer, Epoch::NONE).is_err());
-    // The guest goes on where it was; then it moves, and back.
-    assert_eq!(mark(one, 1, 1, false), Marked::Done);
-    assert!(lease::acquire(two, id, &holder(2), standby).is_err());
-    assert_eq!(mark(one, 1, 1, true), Marked::Done);
-    let marked = Holder { yieldable: true, ..holder(2) };
-    let taken = lease::acquire(two, id, &marked, standby).unwrap().volume;
-    assert_eq!(
-        (taken.epoch, taken.holder),
-        (Epoch(2), Some(holder(2))),
-        "not marked from the start"
-    );
-    assert_eq!(mark(one, 1, 1, false), Marked::NotOurs(Some("holder 2".to_owned())), "too late");
-    assert!(lease::acquire(one, id, &holder(1), standby).is_err());
-    assert_eq!(mark(two, 2, 2, true), Marked::Done);
-    assert_eq!(lease::acquire(one, id, &holder(1), standby).unwrap().volume.epoch, Epoch(3));
-    // A holder that died after its mark is back: no standby takes it from it.
-    assert_eq!(mark(one, 1, 3, true), Marked::Done);
-    assert_eq!(lease::acquire(one, id, &holder(1), plain).unwrap().volume.epoch, Epoch(4));
-    assert!(lease::acquire(two, id, &holder(2), standby).is_err());
-    assert!(lease::release(one, id, holder(1).id, Epoch(4)).unwrap());
-    assert_eq!(mark(one, 1, 4, true), Marked::NotOurs(None));
-    let gone = VolumeId::from_bytes([7; 16]);
-    let nothing = lease::mark_yieldable(one, gone, holder(1).id, Epoch(1), true).unwrap();
-    assert_eq!(nothing, Marked::NotOurs(None));
 }
 
 fn servers_keep_their_names(one: &dyn ClusterStore, two: &dyn ClusterStore) {

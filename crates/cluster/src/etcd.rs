@@ -8,7 +8,9 @@
 //! Every change is one transaction, conditional on the revisions in etcd of what it was decided on,
 //! and on the cluster's id: another store that took this one's place is noticed. A version is such a
 //! revision. What changes a record carries a random mark, so that an attempt whose answer was lost
-//! is told from another's: the next one is refused, and what is there has our mark.
+//! is told from another's: the next one is refused, and what is there has our mark. A backup that was
+//! put back gives out its revisions once more; so a volume's versions are revision and mark, and a change
+//! of a volume compares all of its value.
 //!
 //! All reads are linearizable: they need a quorum, as changes do.
 
@@ -34,14 +36,14 @@ use crate::records::{
     Draining, Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms,
 };
 use crate::status::VolumeStatus;
-use crate::store::{ClusterStore, Create};
+use crate::store::{ClusterStore, Create, Swapped};
 use crate::volumes::ATTEMPTS;
-use client::Client;
+use client::{Client, Told};
 use wire::{Pair, Reply, delete, encoded, get, has_value, list, put, unchanged};
 
 /// The newest layout of keys and values that this program knows.
 const LAYOUT: i64 = 1;
-/// The longest single watch: a member that tells nothing is not relied on for longer.
+/// The longest single watch of the revision: a member that tells nothing is not relied on for longer.
 const WATCH: Duration = Duration::from_secs(3);
 /// The pause after a watch that failed.
 const WATCH_PAUSE: Duration = Duration::from_millis(200);
@@ -59,7 +61,14 @@ pub struct EtcdStore {
     cluster: ClusterId,
     /// Volumes as they were read or written last, which saves reading them once more before they are
     /// written: a lease is taken while a guest waits.
-    known: Mutex<BTreeMap<VolumeId, VolumeEntry>>,
+    known: Mutex<BTreeMap<VolumeId, Known>>,
+}
+
+/// A volume with its value in etcd.
+#[derive(Clone)]
+struct Known {
+    entry: VolumeEntry,
+    value: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,16 +148,21 @@ impl EtcdStore {
 
     /// What each of `reads` finds, all at once.
     fn read(&self, reads: Vec<Value>) -> Kind<Vec<Vec<Pair>>> {
+        Ok(self.read_at(reads)?.0)
+    }
+
+    /// The same, and the revision in etcd at which it was so.
+    fn read_at(&self, reads: Vec<Value>) -> Kind<(Vec<Vec<Pair>>, u64)> {
         let cluster = self.key("cluster");
         let reads: Vec<_> = std::iter::once(get(&cluster)).chain(reads).collect();
         let answer = self.client.call("/v3/kv/txn", &json!({ "success": reads }))?;
-        let mut found = Reply::parse(answer.body)?.found;
+        let Reply { mut found, revision, .. } = Reply::parse(answer.body)?;
         if found.len() != reads.len() {
             let text = "etcd's answer makes no sense: it leaves reads out";
             return Err(StoreErrorKind::Unavailable(text.into()));
         }
         let same = found.remove(0).iter().any(|pair| pair.value == self.identity.as_bytes());
-        if same { Ok(found) } else { Err(StoreErrorKind::Replaced) }
+        if same { Ok((found, revision)) } else { Err(StoreErrorKind::Replaced) }
     }
 
     fn read_one(&self, key: &str) -> Kind<Option<Pair>> {
@@ -158,36 +172,46 @@ impl EtcdStore {
     /// Makes a change if its conditions hold. The revision in etcd that what it wrote has then;
     /// `None` if they do not.
     fn commit(&self, commit: Commit<'_>) -> Kind<Option<u64>> {
+        self.commit_or_read(commit, None).map(Result::ok)
+    }
+
+    /// The same, but what is at `key` instead if the conditions do not hold.
+    fn commit_or_read(
+        &self,
+        commit: Commit<'_>,
+        key: Option<&str>,
+    ) -> Kind<Result<u64, Option<Pair>>> {
         let Commit { mut compare, write, witness } = commit;
         compare.push(has_value(&self.key("cluster"), &self.identity));
-        let refused = [get(&self.key("cluster"))];
+        let cluster = self.key("cluster");
+        let refused: Vec<_> = std::iter::once(cluster.as_str()).chain(key).map(get).collect();
         let body = json!({ "compare": compare, "success": write, "failure": refused });
         let answer = self.client.call("/v3/kv/txn", &body)?;
-        let reply = Reply::parse(answer.body)?;
+        let mut reply = Reply::parse(answer.body)?;
         if reply.succeeded {
-            return Ok(Some(reply.revision));
+            return Ok(Ok(reply.revision));
         }
         let identity = reply.found.first().and_then(|found| found.first());
         if identity.is_none_or(|pair| pair.value != self.identity.as_bytes()) {
             return Err(StoreErrorKind::Replaced);
         }
+        let found = reply.found.get_mut(1).and_then(Vec::pop);
         if !answer.repeated {
-            return Ok(None);
+            return Ok(Err(found));
         }
         // An attempt before, whose answer was lost, may have come true.
-        match witness {
+        let ours = match witness {
             Witness::Mark(key, mark) => {
                 let ours = |pair: &Pair| {
                     let marked = serde_json::from_slice::<Marked>(&pair.value);
                     marked.is_ok_and(|found| found.mark == mark)
                 };
-                Ok(self.read_one(key)?.filter(ours).map(|pair| pair.mod_revision))
+                self.read_one(key)?.filter(ours).map(|pair| pair.mod_revision)
             }
-            Witness::Gone(key) => {
-                Ok(if self.read_one(key)?.is_none() { Some(reply.revision) } else { None })
-            }
-            Witness::None => Ok(None),
-        }
+            Witness::Gone(key) if self.read_one(key)?.is_none() => Some(reply.revision),
+            Witness::Gone(_) | Witness::None => None,
+        };
+        Ok(ours.ok_or(found))
     }
 
     /// Part of a change that is news.
@@ -196,14 +220,62 @@ impl EtcdStore {
     }
 
     fn read_revision(&self) -> Kind<u64> {
-        let found = self.read_one(&self.key("revision"))?;
+        Ok(self.read_revision_at()?.0)
+    }
+
+    /// The revision, and etcd's own at which it was so.
+    fn read_revision_at(&self) -> Kind<(u64, u64)> {
+        let (mut found, at) = self.read_at(vec![get(&self.key("revision"))])?;
         let missing = || StoreErrorKind::Damaged("it has no revision".to_owned());
-        Ok(found.ok_or_else(missing)?.mod_revision)
+        Ok((found.remove(0).pop().ok_or_else(missing)?.mod_revision, at))
+    }
+
+    fn volume_key(&self, id: VolumeId) -> String {
+        self.key(format_args!("volumes/{id}"))
     }
 
     fn read_volume(&self, id: VolumeId) -> Kind<Option<VolumeEntry>> {
-        let found = self.read_one(&self.key(format_args!("volumes/{id}")))?;
-        found.map(|pair| self.volume_entry(&pair)).transpose()
+        Ok(self.read_known(id)?.map(|known| known.entry))
+    }
+
+    /// Reads a volume and keeps it in mind.
+    fn read_known(&self, id: VolumeId) -> Kind<Option<Known>> {
+        let found = self.read_one(&self.volume_key(id))?;
+        found.map(|pair| self.heard(&pair)).transpose()
+    }
+
+    /// Keeps in mind what was heard of a volume.
+    fn heard(&self, pair: &Pair) -> Kind<Known> {
+        let entry = self.volume_entry(pair)?;
+        // It was JSON, so it is text.
+        let value = String::from_utf8_lossy(&pair.value).into_owned();
+        let known = Known { entry, value };
+        self.note(&known);
+        Ok(known)
+    }
+
+    /// As [`ClusterStore::watch_volume`].
+    fn try_watch(
+        &self,
+        id: VolumeId,
+        seen: Option<Versions>,
+        wait: Duration,
+    ) -> Kind<Option<VolumeEntry>> {
+        let key = self.volume_key(id);
+        let (mut found, at) = self.read_at(vec![get(&key)])?;
+        let pair = found.remove(0).pop().ok_or(StoreErrorKind::NoVolume(id))?;
+        let now = self.heard(&pair)?.entry;
+        if seen != Some(now.versions) {
+            return Ok(Some(now));
+        }
+        // From what was read on, which no compaction can have dropped long ago.
+        match self.client.watch(&encoded(&key), at, wait) {
+            Ok(Told::Nothing) => Ok(None),
+            Ok(Told::Is(pair)) => Ok(Some(self.heard(&pair)?.entry)),
+            Ok(Told::Gone) => Err(StoreErrorKind::NoVolume(id)),
+            Ok(Told::Ended) => Err(StoreErrorKind::Unavailable("etcd ended the watch".into())),
+            Err(text) => Err(StoreErrorKind::Unavailable(text.into())),
+        }
     }
 
     fn volume_entry(&self, pair: &Pair) -> Kind<VolumeEntry> {
@@ -215,7 +287,7 @@ impl EtcdStore {
         if !named {
             return Err(StoreErrorKind::Damaged(format!("{} names another", pair.key)));
         }
-        let versions = Versions { volume: pair.mod_revision, shard: pair.mod_revision };
+        let versions = versions(pair.mod_revision, &stored.mark);
         Ok(VolumeEntry { volume, shard, deleted: stored.deleted, versions })
     }
 
@@ -280,79 +352,86 @@ impl EtcdStore {
         self.commit(Commit { compare, write, witness: Witness::None })
     }
 
-    fn known(&self) -> MutexGuard<'_, BTreeMap<VolumeId, VolumeEntry>> {
+    fn known(&self) -> MutexGuard<'_, BTreeMap<VolumeId, Known>> {
         // Whoever panicked had inserted or not.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note(&self, entry: &VolumeEntry) {
+    fn note(&self, new: &Known) {
         let mut known = self.known();
         if known.len() >= VOLUMES_MAX {
             known.clear();
         }
-        known.insert(entry.volume.id, entry.clone());
+        known.insert(new.entry.volume.id, new.clone());
     }
 
     fn replace_volume(
         &self,
         entry: &VolumeEntry,
         revision: Option<u64>,
-    ) -> Result<Versions, StoreError> {
+    ) -> Result<Swapped, StoreError> {
         assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
         let id = entry.volume.id;
         self.run(|| {
             // Of the same version, so the same; and if it is not the newest one nothing is written.
-            let known = self.known().remove(&id).filter(|known| known.versions == entry.versions);
-            let current = match known {
+            let known = self.known().remove(&id);
+            let current = match known.filter(|known| known.entry.versions == entry.versions) {
                 Some(known) => known,
-                None => self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?,
+                None => self.read_known(id)?.ok_or(StoreErrorKind::NoVolume(id))?,
             };
+            let was = &current.entry;
             let going_back =
-                entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
-            if current.versions != entry.versions || going_back {
-                return Err(StoreErrorKind::Conflict);
+                entry.volume.epoch < was.volume.epoch || (was.deleted && !entry.deleted);
+            if was.versions != entry.versions || going_back {
+                return Ok(Swapped::Refused(Box::new(current.entry)));
             }
-            if let Some(at) = self.write_volume(entry, &current, revision)? {
-                let versions = Versions { volume: at, shard: at };
-                self.note(&VolumeEntry { versions, ..entry.clone() });
-                return Ok(versions);
-            }
-            if let Some(revision) = revision
-                && self.read_revision()? != revision
-            {
-                return Err(StoreErrorKind::Conflict);
-            }
-            let now = self.read_volume(id)?.ok_or(StoreErrorKind::NoVolume(id))?;
-            if now.versions == current.versions {
+            let now = match self.write_volume(entry, &current, revision)? {
+                Ok(versions) => return Ok(Swapped::Written(versions)),
+                Err(now) => now.ok_or(StoreErrorKind::NoVolume(id))?,
+            };
+            let now = self.heard(&now)?.entry;
+            let elsewhere = match revision {
+                Some(revision) => self.read_revision()? != revision,
+                None => false,
+            };
+            if now.versions == was.versions && !elsewhere {
                 return Err(StoreErrorKind::VolumeNameTaken(entry.volume.name.clone()));
             }
-            Err(StoreErrorKind::Conflict)
+            Ok(Swapped::Refused(Box::new(now)))
         })
     }
 
+    /// The new versions, or what is there instead of `current`.
     fn write_volume(
         &self,
         entry: &VolumeEntry,
-        current: &VolumeEntry,
+        current: &Known,
         revision: Option<u64>,
-    ) -> Kind<Option<u64>> {
-        let id = entry.volume.id;
+    ) -> Kind<Result<Versions, Option<Pair>>> {
+        let Known { entry: current, value: was } = current;
         let mark = new_mark();
-        let key = self.key(format_args!("volumes/{id}"));
+        let key = self.volume_key(entry.volume.id);
         let name = |entry: &VolumeEntry| self.key(format_args!("names/{}", entry.volume.name));
-        let mut compare = vec![unchanged(&key, current.versions.volume)];
+        let mut compare = vec![unchanged(&key, current.versions.volume), has_value(&key, was)];
         compare.extend(revision.map(|revision| unchanged(&self.key("revision"), revision)));
-        let mut write = vec![put(&key, &encode(&stored_volume(entry, &mark)))];
+        let value = encode(&stored_volume(entry, &mark));
+        let mut write = vec![put(&key, &value)];
         let renamed = entry.volume.name != current.volume.name;
         if !current.deleted && (renamed || entry.deleted) {
             write.push(delete(&name(current)));
         }
         if !entry.deleted && renamed {
             compare.push(unchanged(&name(entry), 0));
-            write.push(put(&name(entry), &id.to_string()));
+            write.push(put(&name(entry), &entry.volume.id.to_string()));
         }
         write.push(self.news());
-        self.commit(Commit { compare, write, witness: Witness::Mark(&key, &mark) })
+        let commit = Commit { compare, write, witness: Witness::Mark(&key, &mark) };
+        let written = self.commit_or_read(commit, Some(&key))?;
+        Ok(written.map(|at| {
+            let versions = versions(at, &mark);
+            self.note(&Known { entry: VolumeEntry { versions, ..entry.clone() }, value });
+            versions
+        }))
     }
 }
 
@@ -373,13 +452,15 @@ impl ClusterStore for EtcdStore {
         let start = Instant::now();
         let key = encoded(self.key("revision"));
         loop {
-            let revision = self.revision()?;
+            // From what was read on: what is older than that may have been compacted, and is no news.
+            let (revision, at) = self.run(|| self.read_revision_at())?;
             let left = wait.saturating_sub(start.elapsed());
             if revision != seen || left.is_zero() {
                 return Ok(revision);
             }
-            if self.client.watch(&key, seen, WATCH.min(left)).is_err() {
-                std::thread::sleep(WATCH_PAUSE.min(left));
+            match self.client.watch(&key, at, WATCH.min(left)) {
+                Ok(Told::Nothing | Told::Is(_) | Told::Gone) => {}
+                Ok(Told::Ended) | Err(_) => std::thread::sleep(WATCH_PAUSE.min(left)),
             }
         }
     }
@@ -397,11 +478,16 @@ impl ClusterStore for EtcdStore {
     }
 
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError> {
-        let found = self.run(|| self.read_volume(id))?;
-        if let Some(entry) = &found {
-            self.note(entry);
-        }
-        Ok(found)
+        self.run(|| self.read_volume(id))
+    }
+
+    fn watch_volume(
+        &self,
+        id: VolumeId,
+        seen: Option<Versions>,
+        wait: Duration,
+    ) -> Result<Option<VolumeEntry>, StoreError> {
+        self.run(|| self.try_watch(id, seen, wait))
     }
 
     fn volume_named(&self, name: &str) -> Result<Option<VolumeEntry>, StoreError> {
@@ -427,13 +513,13 @@ impl ClusterStore for EtcdStore {
         assert_eq!(shard.shard.0, 0, "a volume is one shard");
         self.run(|| {
             let mark = new_mark();
-            let key = self.key(format_args!("volumes/{}", volume.id));
+            let key = self.volume_key(volume.id);
             let name = self.key(format_args!("names/{}", volume.name));
             let entry = |at| VolumeEntry {
                 volume: volume.clone(),
                 shard: shard.clone(),
                 deleted: false,
-                versions: Versions { volume: at, shard: at },
+                versions: versions(at, &mark),
             };
             let compare = vec![
                 unchanged(&self.key("revision"), revision),
@@ -455,12 +541,13 @@ impl ClusterStore for EtcdStore {
         })
     }
 
-    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
+    fn swap_volume(&self, entry: &VolumeEntry) -> Result<Swapped, StoreError> {
         self.replace_volume(entry, None)
     }
 
     fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {
-        self.replace_volume(entry, Some(revision))
+        let swapped = self.replace_volume(entry, Some(revision))?.or_conflict();
+        self.run(|| swapped)
     }
 
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError> {
@@ -470,7 +557,7 @@ impl ClusterStore for EtcdStore {
             if current.versions != versions || !empty {
                 return Err(StoreErrorKind::Conflict);
             }
-            let key = self.key(format_args!("volumes/{id}"));
+            let key = self.volume_key(id);
             let compare = vec![unchanged(&key, versions.volume)];
             let status = self.key(format_args!("statuses/{id}"));
             let write = vec![delete(&key), delete(&status), self.news()];
@@ -654,6 +741,13 @@ fn stored_volume(entry: &VolumeEntry, mark: &str) -> StoredVolume {
         volume: entry.volume.clone(),
         shard: entry.shard.clone(),
     }
+}
+
+/// The versions of a volume that was written at this revision in etcd, with this mark.
+fn versions(mod_revision: u64, mark: &str) -> Versions {
+    let mut shard = [0; 8];
+    shard.copy_from_slice(&crate::named_id(mark.as_bytes())[..8]);
+    Versions { volume: mod_revision, shard: u64::from_le_bytes(shard) }
 }
 
 fn new_mark() -> String {

@@ -14,7 +14,7 @@ use base::{Epoch, Holder, HolderId, Role, VolumeId};
 use crate::error::{StoreError, StoreErrorKind};
 use crate::records::{ServerEntry, VolumeEntry, unix_ms};
 use crate::store::ClusterStore;
-use crate::volumes::{Change, change};
+use crate::volumes::{Change, change, change_known};
 
 /// Why a lease was not acquired. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -139,18 +139,32 @@ pub fn acquire(
     me: &Holder,
     how: Acquire,
 ) -> Result<VolumeEntry, AcquireError> {
-    take(store, id, me, how.above, |entry| check(entry, me.id, how))
+    acquire_known(store, id, me, how, None)
+}
+
+/// The same, beginning with how the volume was when it was heard of last: if it is so still, the store is
+/// asked once. It decides on nothing but the record as it is: what is written is conditional on that being
+/// the known one, and refused is nobody before it was read.
+pub fn acquire_known(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    me: &Holder,
+    how: Acquire,
+    known: Option<VolumeEntry>,
+) -> Result<VolumeEntry, AcquireError> {
+    take(store, id, me, known, how.above, |entry| check(entry, me.id, how))
 }
 
 fn take(
     store: &dyn ClusterStore,
     id: VolumeId,
     me: &Holder,
+    known: Option<VolumeEntry>,
     above: Epoch,
     may: impl Fn(&VolumeEntry) -> Result<(), AcquireError>,
 ) -> Result<VolumeEntry, AcquireError> {
     let mut refused = None;
-    let changed = change(store, id, |entry| match may(entry) {
+    let changed = change_known(store, id, known, |entry| match may(entry) {
         Ok(()) => {
             entry.volume.epoch = entry.volume.epoch.max(above).next();
             entry.volume.holder = Some(Holder { yieldable: false, ..me.clone() });
@@ -198,20 +212,21 @@ pub fn acquire_repair(
             Some(_) | None => Ok(()),
         }
     };
-    take(store, id, me, above, may)
+    take(store, id, me, None, above, may)
 }
 
 /// What became of a mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Marked {
-    /// The record says so now, or did before.
-    Done,
+    /// The record says so now, or did before; the volume as it was then.
+    Done(Box<VolumeEntry>),
     /// The lease is another one's now, or of another epoch: nothing was changed. The name of who
     /// holds it; `None` if nobody does, or there is no such volume any more.
     NotOurs(Option<String>),
 }
 
-/// Says whether `me`, who holds the volume in `epoch`, would give it up to a standby. Nothing happens
+/// Says whether `me`, who holds the volume in `epoch`, would give it up to a standby. `known` is how the
+/// volume was when it was heard of last: if it is so still, the store is asked once. Nothing happens
 /// if the lease is not its own in that epoch any more. After an error that may have happened
 /// nevertheless ([`StoreError::may_have_happened`]), asking again settles it.
 pub fn mark_yieldable(
@@ -220,14 +235,15 @@ pub fn mark_yieldable(
     me: HolderId,
     epoch: Epoch,
     yieldable: bool,
+    known: Option<VolumeEntry>,
 ) -> Result<Marked, StoreError> {
     let mut marked = Marked::NotOurs(None);
-    let changed = change(store, id, |entry| {
+    let changed = change_known(store, id, known, |entry| {
         let same_epoch = entry.volume.epoch == epoch && !entry.deleted;
         match &mut entry.volume.holder {
             Some(holder) if holder.id == me && same_epoch => {
-                marked = Marked::Done;
                 if holder.yieldable == yieldable {
+                    marked = Marked::Done(Box::new(entry.clone()));
                     return Change::Nothing;
                 }
                 holder.yieldable = yieldable;
@@ -241,7 +257,7 @@ pub fn mark_yieldable(
     });
     match changed {
         Err(StoreError { kind: StoreErrorKind::NoVolume(_), .. }) => Ok(Marked::NotOurs(None)),
-        changed => changed.map(|_| marked),
+        changed => Ok(changed?.map_or(marked, |entry| Marked::Done(Box::new(entry)))),
     }
 }
 

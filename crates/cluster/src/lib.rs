@@ -48,7 +48,7 @@ pub use records::{
 };
 pub use sqlite::{SCHEMA_VERSION, SqliteStore};
 pub use status::{FillReport, MemberReport, Rates, STATUS_STALE_MS, StallReport, VolumeStatus};
-pub use store::{ClusterStore, Create};
+pub use store::{ClusterStore, Create, Swapped};
 
 use uuid::Uuid;
 

@@ -19,7 +19,7 @@ use crate::records::{
     Draining, Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry, unix_ms,
 };
 use crate::status::VolumeStatus;
-use crate::store::{ClusterStore, Create};
+use crate::store::{ClusterStore, Create, Swapped};
 
 mod board;
 mod schema;
@@ -92,20 +92,19 @@ impl SqliteStore {
         &self,
         entry: &VolumeEntry,
         revision: Option<u64>,
-    ) -> Result<Versions, StoreError> {
+    ) -> Result<Swapped, StoreError> {
         assert_eq!(entry.volume.id, entry.shard.volume, "the shard is the volume's");
         let id = entry.volume.id;
         self.write(|transaction| {
-            if let Some(revision) = revision
-                && read_revision(transaction)? != revision
-            {
-                return Err(StoreErrorKind::Conflict);
-            }
             let current = read_volume(transaction, id)?.ok_or(StoreErrorKind::NoVolume(id))?;
             let going_back =
                 entry.volume.epoch < current.volume.epoch || (current.deleted && !entry.deleted);
-            if current.versions != entry.versions || going_back {
-                return Err(StoreErrorKind::Conflict);
+            let elsewhere = match revision {
+                Some(revision) => read_revision(transaction)? != revision,
+                None => false,
+            };
+            if current.versions != entry.versions || going_back || elsewhere {
+                return Ok(Swapped::Refused(Box::new(current)));
             }
             let next =
                 Versions { volume: entry.versions.volume + 1, shard: entry.versions.shard + 1 };
@@ -129,7 +128,7 @@ impl SqliteStore {
                 params![id.to_string(), next.shard.cast_signed(), encode(&entry.shard)],
             )?;
             bump_revision(transaction)?;
-            Ok(next)
+            Ok(Swapped::Written(next))
         })
     }
 
@@ -187,6 +186,28 @@ impl ClusterStore for SqliteStore {
         self.run(|connection| read_volume(connection, id))
     }
 
+    fn watch_volume(
+        &self,
+        id: VolumeId,
+        seen: Option<Versions>,
+        wait: Duration,
+    ) -> Result<Option<VolumeEntry>, StoreError> {
+        let start = Instant::now();
+        loop {
+            let entry = self.run(|connection| {
+                read_volume(connection, id)?.ok_or(StoreErrorKind::NoVolume(id))
+            })?;
+            if seen != Some(entry.versions) {
+                return Ok(Some(entry));
+            }
+            let left = wait.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            std::thread::sleep(POLL_INTERVAL.min(left));
+        }
+    }
+
     fn volume_named(&self, name: &str) -> Result<Option<VolumeEntry>, StoreError> {
         self.run(|connection| {
             let mut query = connection
@@ -231,12 +252,13 @@ impl ClusterStore for SqliteStore {
         })
     }
 
-    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
+    fn swap_volume(&self, entry: &VolumeEntry) -> Result<Swapped, StoreError> {
         self.replace_volume(entry, None)
     }
 
     fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {
-        self.replace_volume(entry, Some(revision))
+        let swapped = self.replace_volume(entry, Some(revision))?.or_conflict();
+        self.run(|_| swapped)
     }
 
     fn purge_volume(&self, id: VolumeId, versions: Versions) -> Result<(), StoreError> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
 
-use crate::error::StoreError;
+use crate::error::{StoreError, StoreErrorKind};
 use crate::events::Event;
 use crate::records::{Draining, Heartbeat, ServerEntry, ServerRecord, Versions, VolumeEntry};
 use crate::status::VolumeStatus;
@@ -16,6 +16,24 @@ pub enum Create {
     Never,
     /// Make one if there is none.
     IfMissing,
+}
+
+/// What became of a change that was conditional on how a volume was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Swapped {
+    /// It was made; the new versions.
+    Written(Versions),
+    /// Somebody else was faster; the volume as it is now. Nothing was changed.
+    Refused(Box<VolumeEntry>),
+}
+
+impl Swapped {
+    pub(crate) fn or_conflict(self) -> Result<Versions, StoreErrorKind> {
+        match self {
+            Self::Written(versions) => Ok(versions),
+            Self::Refused(_) => Err(StoreErrorKind::Conflict),
+        }
+    }
 }
 
 /// Keeps the records of a cluster. Methods block for a bounded time and may be called from
@@ -40,6 +58,17 @@ pub trait ClusterStore: Send + Sync {
     /// One volume, deleted or not.
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError>;
 
+    /// Waits until a volume is another than it was with the versions `seen`, for up to `wait`: the volume
+    /// then, and at once if none were seen. `None` if nothing has changed. May be late, so what is decided
+    /// on it is to be conditional on its versions. Fails with `NoVolume`, and when the store cannot
+    /// tell (any more).
+    fn watch_volume(
+        &self,
+        id: VolumeId,
+        seen: Option<Versions>,
+        wait: Duration,
+    ) -> Result<Option<VolumeEntry>, StoreError>;
+
     /// The volume with this name that is not deleted.
     fn volume_named(&self, name: &str) -> Result<Option<VolumeEntry>, StoreError>;
 
@@ -52,13 +81,19 @@ pub trait ClusterStore: Send + Sync {
         revision: u64,
     ) -> Result<VolumeEntry, StoreError>;
 
-    /// Replaces both records and the tombstone of `entry`, if both still have `entry.versions`.
-    /// Fails with `Conflict` or `NoVolume`. Returns the new versions.
+    /// Replaces both records and the tombstone of `entry`, if both still have `entry.versions`; else says
+    /// what is there, which saves reading it. Fails with `NoVolume`.
     ///
-    /// The store refuses, as `Conflict`, to lower an epoch or to lift a tombstone.
-    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError>;
+    /// The store refuses to lower an epoch and to lift a tombstone.
+    fn swap_volume(&self, entry: &VolumeEntry) -> Result<Swapped, StoreError>;
 
-    /// The same, if the revision is still `revision`, too: room that was found on the same picture is not
+    /// The same, but what was refused is the error `Conflict`. Returns the new versions.
+    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
+        let swapped = self.swap_volume(entry)?.or_conflict();
+        swapped.map_err(|kind| StoreError { store: self.address(), kind })
+    }
+
+    /// The same, but only if the revision is still `revision`, too: room that was found on the same picture is not
     /// given twice.
     fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError>;
 

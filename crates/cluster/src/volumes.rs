@@ -17,7 +17,7 @@ use crate::name::{InvalidName, check_name};
 use crate::named_failover::{NamedError, check_named, set_apart};
 use crate::placement::{Picture, PlacementError, failover as failover_of, place};
 use crate::records::{Versions, VolumeEntry, unix_ms};
-use crate::store::ClusterStore;
+use crate::store::{ClusterStore, Swapped};
 
 /// How often an operation reads again and tries again when someone else was faster. Every lost
 /// race is progress of another one, so this many in a row mean that something is wrong.
@@ -335,22 +335,43 @@ pub(crate) enum Change {
 pub(crate) fn change(
     store: &dyn ClusterStore,
     id: VolumeId,
+    decide: impl FnMut(&mut VolumeEntry) -> Change,
+) -> Result<Option<VolumeEntry>, StoreError> {
+    change_known(store, id, None, decide)
+}
+
+/// The same, beginning with how the volume was when it was heard of last, which saves reading it. What is
+/// written is conditional on its being so still; that there is nothing to change is not believed.
+pub(crate) fn change_known(
+    store: &dyn ClusterStore,
+    id: VolumeId,
+    known: Option<VolumeEntry>,
     mut decide: impl FnMut(&mut VolumeEntry) -> Change,
 ) -> Result<Option<VolumeEntry>, StoreError> {
+    let error = |kind| StoreError { store: store.address(), kind };
+    assert!(known.iter().all(|entry| entry.volume.id == id), "what is known is of this volume");
+    let mut hearsay = known;
+    let mut told = None;
     let mut attempt = 0;
     loop {
-        let no_volume =
-            || StoreError { store: store.address(), kind: StoreErrorKind::NoVolume(id) };
-        let mut entry = store.volume(id)?.ok_or_else(no_volume)?;
+        let (mut entry, certain) = match (hearsay.take(), told.take()) {
+            (Some(entry), _) => (entry, false),
+            (None, Some(entry)) => (entry, true),
+            (None, None) => {
+                let found = store.volume(id)?;
+                (found.ok_or_else(|| error(StoreErrorKind::NoVolume(id)))?, true)
+            }
+        };
         match decide(&mut entry) {
-            Change::Nothing => return Ok(None),
+            Change::Nothing if certain => return Ok(None),
+            Change::Nothing => continue,
             Change::Write => {}
         }
         attempt += 1;
-        match store.update_volume(&entry) {
-            Ok(versions) => return Ok(Some(VolumeEntry { versions, ..entry })),
-            Err(error) if error.is_conflict() && attempt < ATTEMPTS => {}
-            Err(error) => return Err(error),
+        match store.swap_volume(&entry)? {
+            Swapped::Written(versions) => return Ok(Some(VolumeEntry { versions, ..entry })),
+            Swapped::Refused(now) if attempt < ATTEMPTS => told = Some(*now),
+            Swapped::Refused(_) => return Err(error(StoreErrorKind::Conflict)),
         }
     }
 }

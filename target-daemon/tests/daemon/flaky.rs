@@ -1,12 +1,12 @@
 //! A cluster store that can be out of reach, in two ways.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base::{ClusterId, ServerId, ShardRecord, VolumeId, VolumeRecord};
 use cluster::{
     ClusterStore, Draining, Event, Heartbeat, ServerEntry, ServerRecord, StoreError,
-    StoreErrorKind, Versions, VolumeEntry, VolumeStatus,
+    StoreErrorKind, Swapped, Versions, VolumeEntry, VolumeStatus,
 };
 
 /// How the store is.
@@ -17,16 +17,27 @@ pub(crate) enum Mode {
     RequestsLost,
     /// Changes of volumes get there; nothing comes back.
     AnswersLost,
+    /// It tells no news.
+    WatchesSilent,
+    /// It does not let itself be watched.
+    WatchesRefused,
 }
 
 pub(crate) struct Flaky {
     inner: Arc<dyn ClusterStore>,
     mode: Mutex<Mode>,
+    /// Questions for a volume, and changes of one.
+    asked: Mutex<(usize, usize)>,
 }
 
 impl Flaky {
     pub(crate) fn new(inner: Arc<dyn ClusterStore>) -> Self {
-        Self { inner, mode: Mutex::new(Mode::Works) }
+        Self { inner, mode: Mutex::new(Mode::Works), asked: Mutex::default() }
+    }
+
+    /// Volumes that were read and tried to change since this was asked last.
+    pub(crate) fn asked(&self) -> (usize, usize) {
+        std::mem::take(&mut self.asked.lock().unwrap())
     }
 
     pub(crate) fn set(&self, mode: Mode) {
@@ -38,7 +49,10 @@ impl Flaky {
     }
 
     fn reach(&self) -> Result<&dyn ClusterStore, StoreError> {
-        if self.mode() == Mode::Works { Ok(self.inner.as_ref()) } else { Err(self.lost()) }
+        match self.mode() {
+            Mode::Works | Mode::WatchesSilent | Mode::WatchesRefused => Ok(self.inner.as_ref()),
+            Mode::RequestsLost | Mode::AnswersLost => Err(self.lost()),
+        }
     }
 
     fn lost(&self) -> StoreError {
@@ -70,10 +84,35 @@ impl ClusterStore for Flaky {
     }
 
     fn volume(&self, id: VolumeId) -> Result<Option<VolumeEntry>, StoreError> {
+        self.asked.lock().unwrap().0 += 1;
         // What is read before a change is answered, lest nothing were ever tried.
         match self.mode() {
-            Mode::Works | Mode::AnswersLost => self.inner.volume(id),
-            Mode::RequestsLost => Err(self.lost()),
+            Mode::AnswersLost => self.inner.volume(id),
+            Mode::Works | Mode::WatchesSilent | Mode::WatchesRefused | Mode::RequestsLost => {
+                self.reach()?.volume(id)
+            }
+        }
+    }
+
+    fn watch_volume(
+        &self,
+        id: VolumeId,
+        seen: Option<Versions>,
+        wait: Duration,
+    ) -> Result<Option<VolumeEntry>, StoreError> {
+        let start = Instant::now();
+        loop {
+            let found = match self.mode() {
+                Mode::Works => self.inner.watch_volume(id, seen, Duration::ZERO)?,
+                Mode::WatchesSilent => None,
+                Mode::WatchesRefused | Mode::RequestsLost | Mode::AnswersLost => {
+                    return Err(self.lost());
+                }
+            };
+            if found.is_some() || start.elapsed() >= wait {
+                return Ok(found.filter(|_| self.mode() == Mode::Works));
+            }
+            std::thread::park_timeout(Duration::from_millis(2));
         }
     }
 
@@ -90,12 +129,13 @@ impl ClusterStore for Flaky {
         self.reach()?.insert_volume(volume, shard, revision)
     }
 
-    fn update_volume(&self, entry: &VolumeEntry) -> Result<Versions, StoreError> {
+    fn swap_volume(&self, entry: &VolumeEntry) -> Result<Swapped, StoreError> {
+        self.asked.lock().unwrap().1 += 1;
         if self.mode() == Mode::AnswersLost {
-            self.inner.update_volume(entry)?;
+            self.inner.swap_volume(entry)?;
             self.set(Mode::RequestsLost);
         }
-        self.reach()?.update_volume(entry)
+        self.reach()?.swap_volume(entry)
     }
 
     fn update_volume_at(&self, entry: &VolumeEntry, revision: u64) -> Result<Versions, StoreError> {

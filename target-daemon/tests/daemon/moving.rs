@@ -86,6 +86,24 @@ impl Host {
         self.until(&format!("waiting: {part}"), waits);
     }
 
+    /// Until it has heard of a record that is so, and nothing has come of that.
+    fn until_known(&self, what: &str, is: impl Fn(&VolumeEntry) -> bool) {
+        until(what, || self.follow.known(self.id).filter(|entry| is(entry)).map(drop));
+    }
+
+    /// Until it has heard that host 1 yields.
+    fn until_on_offer(&self) {
+        self.until_known("hearing of the lease", |entry| {
+            let holder = entry.volume.holder.as_ref();
+            holder.is_some_and(|holder| holder.name == "host 1" && holder.yieldable)
+        });
+    }
+
+    /// How often the store was asked and told for the leases here, since this was looked at last.
+    fn asked(&self) -> (usize, usize) {
+        self.store.asked()
+    }
+
     fn opened(&self) -> usize {
         self.plane.log().iter().filter(|line| line.starts_with("open_head")).count()
     }
@@ -176,6 +194,125 @@ fn a_guest_moves_there_and_back_and_its_lease_with_it() {
     b.leave();
     assert_eq!(record(&bench, id), (None, Epoch(4)));
     a.leave();
+}
+
+#[test]
+fn a_lease_that_was_heard_of_costs_one_question() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let (a, b) = (Host::standby(&bench, 1, id), Host::standby(&bench, 2, id));
+    a.until_known("hearing of the volume", |_| true);
+    a.start();
+    a.until_held(1);
+    assert_eq!(a.asked(), (0, 1), "a lease that nobody holds");
+    a.stop();
+    a.until_yielded();
+    assert_eq!(a.asked(), (0, 1), "the mark");
+    b.until_on_offer();
+    b.start();
+    b.until_held(2);
+    assert_eq!(b.asked(), (0, 1), "a lease that is yielded");
+    assert_eq!(b.follow.head(id).unwrap(), bench.store.volume(id).unwrap().unwrap());
+    // There and back, and a guest that was only paused.
+    assert!(a.follow.deposed(id, Epoch(1)));
+    b.stop();
+    b.until_yielded();
+    b.start();
+    until("the mark to be taken back", || {
+        (record(&bench, id) == held_by(2, false, 2)).then_some(())
+    });
+    b.stop();
+    until("yielding again", || (record(&bench, id) == held_by(2, true, 2)).then_some(()));
+    a.until_known("hearing of the lease", |entry| {
+        entry.volume.holder.as_ref().is_some_and(|holder| holder.yieldable)
+            && bench.store.volume(id).unwrap().as_ref() == Some(entry)
+    });
+    a.asked();
+    a.start();
+    a.until_held(3);
+    assert_eq!(a.asked(), (0, 1), "back again");
+    a.leave();
+    b.leave();
+}
+
+#[test]
+fn a_lease_that_was_heard_of_late_is_taken_as_it_is() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let [a, b, c] = [1, 2, 3].map(|number| Host::standby(&bench, number, id));
+    a.start();
+    a.until_held(1);
+    a.stop();
+    a.until_yielded();
+    b.until_on_offer();
+    b.store.set(Mode::WatchesSilent);
+    // Larger since, and still on offer: one refusal, which says how it is.
+    let mut grown = a.entry(&bench);
+    grown.volume.size_bytes *= 2;
+    bench.store.update_volume(&grown).unwrap();
+    b.asked();
+    b.start();
+    b.until_held(2);
+    assert_eq!(b.asked(), (0, 2));
+    let head = b.follow.head(id).unwrap();
+    assert_eq!(head.volume.size_bytes, grown.volume.size_bytes);
+    assert_eq!(Some(head), bench.store.volume(id).unwrap());
+    assert!(a.follow.deposed(id, Epoch(1)));
+    // On offer once, and a third one was faster.
+    b.store.set(Mode::Works);
+    b.stop();
+    b.until_yielded();
+    let offered = |entry: &VolumeEntry| {
+        entry.volume.epoch == Epoch(2) && {
+            entry.volume.holder.as_ref().is_some_and(|holder| holder.yieldable)
+        }
+    };
+    a.until_known("hearing of the lease", offered);
+    a.store.set(Mode::WatchesSilent);
+    c.start();
+    c.until_held(3);
+    a.start();
+    a.until_waiting("host 3 holds the volume");
+    assert_eq!(record(&bench, id), held_by(3, false, 3), "not taken from who did not yield");
+    a.store.set(Mode::Works);
+    c.stop();
+    a.until_held(4);
+    for host in [&a, &b, &c] {
+        host.leave();
+    }
+}
+
+#[test]
+fn a_record_that_is_not_watched_is_asked_for() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let (a, b) = (Host::standby(&bench, 1, id), Host::standby(&bench, 2, id));
+    a.start();
+    a.until_held(1);
+    a.stop();
+    a.until_yielded();
+    b.until_on_offer();
+    assert_eq!(b.follow.unwatched(), []);
+    b.store.set(Mode::WatchesRefused);
+    until("knowing nothing", || b.follow.known(id).is_none().then_some(()));
+    assert_eq!(b.follow.unwatched(), [id]);
+    b.asked();
+    b.start();
+    b.until_held(2);
+    assert_eq!(b.asked(), (1, 1), "a question, and the change");
+    b.stop();
+    b.until_yielded();
+    assert!(a.follow.deposed(id, Epoch(1)));
+    // It goes on when it can.
+    a.start();
+    a.until_held(3);
+    assert!(b.follow.deposed(id, Epoch(2)));
+    until("being refused", || (b.follow.unwatched() == [id]).then_some(()));
+    b.store.set(Mode::Works);
+    b.until_known("hearing of the record", |entry| entry.volume.epoch == Epoch(3));
+    assert_eq!(b.follow.unwatched(), []);
+    a.leave();
+    b.leave();
 }
 
 #[test]
@@ -304,7 +441,7 @@ fn a_daemon_lets_exports_stand_by() {
         let reason = export()["reason"].to_string();
         (export()["state"] == "waiting" && reason.contains("server b")).then_some(())
     });
-    lease::mark_yieldable(bench.store.as_ref(), id, other.id, Epoch(1), true).unwrap();
+    lease::mark_yieldable(bench.store.as_ref(), id, other.id, Epoch(1), true, None).unwrap();
     let begun = Instant::now();
     state("open");
     assert!(begun.elapsed() < Duration::from_secs(10));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::wire::Pair;
 use crate::error::StoreErrorKind;
 
 /// How long an operation may take in all.
@@ -35,6 +36,18 @@ pub(super) struct Client {
 pub(super) struct Answer {
     pub(super) body: Value,
     pub(super) repeated: bool,
+}
+
+/// What a watch told of a key.
+pub(super) enum Told {
+    /// Nothing, in all the time.
+    Nothing,
+    /// It was written; as it is.
+    Is(Pair),
+    /// It was deleted.
+    Gone,
+    /// The member watches no longer.
+    Ended,
 }
 
 /// Why one member gave no answer.
@@ -134,9 +147,9 @@ impl Client {
         }
     }
 
-    /// Waits until a key changes, after `revision`, for up to `wait`. True if it may have. An error if
-    /// the member that was asked does not tell (any more).
-    pub(super) fn watch(&self, key: &str, revision: u64, wait: Duration) -> Result<bool, String> {
+    /// Waits until a key changes, after `revision`, for up to `wait`. An error if the member that was
+    /// asked does not tell (any more).
+    pub(super) fn watch(&self, key: &str, revision: u64, wait: Duration) -> Result<Told, String> {
         let create = json!({"create_request": {
             "key": key,
             "start_revision": revision.saturating_add(1).to_string(),
@@ -144,7 +157,7 @@ impl Client {
         let at = self.preferred.load(Ordering::Relaxed) % self.endpoints.len();
         let start = Instant::now();
         let timed_out =
-            |error: String| if start.elapsed() >= wait { Ok(false) } else { Err(error) };
+            |error: String| if start.elapsed() >= wait { Ok(Told::Nothing) } else { Err(error) };
         let sent = self
             .agent
             .post(format!("http://{}/v3/watch", self.endpoints[at]))
@@ -167,15 +180,16 @@ impl Client {
                 Ok(line) => line,
                 Err(error) => return timed_out(error.to_string()),
             };
-            let told: Value = serde_json::from_str(&line).map_err(|error| error.to_string())?;
-            let result = &told["result"];
-            if result["events"].as_array().is_some_and(|events| !events.is_empty())
-                || result["canceled"].as_bool() == Some(true)
-            {
-                return Ok(true);
-            }
+            let mut told: Value = serde_json::from_str(&line).map_err(|error| error.to_string())?;
+            let result = &mut told["result"];
             if !result.is_object() {
                 return Err(told["error"].to_string());
+            }
+            if let Some(last) = result["events"].as_array_mut().and_then(Vec::pop) {
+                return told_of(last);
+            }
+            if result["canceled"].as_bool() == Some(true) {
+                return Ok(Told::Ended);
             }
         }
         timed_out("the watch ended".to_owned())
@@ -225,6 +239,14 @@ impl Client {
             )
         })
     }
+}
+
+/// What an event of a watch tells. Its type is left out if the key was written.
+fn told_of(mut event: Value) -> Result<Told, String> {
+    if event["type"].as_str() == Some("DELETE") {
+        return Ok(Told::Gone);
+    }
+    Pair::parse(event["kv"].take()).map(Told::Is).map_err(|error| error.to_string())
 }
 
 /// Nothing can have been sent.

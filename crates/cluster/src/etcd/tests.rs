@@ -12,7 +12,7 @@ use super::wire::{Reply, delete, get, put};
 use crate::conformance::{self, Opened};
 use crate::error::StoreErrorKind;
 use crate::lease::{self, Acquire};
-use crate::store::{ClusterStore, Create};
+use crate::store::{ClusterStore, Create, Swapped};
 use harness::{Etcd, Lossy, copy, eventually, shared, skipped};
 
 mod harness;
@@ -236,9 +236,12 @@ fn an_old_backup_is_noticed_and_its_epochs_are_left_behind() {
     etcd.resume(0);
     etcd.wait();
     let stale = store.volume(id).unwrap().unwrap();
-    for _ in 0..5 {
-        acquire(&store, id);
-    }
+    let known: Vec<_> = (0..5)
+        .map(|_| {
+            acquire(&store, id);
+            store.volume(id).unwrap().unwrap()
+        })
+        .collect();
     let seen = store.revision().unwrap();
     etcd.kill(0);
     std::fs::remove_dir_all(etcd.data(0)).unwrap();
@@ -252,4 +255,13 @@ fn an_old_backup_is_noticed_and_its_epochs_are_left_behind() {
     let how = Acquire { force: true, above: Epoch(old.0 + 5), ..Acquire::default() };
     let taken = lease::acquire(&store, id, &holder(1), how).unwrap();
     assert_eq!(taken.volume.epoch, Epoch(old.0 + 6));
+    // etcd gives its revisions out once more: what was known of one of them is not taken for what is
+    // there now, nor by who has kept it in mind.
+    let known = known.into_iter().find(|known| known.versions.volume == taken.versions.volume);
+    let known = known.expect("a revision that was given out twice");
+    assert_ne!(known.versions, taken.versions);
+    assert_eq!(store.swap_volume(&known).unwrap(), Swapped::Refused(Box::new(taken.clone())));
+    store.note(&super::Known { value: "{}".to_owned(), entry: known.clone() });
+    assert_eq!(store.swap_volume(&known).unwrap(), Swapped::Refused(Box::new(taken.clone())));
+    assert_eq!(store.volume(id).unwrap(), Some(taken));
 }

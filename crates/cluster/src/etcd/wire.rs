@@ -106,22 +106,34 @@ struct RawPair {
     mod_revision: String,
 }
 
+fn damaged(what: &str) -> StoreErrorKind {
+    StoreErrorKind::Unavailable(format!("etcd's answer makes no sense: {what}").into())
+}
+
+fn number(text: &str) -> Result<u64, StoreErrorKind> {
+    text.parse::<u64>().map_err(|_| damaged("not a revision"))
+}
+
+impl Pair {
+    pub(super) fn parse(value: Value) -> Result<Self, StoreErrorKind> {
+        let raw: RawPair =
+            serde_json::from_value(value).map_err(|error| damaged(&error.to_string()))?;
+        Self::decoded(&raw)
+    }
+
+    fn decoded(raw: &RawPair) -> Result<Self, StoreErrorKind> {
+        let bytes = |text: &str| STANDARD.decode(text).map_err(|_| damaged("not base64"));
+        let key = String::from_utf8(bytes(&raw.key)?).map_err(|_| damaged("not a key"))?;
+        Ok(Self { key, value: bytes(&raw.value)?, mod_revision: number(&raw.mod_revision)? })
+    }
+}
+
 impl Reply {
     pub(super) fn parse(body: Value) -> Result<Self, StoreErrorKind> {
-        let damaged = |what: &str| {
-            StoreErrorKind::Unavailable(format!("etcd's answer makes no sense: {what}").into())
-        };
         let raw: RawReply =
             serde_json::from_value(body).map_err(|error| damaged(&error.to_string()))?;
-        let number = |text: &str| text.parse::<u64>().map_err(|_| damaged("not a revision"));
-        let pair = |raw: RawPair| {
-            let bytes = |text: &str| STANDARD.decode(text).map_err(|_| damaged("not base64"));
-            let key = String::from_utf8(bytes(&raw.key)?).map_err(|_| damaged("not a key"))?;
-            let mod_revision = number(&raw.mod_revision)?;
-            Ok(Pair { key, value: bytes(&raw.value)?, mod_revision })
-        };
         let found = raw.responses.into_iter().filter_map(|response| response.response_range);
-        let found = found.map(|range| range.kvs.into_iter().map(pair).collect());
+        let found = found.map(|range| range.kvs.iter().map(Pair::decoded).collect());
         Ok(Self {
             revision: number(&raw.header.revision)?,
             succeeded: raw.succeeded,
