@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use base::time::earliest;
 use base::{
-    BufferPool, Epoch, HolderId, Instant, PoolId, ReplicaKey, RequestId, ServerId, ShardRecord,
-    Slab, VolumeId, VolumeRecord,
+    BlockCount, BufferPool, Epoch, HolderId, Instant, Lba, PoolId, ReplicaKey, RequestId, ServerId,
+    ShardRecord, Slab, VolumeId, VolumeRecord,
 };
 use nvme::target::Input as TargetInput;
 use nvme::{SessionId, Target, TargetConfig, VolumeExport};
@@ -115,6 +115,8 @@ struct Server {
 enum StoreCommand {
     /// A session's command.
     Replica { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64 },
+    /// A session's Append, of these blocks.
+    Append { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64, lba: Lba, blocks: BlockCount },
     /// A session's Grow, which makes the replica larger.
     Grow { key: ReplicaKey, epoch: Epoch, origin: Origin, tag: u64 },
     /// A fill's command.

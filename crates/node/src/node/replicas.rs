@@ -1,6 +1,8 @@
 //! Commands for this server's replicas, and what the store has to say.
 
-use base::{CommandBody, Epoch, Health, ReplicaCommand, ReplicaError, ReplyBody, StateMessage};
+use base::{
+    CommandBody, Epoch, Health, ReplicaCommand, ReplicaError, ReplicaKey, ReplyBody, StateMessage,
+};
 use nvme::target::Input as TargetInput;
 use nvme::{SessionId, Tag};
 
@@ -89,14 +91,12 @@ impl Node {
             (CommandBody::Grow { blocks }, Some(info)) if *blocks > info.blocks => {
                 StoreCommand::Grow { key, epoch, origin, tag }
             }
+            (CommandBody::Append { record, .. }, _) => {
+                let (lba, blocks) = (record.header().lba, record.header().blocks);
+                StoreCommand::Append { key, epoch, origin, tag, lba, blocks }
+            }
             _ => StoreCommand::Replica { key, epoch, origin, tag },
         };
-        if let CommandBody::Append { record, .. } = &body
-            && !server.damage.is_empty()
-        {
-            let (lba, blocks) = (record.header().lba, record.header().blocks);
-            self.blocks_written(key, lba, blocks);
-        }
         let command = match body {
             CommandBody::Seal => store::Command::Seal { key, epoch },
             CommandBody::Append { record, media } => {
@@ -170,11 +170,14 @@ impl Node {
         let command = server.commands.remove(tag).expect("a store answers each command once");
         match command {
             StoreCommand::Replica { key, epoch, origin, tag } => {
-                let from = (origin, tag);
-                let result = server.service.gate(self.now, (key, epoch), from, result);
-                if let Some(result) = result {
-                    self.replica_reply(origin, tag, result);
+                self.gated_reply((key, epoch), (origin, tag), result);
+            }
+            StoreCommand::Append { key, epoch, origin, tag, lba, blocks } => {
+                // One that failed leaves in home what is there.
+                if result.is_ok() && !server.damage.is_empty() {
+                    self.blocks_written(key, lba, blocks);
                 }
+                self.gated_reply((key, epoch), (origin, tag), result);
             }
             StoreCommand::Grow { key, epoch, origin, tag } => {
                 if let (Ok(_), Some(info)) = (&result, server.store.replica(key)) {
@@ -182,11 +185,7 @@ impl Node {
                     let message = StateMessage::Resized { size_bytes };
                     self.publish(self.now, Audience::Heads, Some(key), message);
                 }
-                let server = self.server.as_mut().expect("a store answers");
-                let result = server.service.gate(self.now, (key, epoch), (origin, tag), result);
-                if let Some(result) = result {
-                    self.replica_reply(origin, tag, result);
-                }
+                self.gated_reply((key, epoch), (origin, tag), result);
             }
             StoreCommand::Fill { fill, step } => self.fill_answer(fill, step, result),
             StoreCommand::Create { key, tag, epoch }
@@ -210,6 +209,19 @@ impl Node {
                 }
                 self.outputs.push_back(Output::ControlDone { tag, result: result.map(|_| ()) });
             }
+        }
+    }
+
+    /// Answers a session's command through the gate.
+    fn gated_reply(
+        &mut self,
+        replica: (ReplicaKey, Epoch),
+        from: (Origin, u64),
+        result: Result<ReplyBody, ReplicaError>,
+    ) {
+        let server = self.server.as_mut().expect("a store answers");
+        if let Some(result) = server.service.gate(self.now, replica, from, result) {
+            self.replica_reply(from.0, from.1, result);
         }
     }
 

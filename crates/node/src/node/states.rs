@@ -176,7 +176,7 @@ impl Node {
         }
     }
 
-    /// A record is written to a replica here.
+    /// A record is in the log of a replica here.
     pub(super) fn blocks_written(&mut self, key: ReplicaKey, lba: Lba, blocks: BlockCount) {
         if let Some(server) = &mut self.server {
             server.damage.written(key, lba, blocks);

@@ -73,3 +73,18 @@ fn a_head_is_told_of_more_as_it_gets_on() {
     cluster.release(at, head);
     cluster.check_replica(0);
 }
+
+#[test]
+fn what_could_not_be_written_again_is_not_forgotten() {
+    for local in [true, false] {
+        let mut cluster = rotten(3);
+        let at = if local { 0 } else { cluster.diskless() };
+        let head = cluster.open_head(at, members());
+        assert_eq!(cluster.node(0).damaged_blocks(KEY), 3, "it is not mended yet");
+        cluster.refuse_writes(0);
+        // A quorum has it, and the replica on 0 has not.
+        cluster.write(at, head, 0, 16);
+        cluster.run_for(Duration::from_secs(1));
+        assert_eq!(cluster.node(0).damaged_blocks(KEY), 3, "head beside it: {local}");
+    }
+}

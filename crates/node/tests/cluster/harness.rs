@@ -19,8 +19,8 @@ use node::{
 };
 use nvme::{ReceiveRegion, TargetConfig};
 use store::{
-    DeviceInfo, DeviceRole, DiskKind, DiskOperation, DiskResult, FlushPolicy, FormatConfig,
-    StoreConfig,
+    DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult, FlushPolicy,
+    FormatConfig, StoreConfig,
 };
 use volume::{MemberStatus, Tunables};
 
@@ -82,6 +82,8 @@ pub(crate) fn shard(members: &[(usize, Role)]) -> ShardRecord {
 struct Machine {
     node: Option<Node>,
     disks: Vec<BTreeMap<u64, Page>>,
+    /// Its disks refuse writes.
+    refusing: bool,
     open: bool,
     replies: BTreeMap<u64, BlockReply>,
     events: Vec<(HeadHandle, HeadEvent)>,
@@ -161,6 +163,7 @@ impl Cluster {
             cluster.machines.push(Machine {
                 node: None,
                 disks: if index < setup.servers { formatted(index) } else { Vec::new() },
+                refusing: false,
                 open: false,
                 replies: BTreeMap::new(),
                 events: Vec::new(),
@@ -275,6 +278,11 @@ impl Cluster {
             found = true;
         }
         found
+    }
+
+    /// No disk of a machine takes a write from now on.
+    pub(crate) fn refuse_writes(&mut self, index: usize) {
+        self.machines[index].refusing = true;
     }
 
     /// Packets between two machines are lost from now on.
@@ -530,7 +538,8 @@ impl Cluster {
             while let Some(operation) = self.machines[index].node.as_mut().and_then(Node::poll_disk)
             {
                 progress = true;
-                let (id, result) = perform(&mut self.machines[index].disks, operation);
+                let machine = &mut self.machines[index];
+                let (id, result) = perform(&mut machine.disks, machine.refusing, operation);
                 self.input(index, Input::DiskDone { id, result });
             }
             if let Some(node) = &self.machines[index].node
@@ -597,7 +606,7 @@ impl Cluster {
                 result.expect("the pool is good");
                 machine.open = true;
             }
-            Output::PoolFailed(failure) => panic!("{failure}"),
+            Output::PoolFailed(failure) => assert!(machine.refusing, "{failure}"),
             Output::Head { head, event, .. } => machine.events.push((head, event)),
             Output::Fill { event, .. } => machine.fills.push(event),
             Output::PoolNotice(_) | Output::Peer { .. } | Output::Refused { .. } => {}
@@ -660,6 +669,7 @@ fn write_pages(disk: &mut BTreeMap<u64, Page>, offset: u64, bytes: &[u8]) {
 
 fn perform(
     disks: &mut [BTreeMap<u64, Page>],
+    refusing: bool,
     operation: DiskOperation,
 ) -> (store::DiskId, DiskResult) {
     let disk = &mut disks[usize::from(operation.device.0)];
@@ -675,6 +685,7 @@ fn perform(
             }
             DiskResult::Read(Ok(buffer))
         }
+        DiskKind::Write { .. } if refusing => DiskResult::Written(Err(DiskError::Io)),
         DiskKind::Write { mut offset, parts } => {
             for part in parts.iter() {
                 write_pages(disk, offset, part.bytes());
