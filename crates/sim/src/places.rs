@@ -71,7 +71,7 @@ places! {
     FillDone = "a filling was done",
     FillFailed = "a filling had to rest",
     FillCutOff = "a head, a replica that was filled and its source were cut off together",
-    LeftWaiting = "an opening waited for a lost pool while another member needed a copy",
+    LeftWaiting = "an opening waited for a lost pool while another member needed a copy, or room",
     ReplicaMade = "a spare server made a replica",
     ReplicaDeleted = "a member that had left deleted its replica",
     VolumeGrown = "a volume grew while it was used",
