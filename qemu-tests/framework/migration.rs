@@ -1,7 +1,7 @@
 //! A guest with a verifying writer that moves between two hosts, and what it felt.
 //!
 //! The hosts are network namespaces, each with a back end of its own that stands by: the daemon of a
-//! server that has a replica, or `holdfast attach`. QEMU's migration stream goes over the network between
+//! server that has a replica, or `holdfast attach`, or, to compare with, a daemon of QEMU's. QEMU's migration stream goes over the network between
 //! them. The volume's lease follows the guest's rings; nobody is told of a migration.
 
 mod attempt;
@@ -9,8 +9,10 @@ mod own;
 mod qemu;
 mod trace;
 
+use std::fs::File;
+use std::io::Read as _;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +25,8 @@ use crate::etcd::Etcd;
 use crate::guest::{Guest, GuestOptions};
 use crate::lab::Lab;
 use crate::network::{Network, Place};
+use crate::process::Process;
+use crate::storage_daemon::StorageDaemon;
 use crate::wait::Deadline;
 use crate::writer::{Seen, Writer, WriterOptions};
 
@@ -45,24 +49,24 @@ pub enum Hosts {
     Servers,
     /// Hosts without a disk, with `holdfast attach`.
     Diskless,
+    /// Hosts without Holdfast: both serve the same file, by QEMU's storage daemon. To compare with.
+    BareFile,
 }
 
 impl Hosts {
-    /// Both kinds.
-    pub const ALL: [Self; 2] = [Self::Servers, Self::Diskless];
-
     /// For command lines and tables.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Servers => "servers",
             Self::Diskless => "diskless",
+            Self::BareFile => "bare-file",
         }
     }
 
     const fn names(self) -> [&'static str; 2] {
         match self {
             Self::Servers => ["a", "b"],
-            Self::Diskless => ["one", "two"],
+            Self::Diskless | Self::BareFile => ["one", "two"],
         }
     }
 }
@@ -73,8 +77,24 @@ struct Host {
     place: Place,
     address: Ipv4Addr,
     socket: PathBuf,
-    /// `holdfast attach`, if that serves it.
-    attached: Option<Attached>,
+    /// What serves it, if that is no server.
+    back_end: Option<BackEnd>,
+}
+
+/// A process that serves one guest.
+#[derive(Debug)]
+enum BackEnd {
+    Attached(Attached),
+    Bare(StorageDaemon),
+}
+
+impl BackEnd {
+    fn process(&mut self) -> &mut Process {
+        match self {
+            Self::Attached(attached) => &mut attached.process,
+            Self::Bare(daemon) => daemon.process(),
+        }
+    }
 }
 
 /// Two hosts, and the guest on one of them.
@@ -139,23 +159,31 @@ impl<'lab> Rig<'lab> {
                 ..ClusterOptions::default()
             },
         )?;
-        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let file = lab.directory().join("bare.img");
+        match options.hosts {
+            Hosts::Servers | Hosts::Diskless => cluster.create_volume("disk", VOLUME_MIB, 3)?,
+            Hosts::BareFile => write_whole(&file, VOLUME_MIB)?,
+        }
         let host = |number: usize| {
             let name = options.hosts.names()[number];
             let place = network.place(name)?;
-            let (socket, attached) = match options.hosts {
+            let (socket, back_end) = match options.hosts {
                 Hosts::Servers => (cluster.export_standby(number, "disk")?, None),
                 Hosts::Diskless => {
                     let mut attached = cluster.start_attach("disk", &place, &["--standby"])?;
                     attached.wait_for_socket()?;
-                    (attached.socket.clone(), Some(attached))
+                    (attached.socket.clone(), Some(BackEnd::Attached(attached)))
+                }
+                Hosts::BareFile => {
+                    let daemon = StorageDaemon::share(lab, &format!("bare-{name}"), &file)?;
+                    (daemon.socket().to_owned(), Some(BackEnd::Bare(daemon)))
                 }
             };
             Ok::<_, anyhow::Error>(Host {
                 place,
                 address: network.address(name)?,
                 socket,
-                attached,
+                back_end,
             })
         };
         let hosts = [host(0)?, host(1)?];
@@ -199,7 +227,7 @@ impl<'lab> Rig<'lab> {
         ensure!(seen.checked > 0, "nothing was checked in the end");
         self.guest.check_no_complaints()?;
         for host in &mut self.hosts {
-            host.attached.iter_mut().try_for_each(|attached| attached.process.check_alive())?;
+            host.back_end.iter_mut().try_for_each(|back_end| back_end.process().check_alive())?;
         }
         self.cluster.servers().iter().try_for_each(crate::cluster::Server::check_alive)?;
         self.guest.power_off()
@@ -207,12 +235,20 @@ impl<'lab> Rig<'lab> {
 
     /// What the back end on a host has said so far.
     pub fn said(&self, host: usize) -> Result<String> {
-        let log = match &self.hosts[host].attached {
-            Some(attached) => attached.process.log(),
+        let log = match &self.hosts[host].back_end {
+            Some(BackEnd::Attached(attached)) => attached.process.log(),
+            Some(BackEnd::Bare(daemon)) => daemon.log(),
             None => self.cluster.servers()[host].log(),
         };
         Ok(std::fs::read_to_string(log)?)
     }
+}
+
+/// Makes a file of so many MiB, of zeroes that were written.
+fn write_whole(path: &Path, mib: u64) -> Result<()> {
+    let mut file = File::create(path)?;
+    std::io::copy(&mut std::io::repeat(0).take(mib << 20), &mut file)?;
+    Ok(file.sync_all()?)
 }
 
 fn guest_options(host: &Host, number: u16, limit: Duration) -> GuestOptions {

@@ -23,6 +23,15 @@ pub struct StorageDaemon {
 impl StorageDaemon {
     /// Serves `file` with direct I/O through io_uring, from a thread of its own.
     pub fn start(lab: &Lab, name: &str, file: &Path) -> Result<Self> {
+        Self::start_with(lab, name, file, "")
+    }
+
+    /// The same of a file that other processes have open, too, as guests' hosts have what they share.
+    pub fn share(lab: &Lab, name: &str, file: &Path) -> Result<Self> {
+        Self::start_with(lab, name, file, ",locking=off")
+    }
+
+    fn start_with(lab: &Lab, name: &str, file: &Path, how: &str) -> Result<Self> {
         let socket = lab.socket(name);
         let file = file.display();
         let arguments = [
@@ -30,7 +39,7 @@ impl StorageDaemon {
             "iothread,id=io".to_owned(),
             "--blockdev".to_owned(),
             format!(
-                "file,node-name=disk,filename={file},cache.direct=on,aio=io_uring,discard=unmap"
+                "file,node-name=disk,filename={file},cache.direct=on,aio=io_uring,discard=unmap{how}"
             ),
             "--export".to_owned(),
             format!(
@@ -51,6 +60,11 @@ impl StorageDaemon {
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// What it says.
+    pub fn log(&self) -> &Path {
+        self.process.log()
     }
 
     /// The process.

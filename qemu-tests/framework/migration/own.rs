@@ -11,7 +11,7 @@ use crate::wait::{Deadline, wait_until};
 const SAID: &str = "the guest's first request is answered";
 
 /// The stations of a guest's way to its disk, all from the moment at which its first ring started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waited {
     /// Until the lease was had.
     pub(super) lease: Duration,
