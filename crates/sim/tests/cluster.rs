@@ -35,6 +35,10 @@ fn clusters_under_faults_lose_nothing() {
 
 /// Seeds that found something once, and what.
 const REGRESSIONS: &[(u64, &str)] = &[
+    (
+        364_275_402_077_037,
+        "a discard that a copied chunk had before it came, and a copy of that copy",
+    ),
     (5, "a member forgot its log where the first page of a segment could not be read"),
     (60, "a cluster of one server with nothing left to do"),
     (121, "a member too far behind and another one's pool lost"),

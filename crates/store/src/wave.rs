@@ -248,15 +248,17 @@ impl Store {
                 let segment = self.segments.of(entry.sector);
                 last = last.max(self.segments.all[segment].last_seq);
             } else if let Some(seq) = zeroes.filter(|seq| *seq <= job.through.seq.0)
-                && meta.block(index) != BlockState::Absent
                 && !planted::is(Bug::DiscardForgotten)
             {
+                changed |= meta.block(index) != BlockState::Absent;
                 meta.set(index, BlockState::Absent);
-                changed = true;
                 last = last.max(Seq(seq));
             }
         }
         let target = &mut self.flush.wave.targets[at];
+        // A chunk that was filled may be without these blocks before their discard comes: what it says of
+        // itself would be too old, and whoever has it older still would keep that.
+        changed |= target.old.is_some_and(|old| old.newest != Seq::ZERO && old.newest < last);
         target.empty = meta.is_all_absent();
         target.changed = changed;
         target.complete = complete;

@@ -216,6 +216,40 @@ fn a_chunk_that_goes_back_in_time_says_so() {
     target.check("back in time");
 }
 
+/// A copied chunk may lack blocks before their discard comes with the log. That counts as newer all the same:
+/// who has the chunk as it was before must not keep it.
+#[test]
+fn a_discard_that_a_copy_had_before_it_came_is_not_forgotten() {
+    let [mut source, mut copy, mut other] = [(); 3].map(|()| node(64 << 10));
+    for lba in (0..64).step_by(16) {
+        source.append(1, lba, 16, RecordKind::Write);
+    }
+    commit_all(&mut source);
+    follow(&mut source, &mut other);
+    other.commit(4);
+    go_home(&mut source);
+    go_home(&mut other);
+    // After the list was made, before this chunk is copied.
+    let mut discarded = false;
+    let mut discard = |source: &mut Node| {
+        if !core::mem::replace(&mut discarded, true) {
+            source.append(1, 50, 4, RecordKind::Discard);
+            commit_all(source);
+        }
+        true
+    };
+    let mut filler = Filler::new();
+    assert_eq!(filler.fill(&mut source, &mut copy, &mut discard), Some(true));
+    adopt(&source, &mut copy);
+    copy.check("a copy that had it before");
+    copy.flush();
+    copy.commit(5);
+    copy.world.run(SECOND);
+    fill(&mut copy, &mut other);
+    adopt(&copy, &mut other);
+    other.check("a copy of the copy");
+}
+
 /// While a block is on its way home, the source gives it from the log; also if a newer one that is
 /// not committed has taken its place in the index.
 #[test]
