@@ -568,9 +568,12 @@ impl Store {
             }
             self.index_record(replay.slot, header, sector, |block| block_crc(encoded, block));
             replay.last = header.position;
-            let state = &mut self.segments.all[segment as usize];
-            state.last_seq = header.position.seq;
-            state.last_epoch = header.position.epoch;
+            // A truncation knows where its segments end, and scans must find their way meanwhile.
+            if self.phase == Phase::Opening {
+                let state = &mut self.segments.all[segment as usize];
+                state.last_seq = header.position.seq;
+                state.last_epoch = header.position.epoch;
+            }
             at += header.header_bytes();
             page += payload_pages(header);
         }

@@ -82,7 +82,11 @@ impl Store {
         let Some(segment) =
             found.filter(|segment| self.segments.all[*segment as usize].first_seq <= seq)
         else {
-            return self.done(tag, Err(ReplicaError::Damaged));
+            // A truncation to what is home has no segment any more, and is not yet journaled.
+            let last = replica.home_through();
+            let cut = replica.is_rebuilding() && seq > last.seq;
+            let error = if cut { ReplicaError::Behind { last } } else { ReplicaError::Damaged };
+            return self.done(tag, Err(error));
         };
         let state = &self.segments.all[segment as usize];
         if state.state == SegmentState::Trimming {
