@@ -1,6 +1,7 @@
 //! A log that is being cut back, as others see it meanwhile.
 
 #![allow(missing_docs)]
+#![allow(clippy::cast_possible_truncation)]
 
 mod pair;
 mod sim;
