@@ -75,7 +75,6 @@ const REGRESSIONS: &[(u64, &str)] = &[
         359_263_143_688_173,
         "full logs while the faulty server's is lost: a known gap, found when nothing went on",
     ),
-    (364_275_402_077_037, "a discard that a copied chunk had before it came in the log"),
     (300_332, "a record that was looked for in a log while that was being cut back"),
 ];
 
