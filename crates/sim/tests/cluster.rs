@@ -72,6 +72,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (351_609_381_094_238, "a member that lost power unnoticed, and was read alone"),
     (351_609_381_095_676, "a small log that rotted as a whole, and nothing in the journal of it"),
     (
+        100_679,
+        "a segment whose header rotted beside an unreadable page, and that was nobody's then",
+    ),
+    (
         359_263_143_688_173,
         "full logs while the faulty server's is lost: a known gap, found when nothing went on",
     ),

@@ -144,23 +144,31 @@ impl SegmentHeader {
 /// What the header of `segment` says or, if that is lost, what its first batch says of it.
 /// `pages` are the segment's first pages, as many as the header and a batch's header may have.
 pub(crate) fn segment_header(pages: &[u8], segment: u32) -> Option<SegmentHeader> {
-    let header = SegmentHeader::decode(&pages[..PAGE_BYTES]).or_else(|| {
-        let first = pages.get(PAGE_BYTES..)?;
-        if first.len() < PAGE_BYTES {
-            return None;
-        }
-        let owner = Owner::decode(first);
-        let (batch, _) = BatchHeader::decode(first, &owner, 1)?;
-        let record = RecordHeader::decode(first.get(BATCH_FIXED_BYTES..)?).ok()?;
-        Some(SegmentHeader {
-            owner,
-            previous_crc: batch.previous_crc,
-            first_seq: batch.first_seq,
-            first_batch: batch.number,
-            previous_epoch: record.previous_epoch,
-        })
-    })?;
+    let header = SegmentHeader::decode(&pages[..PAGE_BYTES])
+        .or_else(|| segment_header_by_batch(pages.get(PAGE_BYTES..)?, 1))?;
     (header.owner.segment == segment).then_some(header)
+}
+
+/// What the header of a segment would say if it began with the batch at its page `page`, with which `pages` begin.
+pub(crate) fn segment_header_by_batch(pages: &[u8], page: u32) -> Option<SegmentHeader> {
+    if pages.len() < PAGE_BYTES {
+        return None;
+    }
+    let owner = Owner::decode(pages);
+    let (batch, _) = BatchHeader::decode(pages, &owner, page)?;
+    let record = RecordHeader::decode(pages.get(BATCH_FIXED_BYTES..)?).ok()?;
+    Some(SegmentHeader {
+        owner,
+        previous_crc: batch.previous_crc,
+        first_seq: batch.first_seq,
+        first_batch: batch.number,
+        previous_epoch: record.previous_epoch,
+    })
+}
+
+/// Whether a page that is no whole header may have been one, of a segment or of a batch of this pool.
+pub(crate) fn resembles_header(page: &[u8], pool: PoolId) -> bool {
+    page[0..4] == SEGMENT_MAGIC || page[0..4] == BATCH_MAGIC || Owner::decode(page).pool == pool
 }
 
 /// The fixed part of a batch header.

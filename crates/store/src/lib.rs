@@ -25,6 +25,7 @@ mod journal;
 mod label;
 mod layout;
 mod metadata;
+mod owners;
 mod read;
 mod recovery;
 mod replay;

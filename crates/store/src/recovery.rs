@@ -10,25 +10,18 @@ use base::{BufferMut, Position, Seq};
 
 use crate::api::{DiskError, OpenError, Output};
 use crate::append::ZEROES_MAX;
-use crate::batch::{BATCH_HEADER_PAGES_MAX, SegmentHeader, segment_header};
+use crate::batch::SegmentHeader;
 use crate::bytes::Reader;
 use crate::home::ChunkSpace;
 use crate::index::Index;
 use crate::label::{Label, LabelError, identify};
 use crate::layout::{DeviceIndex, LABEL_AREA_BYTES, LABEL_COPY_OFFSET, PAGE, device_index};
 use crate::metadata::{Entry, PAGE_HEADER_BYTES, Page, PageKind, Restart};
+use crate::owners::Search;
 use crate::replay::{Link, Replay, Replayed};
 use crate::segments::{SegmentState, Segments};
 use crate::store::{Phase, Store, Task};
 
-/// Segment headers read at a time.
-const HEADER_READS_MAX: u32 = 8;
-/// Bytes of a segment's header and of the first batch's, which can stand in for it.
-const HEADER_BYTES: usize = (1 + BATCH_HEADER_PAGES_MAX) * PAGE_BYTES;
-/// Marks the read of a segment's header page alone.
-const ALONE: u32 = 1 << 31;
-/// Marks the read of what follows a segment's header page, alone.
-const REST: u32 = 1 << 30;
 /// Chunk versions that a reopening skips: those that an unfinished flush may have used.
 const VERSIONS_SKIPPED: u32 = 1 << 16;
 /// Pages of metadata read at a time.
@@ -36,7 +29,7 @@ const PIECE_PAGES: u32 = 32;
 const _: () = assert!(PIECE_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Stage {
+pub(crate) enum Stage {
     #[default]
     Labels,
     Headers,
@@ -59,10 +52,10 @@ struct Halves {
 /// A reopening under way.
 #[derive(Default)]
 pub(crate) struct Opening {
-    stage: Stage,
+    pub(crate) stage: Stage,
     /// Next thing to read in this stage.
-    next: u32,
-    in_flight: u32,
+    pub(crate) next: u32,
+    pub(crate) in_flight: u32,
     labels: Vec<Label>,
     /// The label area of a device that cannot be read as a whole.
     halves: Option<Halves>,
@@ -72,11 +65,12 @@ pub(crate) struct Opening {
     /// The piece's pages from the first copy, while the second's are being read.
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
-    segment_headers: Vec<Option<SegmentHeader>>,
+    pub(crate) segment_headers: Vec<Option<SegmentHeader>>,
     /// Slots whose replica was deleted by an entry of the journal.
     pub(crate) deleted: BTreeSet<u16>,
-    /// Segments of which a part is to be read again, with the mark that says which.
-    again: Vec<u32>,
+    /// Segments whose beginning does not say whose they are.
+    pub(crate) unclear: Vec<u32>,
+    pub(crate) search: Option<Search>,
     /// Next replica to replay.
     replica: usize,
     stamps: Vec<u64>,
@@ -203,23 +197,7 @@ impl Store {
                     self.take_piece(first.as_ref().ok(), result.as_ref().ok());
                 }
             },
-            Stage::Segments => match result {
-                Ok(mut buffer) => {
-                    let length = if piece & ALONE == 0 { HEADER_BYTES } else { PAGE_BYTES };
-                    let segment = piece & !(ALONE | REST);
-                    if piece & REST != 0 {
-                        let pages = buffer.payload_mut();
-                        pages.copy_within(..HEADER_BYTES - PAGE_BYTES, PAGE_BYTES);
-                        pages[..PAGE_BYTES].fill(0);
-                    }
-                    let header = segment_header(&buffer.payload()[..length], segment);
-                    self.opening.segment_headers[segment as usize] = header;
-                }
-                // The header page may be readable without those that follow it, or they without it.
-                Err(_) if piece & (ALONE | REST) == 0 => self.opening.again.push(piece | ALONE),
-                Err(_) if piece & ALONE != 0 => self.opening.again.push(piece & !ALONE | REST),
-                Err(_) => {}
-            },
+            Stage::Segments => self.segment_pages_read(piece, result),
             Stage::Replay | Stage::Sync | Stage::Checkpoint | Stage::Done => {}
         }
     }
@@ -465,62 +443,18 @@ impl Store {
         self.opening.stage = Stage::Segments;
     }
 
-    fn read_segment_headers(&mut self) {
-        let all = u32::try_from(self.segments.all.len()).expect("segments are counted in 32 bits");
-        while self.opening.in_flight < HEADER_READS_MAX {
-            let again = self.opening.again.last().copied();
-            if again.is_none() && self.opening.next == all {
-                break;
-            }
-            let piece = again.unwrap_or(self.opening.next);
-            let segment = piece & !(ALONE | REST);
-            let (start, length) = match piece & (ALONE | REST) {
-                0 => (0, HEADER_BYTES),
-                ALONE => (0, PAGE_BYTES),
-                _ => (PAGE_BYTES, HEADER_BYTES - PAGE_BYTES),
-            };
-            let Some(buffer) = self.config.buffers.take(HEADER_BYTES) else {
-                return self.starved();
-            };
-            if again.is_some() {
-                self.opening.again.pop();
-            } else {
-                self.opening.next += 1;
-            }
-            self.opening.in_flight += 1;
-            let device = self.segments.all[segment as usize].device;
-            let offset = self.segment_offset(segment) + start as u64;
-            self.read(device, offset, buffer, length, Task::Opening { piece });
-        }
-        if self.opening.next == all && self.opening.in_flight == 0 && self.opening.again.is_empty()
-        {
-            self.assign_segments();
-            self.opening.stage = Stage::Replay;
-        }
-    }
-
     /// Gives each segment to the replica that its header names, if it still counts there.
-    fn assign_segments(&mut self) {
+    pub(crate) fn assign_segments(&mut self) {
         let headers = core::mem::take(&mut self.opening.segment_headers);
         let mut owned: Vec<(u16, u64, u32)> = Vec::new();
         for (index, header) in headers.iter().enumerate() {
             let segment = u32::try_from(index).expect("segments are counted in 32 bits");
             let Some(header) = header else { continue };
-            let Some(slot) = self.by_key.get(&header.owner.key).copied() else { continue };
+            let Some(slot) = self.slot_of(&header.owner, segment) else { continue };
             let ordinal = header.owner.ordinal;
-            if header.owner.pool != self.pool
-                || header.owner.segment != segment
-                || header.owner.incarnation != self.replica_ref(slot).incarnation
-            {
-                continue;
-            }
             let replica = self.replica_mut(slot);
             replica.next_ordinal = replica.next_ordinal.max(ordinal + 1);
-            let void = replica
-                .restarts
-                .iter()
-                .any(|restart| restart.previous < ordinal && ordinal < restart.ordinal);
-            if ordinal >= replica.first_ordinal && !void {
+            if replica.has_ordinal(ordinal) {
                 owned.push((slot, ordinal, segment));
             }
         }

@@ -264,6 +264,12 @@ impl Replica {
         self.commit = self.commit.max(commit.min(self.queued.seq));
     }
 
+    /// Whether segment `ordinal`, if there is one, is part of the log: not trimmed and not cut off.
+    pub(crate) fn has_ordinal(&self, ordinal: u64) -> bool {
+        let is_void = |restart: &Restart| restart.previous < ordinal && ordinal < restart.ordinal;
+        ordinal >= self.first_ordinal && !self.restarts.iter().any(is_void)
+    }
+
     /// Takes note of a restart: those it makes void are forgotten.
     pub(crate) fn note_restart(&mut self, restart: Restart) {
         self.restarts.retain(|old| old.ordinal <= restart.previous);

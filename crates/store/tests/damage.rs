@@ -7,7 +7,7 @@
 mod pair;
 mod sim;
 
-use base::{BlockCount, BlockSize, Lba, RecordKind, ReplicaError};
+use base::{BlockCount, BlockSize, Lba, RecordKind, ReplicaError, Seq};
 use core::time::Duration;
 use pair::{Node, key, pattern, small_shape};
 use sim::Random;
@@ -148,4 +148,98 @@ fn a_log_that_rots_as_a_whole_is_missed_after_a_restart() {
     node.world.reopen(true).expect("it opens");
     let info = node.world.store.replica(key()).expect("it is there");
     assert!(info.damaged, "{info:?}");
+}
+
+/// What becomes of the pages of a segment, counted from its header. The first batch is next to that; each batch
+/// has a page of headers and one of data.
+#[derive(Clone, Copy, Debug)]
+struct Loss {
+    rotten: &'static [usize],
+    unreadable: &'static [usize],
+}
+
+/// Writes `count` batches of which each says that those before are on media. Nothing else says so.
+fn write_batches(node: &mut Node, count: u64) {
+    for lba in 0..count {
+        node.append(1, lba, 1, RecordKind::Write);
+        node.flush();
+    }
+}
+
+/// Loses pages of the first segment.
+fn lose(node: &mut Node, loss: Loss) {
+    let disk = &mut node.world.disks[0];
+    let mut pages = disk.media.chunks_exact(4096);
+    let header = pages.position(|page| page.starts_with(b"HFSG")).expect("there is a segment");
+    for page in loss.rotten {
+        disk.media[(header + page) * 4096 + 100] ^= 1;
+    }
+    for page in loss.unreadable {
+        disk.latent.insert((header + page) * 8);
+    }
+}
+
+fn node_with_batches(count: u64) -> Node {
+    let mut shape = small_shape(8 << 20, 64 << 10);
+    (shape.flush.idle, shape.flush.age) = (Duration::from_hours(1), Duration::from_hours(1));
+    let mut node = Node::new(shape, BlockSize::B4096, BLOCKS, 9);
+    write_batches(&mut node, count);
+    node
+}
+
+#[test]
+fn a_segment_without_its_header_is_known_by_its_batches() {
+    const ODD: [usize; 30] = {
+        let mut pages = [0; 30];
+        let mut number = 0;
+        while number < pages.len() {
+            pages[number] = 2 * number + 1;
+            number += 1;
+        }
+        pages
+    };
+    let losses = [
+        // What cannot be read is data, in the midst of what is read of a segment to see whose it is.
+        (Loss { rotten: &[0], unreadable: &[6] }, 40),
+        (Loss { rotten: &[], unreadable: &[0, 4] }, 40),
+        // The first batch is lost as well, in one way or another; and more of them.
+        (Loss { rotten: &[0, 1], unreadable: &[] }, 0),
+        (Loss { rotten: &[0], unreadable: &[1] }, 0),
+        (Loss { rotten: &[1], unreadable: &[0] }, 0),
+        (Loss { rotten: &[3], unreadable: &[0, 1] }, 0),
+        (Loss { rotten: &ODD, unreadable: &[0, 40] }, 0),
+    ];
+    for (loss, whole) in losses {
+        let mut node = node_with_batches(40);
+        lose(&mut node, loss);
+        node.world.reopen(true).expect("it opens");
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert_eq!(info.damaged, whole == 0, "{loss:?}: {info:?}");
+        assert!(info.state.last.seq.0 >= whole, "{loss:?}: {info:?}");
+        // It does not get away with that later, either.
+        node.world.reopen(true).expect("it opens");
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert_eq!(info.damaged, whole == 0, "{loss:?}: {info:?}");
+    }
+}
+
+#[test]
+fn what_was_in_a_segment_before_is_nobodys() {
+    for deleted in [true, false] {
+        let mut node = node_with_batches(40);
+        if deleted {
+            assert!(node.ask(Command::Delete { key: key() }).is_ok());
+            let (block_size, blocks) = (BlockSize::B4096, BLOCKS);
+            let made = node.ask(Command::Create { key: key(), block_size, blocks });
+            assert!(made.is_ok(), "{made:?}");
+        } else {
+            let cut = node.ask(Command::Truncate { key: key(), keep: Seq(0) });
+            assert!(cut.is_ok(), "{cut:?}");
+        }
+        lose(&mut node, Loss { rotten: &[0, 1], unreadable: &[3] });
+        node.world.reopen(true).expect("it opens");
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert!(!info.damaged, "{info:?}");
+        assert_eq!(info.state.last.seq, Seq::ZERO);
+    }
 }
