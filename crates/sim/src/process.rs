@@ -220,7 +220,7 @@ impl Process {
     }
 
     /// The bytes of a device that hold a copy of the pool's metadata, if any do.
-    fn metadata(&self, device: usize) -> Option<core::ops::Range<u64>> {
+    pub(crate) fn metadata(&self, device: usize) -> Option<core::ops::Range<u64>> {
         let copies = store::metadata_copies(&format(self.index, self.layout)).expect("it was made");
         let of_device = |(of, _): &(store::DeviceIndex, _)| usize::from(of.0) == device;
         copies.into_iter().find(of_device).map(|(_, bytes)| bytes)

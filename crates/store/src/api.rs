@@ -556,6 +556,21 @@ pub enum OpenError {
         /// What was found.
         what: &'static str,
     },
+    /// What cannot be read of the pool's metadata may be newer than what can. Nothing was changed.
+    #[error(
+        "{what}, as device {device} cannot be read: {error}; nothing was changed: try again, and \
+         if it stays so, restore the device, or format it anew and let its replicas be rebuilt \
+         from their peers"
+    )]
+    MetadataUnread {
+        /// What is missing.
+        what: &'static str,
+        /// Which device.
+        device: DeviceIndex,
+        /// The error.
+        #[source]
+        error: DiskError,
+    },
 }
 
 /// What a store knows of a replica.

@@ -41,6 +41,21 @@ pub(crate) enum Stage {
     Done,
 }
 
+/// The header page of a region in one copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Header {
+    Whole {
+        generation: u64,
+        pages: u32,
+        crc: u32,
+    },
+    /// Wiped, or never written.
+    Blank,
+    /// Being written when power went, or rotten.
+    Broken,
+    Unread(DiskError),
+}
+
 /// A label area that is read by halves, of which each has a copy of the label.
 struct Halves {
     /// What cannot be read is no label.
@@ -59,9 +74,13 @@ pub(crate) struct Opening {
     labels: Vec<Label>,
     /// The label area of a device that cannot be read as a whole.
     halves: Option<Halves>,
-    /// Of the four region headers (copy × 2 + region): generation, checkpoint pages, CRC.
-    headers: [Option<(u64, u32, u32)>; 4],
+    /// The four region headers: copy × 2 + region.
+    headers: Vec<Header>,
     checkpoint_pages: u32,
+    /// A longer read failed: one page at a time up to this one.
+    fine: u32,
+    /// What came of pages that could not be read, of each copy.
+    errors: [Option<DiskError>; 2],
     /// The piece's pages from the first copy, while the second's are being read.
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
@@ -84,6 +103,14 @@ impl Store {
 
     fn refuse_metadata(&mut self, what: &'static str) {
         self.refuse(OpenError::Metadata { what });
+    }
+
+    /// Refuses for what both copies lack; `errors` says which of them could not be read.
+    fn refuse_copies(&mut self, what: &'static str, errors: [Option<DiskError>; 2]) {
+        let unread = self.journal.copies.iter().zip(errors).find_map(|((device, _), error)| {
+            Some(OpenError::MetadataUnread { what, device: *device, error: error? })
+        });
+        self.refuse(unread.unwrap_or(OpenError::Metadata { what }));
     }
 
     /// Starts the next reads, or the next stage.
@@ -185,17 +212,12 @@ impl Store {
             Stage::Labels => self.label_area_read(device, result),
             Stage::Headers => {
                 self.opening.next += 1;
-                let header = result
-                    .ok()
-                    .and_then(|buffer| Page::decode(buffer.payload(), PageKind::Header, self.pool));
-                self.opening.headers[piece as usize] =
-                    header.map(|(page, crc)| (page.generation, page.length, crc));
+                let header = self.header_of(result);
+                self.opening.headers.push(header);
             }
             Stage::Pages => match self.opening.first_copy.take() {
                 None => self.opening.first_copy = Some(result),
-                Some(first) => {
-                    self.take_piece(first.as_ref().ok(), result.as_ref().ok());
-                }
+                Some(first) => self.take_piece(&[first, result]),
             },
             Stage::Segments => self.segment_pages_read(piece, result),
             Stage::Replay | Stage::Sync | Stage::Checkpoint | Stage::Done => {}
@@ -305,16 +327,48 @@ impl Store {
         self.read(device, offset, buffer, PAGE_BYTES, Task::Opening { piece: next });
     }
 
+    fn header_of(&self, result: Result<BufferMut, DiskError>) -> Header {
+        let buffer = match result {
+            Ok(buffer) => buffer,
+            Err(error) => return Header::Unread(error),
+        };
+        let bytes = &buffer.payload()[..PAGE_BYTES];
+        match Page::decode(bytes, PageKind::Header, self.pool) {
+            Some((page, crc)) => {
+                Header::Whole { generation: page.generation, pages: page.length, crc }
+            }
+            None if is_blank(bytes) => Header::Blank,
+            None => Header::Broken,
+        }
+    }
+
     fn headers_read(&mut self) {
-        let newest = (0..4_u64)
-            .filter_map(|at| {
-                let header = self.opening.headers[usize::try_from(at).expect("below 4")]?;
-                Some((header.0, at % 2, header))
+        let headers = core::mem::take(&mut self.opening.headers);
+        let of_region = |region: usize| [headers[region], headers[2 + region]];
+        let error = |header| match header {
+            Header::Unread(error) => Some(error),
+            Header::Whole { .. } | Header::Blank | Header::Broken => None,
+        };
+        let newest = (0..2_u64)
+            .zip([of_region(0), of_region(1)])
+            .flat_map(|(region, copies)| copies.map(|header| (region, header)))
+            .filter_map(|(region, header)| match header {
+                Header::Whole { generation, pages, crc } => Some((generation, region, pages, crc)),
+                Header::Blank | Header::Broken | Header::Unread(_) => None,
             })
             .max();
-        let Some((generation, region, (_, pages, crc))) = newest else {
-            return self.refuse_metadata("no checkpoint header is whole");
+        let Some((generation, region, pages, crc)) = newest else {
+            let either = [0, 2].map(|copy| error(headers[copy]).or(error(headers[copy + 1])));
+            return self.refuse_copies("no checkpoint header is whole", either);
         };
+        // The other region is the newer one unless a copy of its header says that it is not. What is
+        // whole is older, and a header is on media in both copies before anything counts there.
+        let other = of_region(usize::from(region == 0));
+        let is_older = |header: &Header| matches!(header, Header::Whole { .. } | Header::Blank);
+        let errors = other.map(error);
+        if errors != [None; 2] && !other.iter().any(is_older) {
+            return self.refuse_copies("a checkpoint may be newer than all that is whole", errors);
+        }
         if pages > self.geometry.checkpoint_pages {
             return self.refuse_metadata("the checkpoint header states an impossible length");
         }
@@ -322,7 +376,7 @@ impl Store {
         self.journal.region = region;
         self.journal.previous_crc = crc;
         self.opening.checkpoint_pages = pages;
-        self.opening.next = 0;
+        (self.opening.next, self.opening.fine) = (0, 0);
         self.opening.stage = Stage::Pages;
     }
 
@@ -354,28 +408,40 @@ impl Store {
     /// of all used pages.
     fn piece(&self, next: u32) -> (u32, u32) {
         let used = self.opening.checkpoint_pages;
+        let most = if next < self.opening.fine { 1 } else { PIECE_PAGES };
         if next < used {
-            (1 + next, PIECE_PAGES.min(used - next))
+            (1 + next, most.min(used - next))
         } else {
             let total = used + self.geometry.journal_pages;
-            (1 + self.geometry.checkpoint_pages + next - used, PIECE_PAGES.min(total - next))
+            (1 + self.geometry.checkpoint_pages + next - used, most.min(total - next))
         }
     }
 
-    fn take_piece(&mut self, first: Option<&BufferMut>, second: Option<&BufferMut>) {
+    fn take_piece(&mut self, copies: &[Result<BufferMut, DiskError>; 2]) {
         let next = self.opening.next;
         let (_, count) = self.piece(next);
+        let errors = copies.each_ref().map(|copy| copy.as_ref().err().copied());
+        if count > 1 && errors != [None; 2] {
+            // A sector that cannot be read is no reason to do without those beside it.
+            self.opening.fine = next + count;
+            return;
+        }
+        for (known, error) in self.opening.errors.iter_mut().zip(errors) {
+            *known = known.or(error);
+        }
         for number in 0..count {
             let at = number as usize * PAGE_BYTES;
-            let pages = [first, second]
-                .map(|copy| copy.map(|buffer| &buffer.payload()[at..at + PAGE_BYTES]));
+            let pages = copies.each_ref().map(|copy| {
+                let buffer = copy.as_ref().ok()?;
+                Some(&buffer.payload()[at..at + PAGE_BYTES])
+            });
             let good = if next < self.opening.checkpoint_pages {
                 self.take_checkpoint_page(next + number, pages)
             } else {
                 self.take_journal_page(next + number - self.opening.checkpoint_pages, pages)
             };
             if let Err(what) = good {
-                return self.refuse_metadata(what);
+                return self.refuse_copies(what, self.opening.errors);
             }
         }
         self.opening.next += count;
@@ -419,6 +485,19 @@ impl Store {
                 self.journal.previous_crc = crc;
                 return self.take_entries(bytes, page.length);
             }
+        }
+        // What cannot be read may be the next page, unless the other copy says that it is not: a page
+        // is on media in both before anything in it counts. What is neither whole nor as it was
+        // before says nothing: it may have been cut off, or have been whole and be rotten.
+        let unread = copies.contains(&None);
+        let is_older = |bytes: &[u8]| {
+            let page = Page::decode(bytes, PageKind::Journal, self.pool);
+            is_blank(bytes)
+                || page.is_some_and(|(page, _)| page.generation < self.journal.generation)
+        };
+        let known = self.opening.journal_ended || copies.into_iter().flatten().any(is_older);
+        if unread && !known {
+            return Err("the journal may go on after all that is whole");
         }
         self.opening.journal_ended = true;
         Ok(())
@@ -627,6 +706,10 @@ impl Store {
             self.opening.stage = Stage::Checkpoint;
         }
     }
+}
+
+fn is_blank(page: &[u8]) -> bool {
+    page.iter().all(|byte| *byte == 0)
 }
 
 const _: () = assert!(size_of::<Position>() == 16);

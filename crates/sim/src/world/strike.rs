@@ -466,6 +466,7 @@ impl World {
         let Some(who) = self.faulty.filter(|who| self.may_strike_copy(*who, 0)) else {
             return false;
         };
+        self.spare_other_copy(who, 0);
         let until = self.now + Duration::from_millis(millis);
         self.disk(who, 0).lies_until = until;
         self.oracle.lied();
@@ -512,6 +513,20 @@ impl World {
         *self.struck_copy.get_or_insert(device) == device
     }
 
+    /// The metadata on `device` may lack a write from now on, and no checksum tells. If the other copy could
+    /// not be read either, a page less would look like the journal's end; so that one can be read.
+    fn spare_other_copy(&mut self, who: usize, device: usize) {
+        let process = &mut self.processes[who];
+        if !process.has_metadata(device) {
+            return;
+        }
+        for other in (0..process.disks.len()).filter(|other| *other != device) {
+            if let Some(bytes) = process.metadata(other) {
+                process.disks[other].spared = bytes;
+            }
+        }
+    }
+
     /// Nothing tells any more that a device is one of the pool's.
     fn spoil_labels(&mut self, who: usize, device: usize) {
         for offset in [0, store::LABEL_COPY_OFFSET] {
@@ -525,6 +540,7 @@ impl World {
         let Some(who) = self.faulty.filter(|who| self.may_strike_copy(*who, MASS)) else {
             return false;
         };
+        self.spare_other_copy(who, MASS);
         self.processes[who].disks[MASS].write_fault = Some(fault);
         self.damaged_disks = true;
         self.report.places.reach(place);
@@ -593,7 +609,7 @@ impl World {
         self.trace.say(self.now, || format!("process {process}: pool does not open: {error}"));
         match error {
             // Whoever runs the daemon starts it again; the read may be good then.
-            store::OpenError::Read { .. } => {
+            store::OpenError::Read { .. } | store::OpenError::MetadataUnread { .. } => {
                 let life = self.processes[process].life;
                 self.after(1, Event::Exit { process, life });
             }
