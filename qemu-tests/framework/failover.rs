@@ -189,7 +189,21 @@ impl Scenario {
         }
     }
 
-    /// What the figure is to be at most, at its 99th percentile; `None`: it is for comparison.
+    /// A server's process dies: what that alone costs is measured by itself.
+    pub const fn kills_a_server(self) -> bool {
+        match self {
+            Self::MemberKilled | Self::BystanderKilled | Self::PeerKilledInRebuild => true,
+            Self::MemberPartitioned
+            | Self::MemberSlow
+            | Self::Drain
+            | Self::DrainUntold
+            | Self::TakeOver
+            | Self::HeadPartitioned => false,
+        }
+    }
+
+    /// What the figure is to be at most, at its 99th percentile (times: in the median); `None`: it is for
+    /// comparison.
     pub const fn goal(self) -> Option<f64> {
         match self {
             Self::MemberKilled | Self::PeerKilledInRebuild => Some(5.0),

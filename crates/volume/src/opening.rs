@@ -25,7 +25,8 @@ use crate::member::{Member, Mode};
 use crate::quorum::bit;
 use crate::status::HeadPhase;
 
-/// The least that members are waited for when the others have sealed: they were all asked at once.
+/// The least that members are waited for when the others have sealed, since they were all asked at once;
+/// and the most if those agree.
 const SEAL_GRACE_MIN: Duration = Duration::from_millis(1);
 
 impl Head {
@@ -54,14 +55,34 @@ impl Head {
     }
 
     /// A seal quorum has answered: until when the others are waited for, if there are any. They save a
-    /// second look at their logs later; so for no longer than it took until now, and guests wait.
+    /// second look at their logs later; so for no longer than it took until now, and guests wait. Where
+    /// all logs end alike, as after a head that has left in order, the others' will hardly differ.
     fn others_until(&self, quorum_since: Instant) -> Option<Instant> {
         let late = |member: &&Member| {
             matches!(member.mode, Mode::Sealing | Mode::Resting { error: None, .. })
         };
         let asked = self.members.iter().filter(late).map(|member| member.since).min()?;
         let took = quorum_since.since(asked).max(SEAL_GRACE_MIN);
-        Some(quorum_since + took.min(self.tunables.seal_grace))
+        let most = if self.ends_agree() { SEAL_GRACE_MIN } else { self.tunables.seal_grace };
+        Some(quorum_since + took.min(most))
+    }
+
+    /// The logs of all members that have sealed end alike.
+    fn ends_agree(&self) -> bool {
+        let mut ends = self.members.iter().filter_map(|member| match member.mode {
+            Mode::Sealed(state) => Some(state.last),
+            Mode::Down
+            | Mode::Resting { .. }
+            | Mode::Sealing
+            | Mode::Matching(_)
+            | Mode::Truncating { .. }
+            | Mode::CatchingUp(_)
+            | Mode::Live
+            | Mode::Filling(_)
+            | Mode::Parked { .. } => None,
+        });
+        let first = ends.next();
+        ends.all(|end| Some(end) == first)
     }
 
     /// Takes the greatest last position of the in-sync members that answered; of several, the local
