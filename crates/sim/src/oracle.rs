@@ -9,7 +9,8 @@
 //!
 //! A write that was acknowledged and not flushed is settled, but *volatile*: when some server has
 //! lost power since, and another head opens before a flush, it may be gone, or not: it is undecided
-//! again. What an opening leaves is on media.
+//! again. What an opening leaves is on media, unless a disk lies: then a write of a head that is gone, which reads
+//! have shown not to be there, may be back after a loss of power, since what decided so may be gone.
 
 use std::collections::BTreeMap;
 
@@ -58,6 +59,8 @@ struct Register {
     volatile: Vec<Volatile>,
     /// What the block was before them, on media.
     kept: u64,
+    /// Undecided writes that are known not to be there, on a liar's word.
+    dropped: Vec<(Order, Undecided)>,
 }
 
 impl Register {
@@ -142,6 +145,7 @@ impl Oracle {
             undecided: BTreeMap::new(),
             volatile: Vec::new(),
             kept: 0,
+            dropped: Vec::new(),
         };
         let blocks = vec![fresh; blocks];
         Self { blocks, now: 0, checked: 0, lost: None, doubtful: 0, lying: false }
@@ -198,9 +202,15 @@ impl Oracle {
         let lost = self.lost.take();
         for register in &mut self.blocks {
             match lost {
-                Some(lost) => register.doubt(at, lost, self.lying),
+                Some(lost) => {
+                    register.doubt(at, lost, self.lying);
+                    register.undecided.extend(register.dropped.drain(..));
+                }
                 None if self.lying => {}
                 None => register.keep_all(),
+            }
+            if honest {
+                register.dropped.clear();
             }
         }
         if lost.is_some() {
@@ -243,13 +253,18 @@ impl Oracle {
             let on_media = register.undecided[&order].orphaned.is_some() && !self.lying;
             register.settle(at, order, on_media);
         }
-        let before = register.undecided.len();
-        register.undecided.retain(|_, write| write.orphaned.is_none_or(|gone| gone >= since));
-        Ok(match (known, before == register.undecided.len()) {
+        let gone = |write: &Undecided| write.orphaned.is_some_and(|gone| gone < since);
+        let dropped = register.undecided.extract_if(.., |_, write| gone(write));
+        let dropped: Vec<(Order, Undecided)> = dropped.collect();
+        let explained = match (known, dropped.is_empty()) {
             (false, _) => Explained::Decided,
             (true, true) => Explained::Settled,
             (true, false) => Explained::Dropped,
-        })
+        };
+        if self.lying {
+            register.dropped.extend(dropped);
+        }
+        Ok(explained)
     }
 
     /// Reads submitted before `stamp` have all been answered: what they might have seen is forgotten.
@@ -324,6 +339,29 @@ mod tests {
             oracle.opened(3, true);
             let stamp = oracle.stamp();
             assert_eq!(oracle.read(0, stamp, 0).is_ok(), lying);
+        }
+    }
+
+    #[test]
+    fn what_a_liar_helped_to_drop_may_be_back_after_its_power_was_lost() {
+        for lying in [true, false] {
+            let mut oracle = Oracle::new(1);
+            oracle.submitted(0, 1, 1, 1);
+            oracle.orphaned(1);
+            if lying {
+                oracle.lied();
+            }
+            oracle.opened(2, !lying);
+            let stamp = oracle.stamp();
+            assert!(oracle.read(0, stamp, 0).is_ok());
+            let stamp = oracle.stamp();
+            assert!(oracle.read(0, stamp, 1).is_err(), "nothing was lost yet");
+            oracle.power_lost();
+            oracle.opened(3, true);
+            let stamp = oracle.stamp();
+            assert_eq!(oracle.read(0, stamp, 1).is_ok(), lying);
+            let stamp = oracle.stamp();
+            assert_eq!(oracle.read(0, stamp, 0).is_ok(), !lying, "decided for good");
         }
     }
 
