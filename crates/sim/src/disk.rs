@@ -4,8 +4,8 @@ use core::ops::Range;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 
-use base::Instant;
 use base::limits::PAGE_BYTES;
+use base::{Instant, Seq};
 use store::DiskError;
 
 use self::pages::Page;
@@ -196,6 +196,21 @@ impl Disk {
     pub(crate) fn batches(&self) -> Vec<store::BatchFacts> {
         let pages = self.pages.iter().flatten();
         pages.filter_map(|page| store::batch_facts(&page[..])).collect()
+    }
+
+    /// The page is of a batch at the end of a log, and neither another batch nor what is `noted` elsewhere
+    /// says that this one was ever on media.
+    pub(crate) fn is_unvouched(&self, page: u64, noted: Seq) -> bool {
+        let pages = self.pages.iter().enumerate();
+        let batches = pages.filter_map(|(at, page)| {
+            let facts = store::batch_facts(&page.as_ref()?[..])?;
+            Some((at as u64, facts))
+        });
+        let batches: Vec<(u64, store::BatchFacts)> = batches.collect();
+        let vouched = batches.iter().map(|(_, batch)| batch.durable).fold(noted, Seq::max);
+        batches.iter().any(|(at, batch)| {
+            (*at..*at + u64::from(batch.pages)).contains(&page) && batch.last > vouched
+        })
     }
 
     /// Flips a bit on media.

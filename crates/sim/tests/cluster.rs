@@ -80,6 +80,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "full logs while the faulty server's is lost: a known gap, found when nothing went on",
     ),
     (300_332, "a record that was looked for in a log while that was being cut back"),
+    (
+        366_411_002_680_027,
+        "rot at the end of an idle log, of which only the store knew that it was on media",
+    ),
     (372_120_406_546_575, "what was dropped on a liar's word, and back when the liar had lost it"),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];

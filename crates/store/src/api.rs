@@ -584,6 +584,8 @@ pub struct ReplicaInfo {
     pub blocks: u64,
     /// Durable records were lost: rebuild it from a peer.
     pub damaged: bool,
+    /// The journal says that the log is on media through here.
+    pub noted: Seq,
     /// Bytes of log segments it holds.
     pub log_bytes: u64,
     /// Bytes of home chunks it holds.

@@ -18,7 +18,7 @@ use crate::index::{Entry as IndexEntry, LogSector};
 use crate::journal::After;
 use crate::layout::{DeviceIndex, PAGE};
 use crate::metadata::Entry;
-use crate::replica::{Answer, Batch, Exclusive, Pending, Undurable};
+use crate::replica::{Answer, Batch, Exclusive, Pending, ScanHint, Undurable};
 use crate::segments::{PAGE_SECTORS, SegmentState};
 use crate::store::{Store, Task};
 
@@ -350,6 +350,8 @@ impl Store {
         replica.next_batch += 1;
         let last = records.last().expect("a batch has records").header().position;
         replica.issued = last;
+        let (ordinal, first_seq) = (header.owner.ordinal, header.first_seq);
+        replica.scan_hints.written(ScanHint { ordinal, page, first_seq });
         parts.push(buffer.freeze().payload(fit.header_pages() as usize * PAGE_BYTES));
         for record in &records {
             if !record.payload().is_empty() {
@@ -510,6 +512,7 @@ impl Store {
         }
         if moved {
             let slot = replica.slot;
+            self.note_settled_later();
             self.settle(slot);
         }
     }

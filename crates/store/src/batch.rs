@@ -263,6 +263,8 @@ pub struct BatchFacts {
     pub durable: Seq,
     /// Of its segment: later ones are higher. What begins again at a lower seq in a later segment took its place.
     pub ordinal: u64,
+    /// Its pages.
+    pub pages: u32,
 }
 
 /// The batch that a page of a log's device begins, if its header is whole and fits in the page. For the
@@ -275,7 +277,7 @@ pub fn batch_facts(page: &[u8]) -> Option<BatchFacts> {
     let (header, _) = BatchHeader::decode(page, &owner, u32_at(page, 96))?;
     let (first, durable, ordinal) = (header.first_seq, header.durable, owner.ordinal);
     let last = Seq(first.0.checked_add(u64::from(header.records) - 1)?);
-    Some(BatchFacts { first, last, durable, ordinal })
+    Some(BatchFacts { first, last, durable, ordinal, pages: header.pages() })
 }
 
 /// Whole pages of a record's payload in the log.
@@ -373,7 +375,13 @@ mod tests {
         assert_eq!(BatchHeader::decode(&page, &owner(), 13), None);
         let later = Owner { ordinal: 7, ..owner() };
         assert_eq!(BatchHeader::decode(&page, &later, 12), None);
-        let facts = BatchFacts { first: Seq(8), last: Seq(8), durable: Seq(11), ordinal: 6 };
+        let facts = BatchFacts {
+            first: Seq(8),
+            last: Seq(8),
+            durable: Seq(11),
+            ordinal: 6,
+            pages: header.pages(),
+        };
         assert_eq!(batch_facts(&page), Some(facts));
         assert_eq!(batch_facts(&page[..PAGE_BYTES - 1]), None);
         for bit in 0..115 * 8 {

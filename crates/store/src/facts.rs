@@ -46,6 +46,7 @@ impl Store {
             | Entry::Flushed { replica, .. }
             | Entry::Trim { replica, .. }
             | Entry::Commit { replica, .. }
+            | Entry::OnMedia { replica, .. }
             | Entry::Restart { replica, .. }
             | Entry::Chunk { replica, .. }
             | Entry::ChunkFree { replica, .. }
@@ -69,9 +70,8 @@ impl Store {
             Entry::Seal { epoch, .. } => replica.sealed = replica.sealed.max(epoch),
             Entry::Flushed { ordinal, position, .. } => self.apply_flushed(slot, ordinal, position),
             Entry::Trim { ordinal, position, .. } => self.apply_trim(slot, ordinal, position),
-            Entry::Commit { seq, .. } => {
-                replica.commit_durable = replica.commit_durable.max(seq);
-            }
+            Entry::Commit { seq, .. } => replica.settled(seq),
+            Entry::OnMedia { seq, .. } => replica.on_media = seq,
             Entry::Restart { restart, .. } => replica.note_restart(restart),
             Entry::Chunk { chunk, place, .. } => return self.apply_chunk(slot, chunk, Some(place)),
             Entry::ChunkFree { chunk, .. } => return self.apply_chunk(slot, chunk, None),
@@ -361,6 +361,8 @@ impl Store {
         if kept.is_none() {
             self.void_segments(slot, 0);
         }
+        // First, or what is cut off would be missed.
+        self.note_on_media(slot, replayed.last.seq);
         self.journal.push(entry, After::Truncated(tag));
     }
 

@@ -114,6 +114,8 @@ impl Store {
         let replica = self.replica_mut(slot);
         replica.filling = true;
         replica.noted = Seq::ZERO;
+        replica.on_media = Seq::ZERO;
+        replica.noted_on_media = Seq::ZERO;
         replica.kept_through = through;
         replica.damaged = false;
         replica.exclusive = Exclusive::None;

@@ -9,7 +9,7 @@
 
 use base::planted::{self, Bug};
 use base::time::earliest;
-use base::{Instant, Position};
+use base::{Instant, Position, Seq};
 use core::time::Duration;
 
 use crate::append::ZEROES_MAX;
@@ -25,7 +25,7 @@ pub(crate) use crate::wave::MoverId;
 
 /// How long to wait before trying again when home was full.
 const HOME_FULL_RETRY: Duration = Duration::from_millis(100);
-/// What is settled is noted in the journal once no append has come for this long.
+/// What is on media and settled is noted in the journal once no append has come for this long.
 const NOTE_AFTER: Duration = Duration::from_millis(50);
 /// How much log may be left, and how often to look, while everything is to go home soon.
 const HASTE_LEAVES_BYTES: u64 = 2 << 20;
@@ -110,9 +110,9 @@ impl Store {
         self.flush.note_at.get_or_insert(self.now + NOTE_AFTER);
     }
 
-    /// Notes in the journal what is settled and on media, if no append comes that would say so in the log.
-    /// Without, nothing tells rot in a log's last batches from writes that a crash cut off, and a recovery
-    /// would end the log before them without a word.
+    /// Notes in the journal what is on media, and what of that is settled, if no append comes that would say so
+    /// in the log. Without, nothing tells rot in a log's last batches from writes that a crash cut off, and
+    /// a recovery would end the log before them without a word.
     fn note_settled(&mut self) {
         if self.flush.note_at.is_none_or(|at| at > self.now) {
             return;
@@ -122,17 +122,31 @@ impl Store {
         if self.flush.note_at.is_some() {
             return;
         }
-        for replica in self.replicas.iter_mut().flatten() {
-            let seq = replica.commit.min(replica.durable);
-            let idle = replica.exclusive == Exclusive::None;
-            if idle && !replica.damaged && !replica.filling && seq > replica.noted {
-                replica.noted = seq;
-                if seq > replica.commit_durable {
-                    let entry = Entry::Commit { replica: replica.slot, seq };
+        for slot in 0..self.replicas.len() {
+            let Some(replica) = &mut self.replicas[slot] else { continue };
+            if replica.exclusive != Exclusive::None || replica.damaged || replica.filling {
+                continue;
+            }
+            let (slot, durable) = (replica.slot, replica.durable);
+            let settled = replica.commit.min(durable);
+            if settled > replica.noted {
+                replica.noted = settled;
+                if settled > replica.commit_durable {
+                    let entry = Entry::Commit { replica: slot, seq: settled };
                     self.journal.push(entry, After::Nothing);
                 }
             }
+            // What is settled is on media, too.
+            if durable > settled && durable > self.replica_ref(slot).noted_on_media {
+                self.note_on_media(slot, durable);
+            }
         }
+    }
+
+    /// Notes in the journal that the log is on media through `seq`, and that it is not missed after that.
+    pub(crate) fn note_on_media(&mut self, slot: u16, seq: Seq) {
+        self.replica_mut(slot).noted_on_media = seq;
+        self.journal.push(Entry::OnMedia { replica: slot, seq }, After::Nothing);
     }
 
     pub(crate) fn pump_flush(&mut self) {

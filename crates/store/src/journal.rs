@@ -397,6 +397,9 @@ impl Store {
                     position: state.flushed,
                 },
                 5 => Entry::Commit { replica, seq: state.commit_durable },
+                6 if state.on_media > state.commit_durable => {
+                    Entry::OnMedia { replica, seq: state.on_media }
+                }
                 _ => {
                     cursor.step = 8;
                     if let Some(restart) = state.restarts.get(cursor.restart).copied() {

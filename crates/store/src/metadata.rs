@@ -157,6 +157,8 @@ pub(crate) enum Entry {
     Trim { replica: u16, ordinal: u64, position: Position },
     /// Nothing at or below this seq is ever truncated.
     Commit { replica: u16, seq: Seq },
+    /// The log is on media through this seq, until an entry says less.
+    OnMedia { replica: u16, seq: Seq },
     /// The log goes on elsewhere.
     Restart { replica: u16, restart: Restart },
     /// The chunk is there, with that metadata.
@@ -219,6 +221,7 @@ impl Entry {
             | Self::Flushed { replica, .. }
             | Self::Trim { replica, .. }
             | Self::Commit { replica, .. }
+            | Self::OnMedia { replica, .. }
             | Self::Restart { replica, .. }
             | Self::Chunk { replica, .. }
             | Self::ChunkFree { replica, .. }
@@ -272,6 +275,7 @@ impl Entry {
                 Encoded::new(12).u16(replica).u64(ordinal).u64(position.epoch.0).u64(position.seq.0)
             }
             Self::Grow { replica, blocks } => Encoded::new(13).u16(replica).u64(blocks),
+            Self::OnMedia { replica, seq } => Encoded::new(14).u16(replica).u64(seq.0),
         }
     }
 
@@ -342,6 +346,7 @@ impl Entry {
                 position: position(from)?,
             },
             13 => Self::Grow { replica: from.u16()?, blocks: from.u64()? },
+            14 => Self::OnMedia { replica: from.u16()?, seq: Seq(from.u64()?) },
             _ => return None,
         })
     }
@@ -349,8 +354,8 @@ impl Entry {
 
 /// Pages that a checkpoint of so many replicas, segments and chunks takes, at most.
 pub(crate) fn checkpoint_pages(replicas: u32, segments: u64, chunks: u64) -> u64 {
-    // 141 bytes for a replica, 39 for a restart (no more than segments), 23 for a chunk.
-    let bytes = u64::from(replicas) * 144 + segments * 40 + chunks * 24;
+    // 152 bytes for a replica, 39 for a restart (no more than segments), 23 for a chunk.
+    let bytes = u64::from(replicas) * 156 + segments * 40 + chunks * 24;
     bytes.div_ceil((PAGE_ENTRY_BYTES - ENTRY_BYTES_MAX) as u64) + 4
 }
 
@@ -390,7 +395,7 @@ mod tests {
         let long = |values: &[u64]| -> Vec<u8> {
             values.iter().flat_map(|value| value.to_le_bytes()).collect()
         };
-        let cases: [(Entry, Vec<u8>); 13] = [
+        let cases: [(Entry, Vec<u8>); 14] = [
             (Entry::Counters { incarnation: 1, version: 2 }, vec![1, 1, 0, 0, 0, 2, 0, 0, 0]),
             (
                 Entry::Create {
@@ -414,6 +419,7 @@ mod tests {
                 [&[6, 9, 0][..], &long(&[5, 7, 8])].concat(),
             ),
             (Entry::Commit { replica: 9, seq: Seq(5) }, [&[7, 9, 0][..], &long(&[5])].concat()),
+            (Entry::OnMedia { replica: 9, seq: Seq(5) }, [&[14, 9, 0][..], &long(&[5])].concat()),
             (
                 Entry::Restart { replica: 9, restart },
                 [&[8, 9, 0][..], &long(&[4, 5]), &[6, 0, 0, 0], &long(&[7, 8])].concat(),
@@ -439,7 +445,7 @@ mod tests {
                 assert_eq!(Entry::decode(&mut Reader::new(&expected[..length])), None);
             }
         }
-        assert_eq!(Entry::decode(&mut Reader::new(&[14; 40])), None);
+        assert_eq!(Entry::decode(&mut Reader::new(&[15; 40])), None);
     }
 
     #[test]

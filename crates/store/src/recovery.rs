@@ -627,7 +627,8 @@ impl Store {
             .collect();
         // What metadata says of the log was on media before the metadata was.
         let kept = replica.restarts.iter().map(|restart| restart.keep.seq).max();
-        let durable = replica.commit_durable.max(start.seq).max(kept.unwrap_or(Seq::ZERO));
+        let noted = replica.noted_through().max(start.seq);
+        let durable = noted.max(kept.unwrap_or(Seq::ZERO));
         let slot = replica.slot;
         self.begin_replay(Replay::new(slot, start, durable, links));
         self.pump_replay();
@@ -649,7 +650,7 @@ impl Store {
         if replayed.damaged {
             return;
         }
-        if last.seq < replica.commit_durable {
+        if last.seq < replica.noted_through() {
             replica.damaged = true;
             let key = replica.key;
             self.output(Output::Notice(crate::api::Notice::Damaged(key)));
@@ -657,6 +658,7 @@ impl Store {
         }
         // All of it is on media before the checkpoint is, which need not rely on the log for it.
         replica.commit_durable = replica.commit;
+        (replica.on_media, replica.noted_on_media) = (last.seq, last.seq);
         let ordinal = replica.next_ordinal;
         if replica.segments.is_empty() {
             return;

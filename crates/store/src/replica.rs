@@ -92,6 +92,8 @@ pub(crate) struct Replica {
     pub(crate) flushed_ordinal: u64,
     pub(crate) flushed: Position,
     pub(crate) commit_durable: Seq,
+    /// The log was on media through here.
+    pub(crate) on_media: Seq,
     pub(crate) restarts: Vec<Restart>,
     pub(crate) chunks: ChunkMap,
     /// Its home is being filled from a peer's: it has no log.
@@ -114,6 +116,8 @@ pub(crate) struct Replica {
     pub(crate) commit: Seq,
     /// The journal has been given this as settled, or more.
     pub(crate) noted: Seq,
+    /// What `on_media` will be once the journal has what it was given.
+    pub(crate) noted_on_media: Seq,
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) batches: VecDeque<Batch>,
     pub(crate) answers: VecDeque<Answer>,
@@ -142,18 +146,26 @@ pub(crate) struct ScanHint {
     pub(crate) first_seq: Seq,
 }
 
-/// Of a few scans that go on at the same time, each finds its own.
+/// Of a few scans that go on at the same time, each finds its own. And the last batch that was written is known: a
+/// scan of the log's end neither walks there nor stumbles over what has become of those before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ScanHints {
     hints: [ScanHint; 8],
     oldest: usize,
+    written: ScanHint,
 }
 
 impl ScanHints {
     /// The page of the last known batch of segment `ordinal` that begins at or before `seq`.
     pub(crate) fn page(&self, ordinal: u64, seq: Seq) -> Option<u32> {
         let fits = |hint: &&ScanHint| hint.ordinal == ordinal && hint.first_seq <= seq;
-        self.hints.iter().filter(fits).max_by_key(|hint| hint.first_seq).map(|hint| hint.page)
+        let hints = self.hints.iter().chain([&self.written]).filter(fits);
+        hints.max_by_key(|hint| hint.first_seq).map(|hint| hint.page)
+    }
+
+    /// A batch is written after all others.
+    pub(crate) fn written(&mut self, hint: ScanHint) {
+        self.written = hint;
     }
 
     pub(crate) fn put(&mut self, hint: ScanHint) {
@@ -188,7 +200,9 @@ impl Replica {
             flushed_ordinal: 1,
             flushed: Position::ZERO,
             commit_durable: Seq::ZERO,
+            on_media: Seq::ZERO,
             noted: Seq::ZERO,
+            noted_on_media: Seq::ZERO,
             restarts: Vec::new(),
             chunks: ChunkMap::new(blocks.div_ceil(chunk_blocks)),
             filling: false,
@@ -256,6 +270,16 @@ impl Replica {
     /// Every record through here is home, or what came after it in the log is settled.
     pub(crate) fn home_through(&self) -> Position {
         if self.flushed_ordinal > self.first_ordinal { self.flushed } else { self.trimmed }
+    }
+
+    /// Metadata says that nothing through here is ever truncated.
+    pub(crate) fn settled(&mut self, seq: Seq) {
+        self.commit_durable = self.commit_durable.max(seq);
+    }
+
+    /// Metadata says that the log is on media through here.
+    pub(crate) fn noted_through(&self) -> Seq {
+        self.commit_durable.max(self.on_media)
     }
 
     /// News of the commit seq. Beyond what has come it says nothing about this log: only an

@@ -699,6 +699,7 @@ impl Store {
             block_size: replica.block_size,
             blocks: replica.blocks,
             damaged: replica.damaged,
+            noted: replica.noted_through(),
             log_bytes: replica.segments.len() as u64 * self.geometry.segment_bytes,
             home_bytes: replica.chunks.count() as u64 * self.geometry.chunk_bytes,
         }

@@ -150,6 +150,42 @@ fn a_log_that_rots_as_a_whole_is_missed_after_a_restart() {
     assert!(info.damaged, "{info:?}");
 }
 
+/// Nobody says that the last records are settled, and no batch follows them: the journal knows that they were on media.
+#[test]
+fn rot_at_the_end_of_an_idle_log_is_missed() {
+    for cut_back in [false, true] {
+        let mut node = node_with_batches(8);
+        node.world.run(Duration::from_secs(1));
+        if cut_back {
+            // What is cut off is not missed; what was noted before is no evidence any more.
+            assert!(node.ask(Command::Truncate { key: key(), keep: Seq(5) }).is_ok());
+            node.log.truncate(5);
+            node.world.reopen(true).expect("it opens");
+            assert_eq!(node.state().last.seq, Seq(5));
+            assert!(!node.state().damaged);
+        }
+        let count = node.log.len();
+        let block = pattern(node.log[count - 1].id, node.log[count - 1].lba, 4096);
+        let media = &mut node.world.disks[0].media;
+        let at = (0..media.len() / 4096).find(|at| media[at * 4096..][..4096] == block);
+        media[at.expect("it is in the log") * 4096] ^= 1;
+        node.world.reopen(true).expect("it opens");
+        assert_eq!(node.state().last.seq, Seq(count as u64), "the log does not end before it");
+        assert_eq!(damaged(&mut node), 1, "and what has rotted is known to be damaged");
+    }
+}
+
+/// A head that looks for the end of a log need not read what comes before it there.
+#[test]
+fn the_end_of_a_log_can_be_scanned_behind_what_cannot_be_read() {
+    let mut node = node_with_batches(8);
+    lose(&mut node, Loss { rotten: &[], unreadable: &[13] });
+    assert_eq!(node.scan(8).header().position.seq, Seq(8));
+    let buffer = node.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
+    let seventh = node.ask(Command::Scan { key: key(), seq: Seq(7), buffer });
+    assert!(matches!(seventh, Err(ReplicaError::Damaged)), "{seventh:?}");
+}
+
 /// What becomes of the pages of a segment, counted from its header. The first batch is next to that; each batch
 /// has a page of headers and one of data.
 #[derive(Clone, Copy, Debug)]

@@ -120,6 +120,7 @@ mod tests {
     #[test]
     fn rot_costs_what_nothing_vouches_for_and_no_more() {
         let batch = |ordinal, first, last, durable| BatchFacts {
+            pages: 1,
             first: Seq(first),
             last: Seq(last),
             durable: Seq(durable),

@@ -418,19 +418,17 @@ impl World {
                 }
                 allowed
             }
-            FaultKind::BadPage { device } => self.damage(device, random, |world, who, page, _| {
-                world.disk(who, device).make_bad(page);
-                Place::ReadErrorHit
-            }),
+            FaultKind::BadPage { device } => {
+                self.damage(device, random, |world, who, device, page, _| {
+                    world.disk(who, device).make_bad(page);
+                    Place::ReadErrorHit
+                })
+            }
             FaultKind::Rot { device, pages, kill } => {
                 let mut struck = false;
                 self.rotted = true;
                 for _ in 0..pages {
-                    struck |= self.damage(device, random, |world, who, page, random| {
-                        let bit = random.index(8 * base::limits::PAGE_BYTES);
-                        world.disk(who, device).rot(page, bit);
-                        Place::PageRotted
-                    });
+                    struck |= self.damage(device, random, Self::rot);
                 }
                 if let Some(who) = self.faulty.filter(|_| random.one_in(24)) {
                     self.spoil_labels(who, device);
@@ -485,7 +483,7 @@ impl World {
         &mut self,
         device: usize,
         random: &mut Random,
-        what: impl FnOnce(&mut Self, usize, u64, &mut Random) -> Place,
+        what: impl FnOnce(&mut Self, usize, usize, u64, &mut Random) -> Place,
     ) -> bool {
         let Some(who) = self.faulty else { return false };
         let number = random.bits();
@@ -494,12 +492,32 @@ impl World {
         if self.processes[who].is_metadata(device, page) && !self.may_strike_copy(who, device) {
             return false;
         }
-        let place = what(self, who, page, random);
+        let place = what(self, who, device, page, random);
         self.damaged_disks = true;
         if place != Place::ReadErrorHit {
             self.report.places.reach(place);
         }
         true
+    }
+
+    /// Flips a bit of a page; but nobody can tell rot at a log's end from a write that was cut off.
+    fn rot(&mut self, who: usize, device: usize, page: u64, random: &mut Random) -> Place {
+        let bit = random.index(8 * base::limits::PAGE_BYTES);
+        let noted = self.noted(who);
+        let disk = self.disk(who, device);
+        if !disk.is_unvouched(page, noted) {
+            disk.rot(page, bit);
+        }
+        Place::PageRotted
+    }
+
+    /// Through which seq the metadata of a server that runs says that its log is on media.
+    fn noted(&self, who: usize) -> base::Seq {
+        let process = &self.processes[who];
+        let store = process.node.as_ref().filter(|_| process.open).and_then(node::Node::store);
+        store
+            .and_then(|store| store.replicas().next())
+            .map_or(base::Seq::ZERO, |(_, info)| info.noted)
     }
 
     /// Metadata has two copies on two devices, and only one of them is struck in a run: a server whose newest
