@@ -1,13 +1,15 @@
 //! The harness against a peer's back end, so that a failure elsewhere is not the harness's.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use blkio_client::{Client, Operation};
 use framework::fio::{Fio, Verify};
 use framework::{
-    Deadline, Disk, Guest, GuestOptions, Lab, StorageDaemon, Writer, WriterOptions, test,
-    wait_until,
+    Deadline, Disk, Guest, GuestOptions, Lab, StorageDaemon, Writer, WriterOptions, overwrite,
+    test, wait_until,
 };
 
 const MIB: u64 = 1 << 20;
@@ -43,7 +45,6 @@ fn a_guest_works_a_disk_of_qemu_storage_daemon() {
 
 #[test]
 fn damage_below_the_disk_is_seen_in_the_guest() -> Result<()> {
-    use std::os::unix::fs::FileExt;
     let mut seen = String::new();
     test(1, |lab: &Lab| {
         let file = lab.file("disk", 16 * MIB)?;
@@ -60,9 +61,7 @@ fn damage_below_the_disk_is_seen_in_the_guest() -> Result<()> {
         ensure!(fio.check_only(&mut guest).is_err(), "overwritten data verified");
         ensure!(pattern.clone().seed(2).check_only(&mut guest).is_err(), "stale data verified");
         fio.run(&mut guest)?;
-        let bytes = std::fs::OpenOptions::new().write(true).open(&file)?;
-        bytes.write_all_at(&[0x55; 512], 40 * 4096 + 1024)?;
-        bytes.sync_all()?;
+        overwrite(&file, 40 * 4096 + 1024, &[0x55; 512])?;
         seen = match fio.check_only(&mut guest) {
             Ok(_) => "nothing".to_owned(),
             Err(error) => error.to_string(),
@@ -106,7 +105,6 @@ fn the_client_without_a_guest_reads_what_it_wrote() {
 
 #[test]
 fn the_verifying_writer_sees_what_is_wrong_below_its_disk() {
-    use std::os::unix::fs::FileExt;
     test(1, |lab: &Lab| {
         let file = lab.file("disk", 64 * MIB)?;
         let back_end = StorageDaemon::start(lab, "storage-daemon", &file)?;
@@ -118,13 +116,11 @@ fn the_verifying_writer_sees_what_is_wrong_below_its_disk() {
         let seen = writer.wait_for(&mut guest, 3000, Deadline::seconds(120))?;
         ensure!(seen.completed >= 3000 && seen.slowest > Duration::ZERO, "{seen:?}");
         // Half of what it works on is another block's now.
-        let disk = std::fs::OpenOptions::new().read(true).write(true).open(&file)?;
         let mut block = vec![0; 4096];
-        disk.read_exact_at(&mut block, 4096)?;
+        File::open(&file)?.read_exact_at(&mut block, 4096)?;
         for number in 0..512 {
-            disk.write_all_at(&block, number * 2 * 4096)?;
+            overwrite(&file, number * 2 * 4096, &block)?;
         }
-        disk.sync_all()?;
         let wrong = wait_until("the writer to notice", Deadline::seconds(120), || {
             Ok(writer.seen(&mut guest).err().map(|error| format!("{error:#}")))
         })?;

@@ -1,13 +1,11 @@
 //! Volumes that heal themselves, on real daemons: a client with a model of what it wrote looks on.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use framework::{
     Attached, BLOCK_BYTES, Cluster, ClusterOptions, Deadline, Lab, Load, LoadOptions, Oracle,
-    Place, PoolSizes, Server, fill_all, generation_in, test, verify, wait_until,
+    Place, PoolSizes, Server, fill_all, generation_in, overwrite, test, verify, wait_until,
 };
 use serde_json::Value;
 
@@ -298,11 +296,9 @@ fn rot(lab: &Lab, cluster: &Cluster<'_>, number: usize) -> Result<()> {
         Ok((is_home && blocks_in(&std::fs::read(&mass)?).len() >= 2 * ROTTEN).then_some(()))
     })?;
     let at_home = blocks_in(&std::fs::read(&mass)?);
-    let file = File::options().write(true).open(&mass)?;
     for offset in at_home.iter().step_by(at_home.len() / ROTTEN).take(ROTTEN) {
-        file.write_all_at(b"rot", u64::try_from(*offset)? + 1000)?;
+        overwrite(&mass, u64::try_from(*offset)? + 1000, b"rot")?;
     }
-    file.sync_all()?;
     Ok(())
 }
 
