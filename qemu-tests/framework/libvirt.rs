@@ -237,7 +237,7 @@ fn domain_xml(name: &str, paths: &Paths) -> Result<String> {
     <source type='memfd'/>
     <access mode='shared'/>
   </memoryBacking>
-  <vcpu>1</vcpu>
+  <vcpu current='1'>2</vcpu>
   <os>
     <type arch='x86_64' machine='pc'>hvm</type>
     <kernel>{}</kernel>

@@ -107,6 +107,7 @@ pub struct Rig<'lab> {
     guest: Guest,
     writer: Writer,
     limit: Duration,
+    guests_make_way: bool,
     launched: u16,
 }
 
@@ -125,13 +126,15 @@ pub struct RigOptions {
     pub sizes: PoolSizes,
     /// The cluster store's address; `None`: a SQLite file.
     pub store: Option<String>,
+    /// Whether guests run at a lower priority than all else ([`GuestOptions::makes_way`]).
+    pub guests_make_way: bool,
 }
 
 impl RigOptions {
     /// A writer as usual, three servers, and the cluster store in a file.
     pub fn new(hosts: Hosts, limit: Duration) -> Self {
         let (writer, sizes) = (WriterOptions::default(), PoolSizes::default());
-        Self { hosts, limit, writer, servers: 3, sizes, store: None }
+        Self { hosts, limit, writer, servers: 3, sizes, store: None, guests_make_way: false }
     }
 }
 
@@ -187,11 +190,23 @@ impl<'lab> Rig<'lab> {
             })
         };
         let hosts = [host(0)?, host(1)?];
-        let limit = options.limit;
-        let mut guest = Guest::boot(lab, &guest_options(&hosts[0], 0, limit))?;
+        let (limit, guests_make_way) = (options.limit, options.guests_make_way);
+        let boot =
+            GuestOptions { makes_way: guests_make_way, ..guest_options(&hosts[0], 0, limit) };
+        let mut guest = Guest::boot(lab, &boot)?;
         let writer = Writer::start(&mut guest, options.writer)?;
         writer.wait_for(&mut guest, CALM, Deadline::seconds(PATIENCE_SECONDS))?;
-        Ok(Self { lab, cluster, hosts, here: 0, guest, writer, limit, launched: 1 })
+        Ok(Self {
+            lab,
+            cluster,
+            hosts,
+            here: 0,
+            guest,
+            writer,
+            limit,
+            guests_make_way,
+            launched: 1,
+        })
     }
 
     /// The servers.

@@ -221,6 +221,7 @@ impl Rig<'_> {
         self.launched += 1;
         let address = format!("tcp:{}:{}", there.address, FIRST_PORT + number % PORTS);
         let mut options = guest_options(there, number, self.limit);
+        options.makes_way = self.guests_make_way;
         options.paused = paused;
         let destination = Guest::await_migration(self.lab, &options, &address)?;
         let trace_from = trace::length(self.guest.trace())?;

@@ -22,7 +22,8 @@ Usage: scripts/dev bench migrate [--runs N] [--only HOSTS]... [--check] [--json 
 
 A guest under QEMU moves back and forth between two hosts (network namespaces, as root), while a
 program in it keeps 8 requests under way and knows what every read must return. The cluster store is an
-etcd, and the pools' files were written once, so that a sync is what it is on a block device. `aborted`
+etcd, and the pools' files were written once, so that a sync is what it is on a block device. QEMU runs
+at a lower priority than back ends and servers (nice 10): emulation would take their processors. `aborted`
 moves diskless, and before each migration that goes through there is one that is given up, at each step
 in turn. `bare-file` has no Holdfast in it: each host's qemu-storage-daemon serves the same file, which
 promises nothing but shows what a migration costs the guest on this machine in any case. A failed
@@ -122,6 +123,7 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
     let options = RigOptions {
         sizes: PoolSizes { fast_mib: 256, mass_mib: 256, space: Space::Written, buffers_mib: 128 },
         store: Some(etcd.store()),
+        guests_make_way: true,
         ..RigOptions::new(hosts, limit)
     };
     let mut rig = Rig::start(lab, &network, options)?;
