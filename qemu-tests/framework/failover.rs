@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::bench::Unit;
+use crate::cluster::{ClusterOptions, PoolSizes, Space};
 use crate::lab::Lab;
 use crate::load::{Load, Window};
 
@@ -55,6 +56,24 @@ pub enum Scenario {
     TakeOver,
     /// Packets to and from the head's host vanish, and another host takes the volume.
     HeadPartitioned,
+}
+
+/// Where a loop runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Ground<'lab> {
+    /// The directory of its processes.
+    pub lab: &'lab Lab,
+    /// What pools are made of. Where pauses are measured, files that were written once: with others, a
+    /// sync is the file system's, which has others' data to write, too.
+    pub space: Space,
+}
+
+impl<'lab> Ground<'lab> {
+    /// So many servers on loopback, whose cluster store is a file.
+    fn cluster(self, servers: usize) -> ClusterOptions<'lab> {
+        let sizes = PoolSizes { space: self.space, ..PoolSizes::default() };
+        ClusterOptions { servers, sizes, ..ClusterOptions::default() }
+    }
 }
 
 /// When a loop ends.
@@ -231,17 +250,22 @@ impl Scenario {
     }
 
     /// Does it again and again in a cluster of its own; tells each run.
-    pub fn repeat(self, lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    pub fn repeat(
+        self,
+        ground: Ground<'_>,
+        amount: Amount,
+        told: &mut dyn FnMut(&Run),
+    ) -> Result<()> {
         match self {
-            Self::MemberKilled => member::killed(lab, amount, told),
-            Self::BystanderKilled => member::bystander_killed(lab, amount, told),
-            Self::MemberPartitioned => member::partitioned(lab, amount, told),
-            Self::MemberSlow => member::slow(lab, amount, told),
-            Self::PeerKilledInRebuild => moves::killed_in_rebuild(lab, amount, told),
-            Self::Drain => moves::drained(lab, moves::Messages::On, amount, told),
-            Self::DrainUntold => moves::drained(lab, moves::Messages::Off, amount, told),
-            Self::TakeOver => head::taken_over(lab, amount, told),
-            Self::HeadPartitioned => head::partitioned(lab, amount, told),
+            Self::MemberKilled => member::killed(ground, amount, told),
+            Self::BystanderKilled => member::bystander_killed(ground, amount, told),
+            Self::MemberPartitioned => member::partitioned(ground, amount, told),
+            Self::MemberSlow => member::slow(ground, amount, told),
+            Self::PeerKilledInRebuild => moves::killed_in_rebuild(ground, amount, told),
+            Self::Drain => moves::drained(ground, moves::Messages::On, amount, told),
+            Self::DrainUntold => moves::drained(ground, moves::Messages::Off, amount, told),
+            Self::TakeOver => head::taken_over(ground, amount, told),
+            Self::HeadPartitioned => head::partitioned(ground, amount, told),
         }
     }
 }

@@ -7,9 +7,9 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 
 use anyhow::{Context, Result, ensure};
-use framework::failover::{Amount, Scenario};
+use framework::failover::{Amount, Ground, Scenario};
 use framework::{
-    Cluster, ClusterOptions, Deadline, Etcd, Lab, Load, LoadOptions, Oracle, Place,
+    Cluster, ClusterOptions, Deadline, Etcd, Lab, Load, LoadOptions, Oracle, Place, Space,
     loopback_address, skip_without_network, test, verify, wait_until,
 };
 use rustix::net::{AddressFamily, SocketType};
@@ -22,7 +22,8 @@ fn repeat(scenario: Scenario, runs: usize) {
         return;
     }
     test(1, |lab: &Lab| {
-        scenario.repeat(lab, Amount::from_environment(runs), &mut |run| {
+        let ground = Ground { lab, space: Space::Sparse };
+        scenario.repeat(ground, Amount::from_environment(runs), &mut |run| {
             eprintln!("{}: {:?}", scenario.name(), run);
         })
     });

@@ -645,6 +645,11 @@ fn pool_notice(notice: store::Notice) {
             blocks = blocks.0,
             "blocks of a replica cannot be read here; the volume's head writes them again"
         ),
+        store::Notice::MetadataMended { device } => tracing::warn!(
+            device = device.0,
+            "a copy of the pool's metadata was not whole; it is written anew from the other one: \
+             look at that device's health"
+        ),
     }
 }
 

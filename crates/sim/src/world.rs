@@ -607,7 +607,9 @@ impl World {
             Output::PoolNotice(store::Notice::Resumed) => {
                 self.report.places.reach(Place::LogFreed);
             }
-            Output::Peer { .. } | Output::Refused { .. } => {}
+            Output::PoolNotice(store::Notice::MetadataMended { .. })
+            | Output::Peer { .. }
+            | Output::Refused { .. } => {}
             Output::Fill { event, source, .. } => {
                 self.fill_source =
                     (0..self.config.pools()).find(|index| server_id(*index) == source);

@@ -500,6 +500,12 @@ pub enum Notice {
         /// Number of blocks.
         blocks: BlockCount,
     },
+    /// When the pool was opened, one of the two copies of its metadata had pages that could not be read
+    /// or were not whole. The other copy had them; both are written anew.
+    MetadataMended {
+        /// Where that copy is.
+        device: DeviceIndex,
+    },
 }
 
 /// Why appends wait.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
 use base::{BufferMut, Position, Seq};
 
-use crate::api::{DiskError, OpenError, Output};
+use crate::api::{DiskError, Notice, OpenError, Output};
 use crate::append::ZEROES_MAX;
 use crate::batch::SegmentHeader;
 use crate::bytes::Reader;
@@ -81,6 +81,8 @@ pub(crate) struct Opening {
     fine: u32,
     /// What came of pages that could not be read, of each copy.
     errors: [Option<DiskError>; 2],
+    /// Which copies had pages that were not whole and should have been.
+    broken: [bool; 2],
     /// The piece's pages from the first copy, while the second's are being read.
     first_copy: Option<Result<BufferMut, DiskError>>,
     journal_ended: bool,
@@ -453,16 +455,20 @@ impl Store {
         copies: [Option<&[u8]>; 2],
     ) -> Result<(), &'static str> {
         let generation = self.journal.generation;
-        for bytes in copies.into_iter().flatten() {
-            let page = Page::decode(bytes, PageKind::Checkpoint, self.pool);
-            if let Some((page, _)) = page
-                && page.generation == generation
-                && page.number == u64::from(number)
-            {
-                return self.take_entries(bytes, page.length);
+        let mut whole = None;
+        for (copy, bytes) in copies.into_iter().enumerate() {
+            let Some(bytes) = bytes else { continue };
+            match Page::decode(bytes, PageKind::Checkpoint, self.pool) {
+                Some((page, _))
+                    if page.generation == generation && page.number == u64::from(number) =>
+                {
+                    whole = Some((bytes, page.length));
+                }
+                Some(_) | None => self.opening.broken[copy] = true,
             }
         }
-        Err("a page of the checkpoint is lost in both copies")
+        let (bytes, length) = whole.ok_or("a page of the checkpoint is lost in both copies")?;
+        self.take_entries(bytes, length)
     }
 
     fn take_journal_page(
@@ -704,6 +710,11 @@ impl Store {
             .all(|(device, stamp)| device.syncs_done >= *stamp);
         if done {
             debug_assert!(self.segments.zeroes <= ZEROES_MAX);
+            for (copy, (device, _)) in self.journal.copies.into_iter().enumerate() {
+                if self.opening.broken[copy] || self.opening.errors[copy].is_some() {
+                    self.output(Output::Notice(Notice::MetadataMended { device }));
+                }
+            }
             self.journal.checkpoint_wanted = true;
             self.opening.stage = Stage::Checkpoint;
         }

@@ -153,9 +153,11 @@ impl World {
                 }
                 Output::Done { tag, result } => self.answers.push((tag, result)),
                 Output::Failed(failure) => panic!("{failure}"),
-                Output::Notice(Notice::Damaged(_) | Notice::DamagedBlocks { .. }) => {
-                    panic!("a crash damages nothing")
-                }
+                Output::Notice(
+                    Notice::Damaged(_)
+                    | Notice::DamagedBlocks { .. }
+                    | Notice::MetadataMended { .. },
+                ) => panic!("a crash damages nothing"),
                 Output::Notice(Notice::Stalled(_) | Notice::Resumed) => {}
             }
         }

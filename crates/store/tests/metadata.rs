@@ -130,6 +130,19 @@ fn an_unreadable_sector_costs_its_page_in_its_copy_and_nothing_else() {
             }
         }
         opens(&mut node, "every page can be read in one copy");
+        assert_eq!(core::mem::take(&mut node.world.mended).len(), 2, "nobody was told");
+        opens(&mut node, "both copies are whole again");
+        assert_eq!(node.world.mended, []);
+    }
+    // Rot, of which the device says nothing.
+    for copy in 0..2 {
+        let mut node = sealed_often(12);
+        let checkpoint = pages(&node, copy, CHECKPOINT)[0];
+        lose(&mut node, copy, checkpoint, Loss::Rotten);
+        opens(&mut node, "the other copy is whole");
+        assert_eq!(core::mem::take(&mut node.world.mended).len(), 1, "nobody was told");
+        opens(&mut node, "both copies are whole again");
+        assert_eq!(node.world.mended, []);
     }
     // A copy that is unreadable as a whole.
     for copy in 0..2 {

@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Amount, PATIENCE_SECONDS, QUIET, Run, VOLUME_MIB, WARM_UP, milliseconds, watch};
+use super::{
+    Amount, Ground, PATIENCE_SECONDS, QUIET, Run, VOLUME_MIB, WARM_UP, milliseconds, watch,
+};
 use crate::cluster::{Attached, Cluster, ClusterOptions};
-use crate::lab::Lab;
 use crate::load::{Load, LoadOptions, verify};
 use crate::network::{Network, Place};
 use crate::oracle::Oracle;
@@ -18,8 +19,12 @@ const SUPERSEDED: i32 = 7;
 /// How often the new socket is looked for.
 const SOCKET_POLL: Duration = Duration::from_millis(1);
 
-pub(super) fn taken_over(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
-    let cluster = Cluster::start(lab, 3)?;
+pub(super) fn taken_over(
+    ground: Ground<'_>,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+) -> Result<()> {
+    let cluster = Cluster::start_of(ground.lab, ground.cluster(3))?;
     let places = [Place::HERE, Place::HERE];
     repeat(
         &cluster,
@@ -31,12 +36,15 @@ pub(super) fn taken_over(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) 
     )
 }
 
-pub(super) fn partitioned(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+pub(super) fn partitioned(
+    ground: Ground<'_>,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+) -> Result<()> {
     let hosts = ["one", "two"];
-    let network = Network::start(lab, &["a", "b", "c", hosts[0], hosts[1]])?;
-    let options =
-        ClusterOptions { servers: 3, network: Some(&network), ..ClusterOptions::default() };
-    let cluster = Cluster::start_of(lab, options)?;
+    let network = Network::start(ground.lab, &["a", "b", "c", hosts[0], hosts[1]])?;
+    let options = ClusterOptions { network: Some(&network), ..ground.cluster(3) };
+    let cluster = Cluster::start_of(ground.lab, options)?;
     let places = [network.place(hosts[0])?, network.place(hosts[1])?];
     let heal = |host: usize, mut old: Attached| {
         network.rejoin(hosts[host])?;

@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{
-    Amount, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, began_ms,
+    Amount, Ground, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, began_ms,
     milliseconds, watch,
 };
 use crate::cluster::{Cluster, ClusterOptions, Server};
-use crate::lab::Lab;
 use crate::load::{Load, LoadOptions, Window, verify};
 use crate::network::Network;
 use crate::oracle::Oracle;
@@ -27,8 +26,8 @@ const SLOW_MEASURE: Duration = Duration::from_secs(2);
 /// The members that fail in turn. The head is at the first server.
 const VICTIMS: [usize; 2] = [1, 2];
 
-pub(super) fn killed(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
-    let cluster = Cluster::start(lab, 3)?;
+pub(super) fn killed(ground: Ground<'_>, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    let cluster = Cluster::start_of(ground.lab, ground.cluster(3))?;
     repeat(&cluster, amount, told, |run, load| {
         kill_and_start(&cluster.servers()[VICTIMS[run % VICTIMS.len()]], load)
     })
@@ -36,11 +35,11 @@ pub(super) fn killed(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> R
 
 /// The same with a server that keeps no replica of the volume.
 pub(super) fn bystander_killed(
-    lab: &Lab,
+    ground: Ground<'_>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
 ) -> Result<()> {
-    let cluster = Cluster::start(lab, 4)?;
+    let cluster = Cluster::start_of(ground.lab, ground.cluster(4))?;
     cluster.create_volume("disk", VOLUME_MIB, 3)?;
     let shown = cluster.holdfast(&["volume", "show", "disk"])?;
     let members = shown["members"].as_array().context("members")?;
@@ -61,11 +60,14 @@ fn kill_and_start(victim: &Server, load: &Load) -> Result<Window> {
     Ok(window)
 }
 
-pub(super) fn partitioned(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
-    let network = Network::start(lab, &["a", "b", "c"])?;
-    let options =
-        ClusterOptions { servers: 3, network: Some(&network), ..ClusterOptions::default() };
-    let cluster = Cluster::start_of(lab, options)?;
+pub(super) fn partitioned(
+    ground: Ground<'_>,
+    amount: Amount,
+    told: &mut dyn FnMut(&Run),
+) -> Result<()> {
+    let network = Network::start(ground.lab, &["a", "b", "c"])?;
+    let options = ClusterOptions { network: Some(&network), ..ground.cluster(3) };
+    let cluster = Cluster::start_of(ground.lab, options)?;
     repeat(&cluster, amount, told, |run, load| {
         let victim = cluster.servers()[VICTIMS[run % VICTIMS.len()]].name();
         load.begin_window();
@@ -131,9 +133,9 @@ fn under_load(
     Ok(())
 }
 
-pub(super) fn slow(lab: &Lab, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
-    let options = ClusterOptions { servers: 3, proxied: true, ..ClusterOptions::default() };
-    let cluster = Cluster::start_of(lab, options)?;
+pub(super) fn slow(ground: Ground<'_>, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
+    let options = ClusterOptions { proxied: true, ..ground.cluster(3) };
+    let cluster = Cluster::start_of(ground.lab, options)?;
     cluster.create_volume("disk", VOLUME_MIB, 3)?;
     // All members are remote: reads may go to any of them.
     let attached = cluster.attach("disk")?;

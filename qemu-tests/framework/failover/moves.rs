@@ -6,10 +6,10 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{
-    Amount, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, began_ms, milliseconds, watch,
+    Amount, Ground, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, began_ms, milliseconds,
+    watch,
 };
 use crate::cluster::{Cluster, ClusterOptions};
-use crate::lab::Lab;
 use crate::load::{Load, LoadOptions, fill_all, verify};
 use crate::wait::{Deadline, wait_until};
 
@@ -35,12 +35,12 @@ pub(super) enum Messages {
 }
 
 pub(super) fn drained(
-    lab: &Lab,
+    ground: Ground<'_>,
     messages: Messages,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
 ) -> Result<()> {
-    let cluster = start(lab, messages)?;
+    let cluster = start(ground, messages)?;
     repeat(&cluster, amount, told, |victim, _other| {
         let server = &cluster.servers()[victim];
         cluster.holdfast(&["server", "drain", server.name(), "--wait", HEAL_SECONDS])?;
@@ -55,11 +55,11 @@ pub(super) fn drained(
 }
 
 pub(super) fn killed_in_rebuild(
-    lab: &Lab,
+    ground: Ground<'_>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
 ) -> Result<()> {
-    let cluster = start(lab, Messages::On)?;
+    let cluster = start(ground, Messages::On)?;
     repeat(&cluster, amount, told, |victim, other| {
         let leaving = cluster.servers()[victim].name();
         cluster.holdfast(&["server", "drain", leaving])?;
@@ -77,15 +77,12 @@ pub(super) fn killed_in_rebuild(
     })
 }
 
-fn start(lab: &Lab, messages: Messages) -> Result<Cluster<'_>> {
+fn start(ground: Ground<'_>, messages: Messages) -> Result<Cluster<'_>> {
     let configuration = match messages {
         Messages::On => String::new(),
         Messages::Off => "[test]\nstate_messages = false\n".to_owned(),
     };
-    Cluster::start_of(
-        lab,
-        ClusterOptions { servers: 4, configuration, ..ClusterOptions::default() },
-    )
+    Cluster::start_of(ground.lab, ClusterOptions { configuration, ..ground.cluster(4) })
 }
 
 /// The names and roles of the volume's members.

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use framework::bench::{self, Options, Outcome, Summary, Unit};
-use framework::failover::{Amount, Run, Scenario};
-use framework::{Lab, Network};
+use framework::failover::{Amount, Ground, Run, Scenario};
+use framework::{Lab, Network, Space};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
@@ -22,7 +22,8 @@ Usage: scripts/dev bench failover [--runs N] [--only SCENARIO]... [--check] [--j
   --json [FILE]    the figures and every run in JSON, to FILE or in place of the table
 
 Real servers on this machine, a client that keeps 8 requests of 4 KiB under way, half of them
-reads, and knows what every read must return. A failed request or a wrong byte is a failure of the
+reads, and knows what every read must return. Pools' files were written once, so that a sync is what it is on
+a block device. A failed request or a wrong byte is a failure of the
 whole run, whatever the figures. Exit status: 0, 1 for a failure or a goal that was missed, 2 for
 wrong arguments.
 ";
@@ -79,7 +80,8 @@ fn measure(scenario: Scenario, runs: usize) -> Measured {
                 scenario.unit().show(run.quiet)
             );
         };
-        let outcome = scenario.repeat(&lab, Amount::Runs(runs), told);
+        let ground = Ground { lab: &lab, space: Space::Written };
+        let outcome = scenario.repeat(ground, Amount::Runs(runs), told);
         if outcome.is_err() {
             eprintln!("{}", lab.report());
         }

@@ -106,7 +106,7 @@ fn measure(name: &'static str, replicas: usize, runs: usize) -> Measured {
 }
 
 fn repeat(lab: &Lab, replicas: usize, runs: usize, measured: &mut Measured) -> Result<()> {
-    let sizes = PoolSizes { space: Space::Taken, ..PoolSizes::default() };
+    let sizes = PoolSizes { space: Space::Written, ..PoolSizes::default() };
     let cluster = Cluster::start_with(lab, 3, sizes)?;
     cluster.create_volume("disk", 128, replicas)?;
     // A volume of one replica is served where it lies, or not at all within this goal.

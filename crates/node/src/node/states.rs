@@ -152,6 +152,8 @@ impl Node {
                 }
                 return self.tell_damage(key);
             }
+            // Whoever commands a replica here is not concerned.
+            store::Notice::MetadataMended { .. } => return,
             store::Notice::Resumed => {
                 if let Some(server) = &mut self.server {
                     server.standing.stalled = false;

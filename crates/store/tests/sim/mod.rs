@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use base::{BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, ServerId};
 use core::time::Duration;
 use store::{
-    Command, DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult, FlushPolicy,
-    FormatConfig, Input, OpenError, Output, Store, StoreConfig, format,
+    Command, DeviceIndex, DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult,
+    FlushPolicy, FormatConfig, Input, OpenError, Output, Store, StoreConfig, format,
 };
 
 pub const SECTOR: usize = 512;
@@ -234,6 +234,8 @@ pub struct World {
     pub damaged: usize,
     /// Ranges that a scrub has found damaged.
     pub scrubbed: Vec<(u64, u32)>,
+    /// Devices whose copy of the metadata was not whole.
+    pub mended: Vec<DeviceIndex>,
     pub operations: u64,
     /// Power goes when so many operations have completed.
     pub cut_after: Option<u64>,
@@ -261,6 +263,7 @@ impl World {
             failed: false,
             damaged: 0,
             scrubbed: Vec::new(),
+            mended: Vec::new(),
             operations: 0,
             cut_after: None,
             shape,
@@ -296,6 +299,9 @@ impl World {
                     }
                     if let store::Notice::DamagedBlocks { lba, blocks, .. } = notice {
                         self.scrubbed.push((lba.0, blocks.0));
+                    }
+                    if let store::Notice::MetadataMended { device } = notice {
+                        self.mended.push(device);
                     }
                 }
             }
