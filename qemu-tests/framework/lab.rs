@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::Advice;
 use tempfile::TempDir;
 
 use crate::binaries::{cache_directory, system_binary, work_directory};
@@ -103,6 +104,8 @@ impl Lab {
         }
         file.write_all(&zeroes[..usize::try_from(bytes % PIECE)?])?;
         file.sync_all()?;
+        // Or each first direct write of a part would have to throw it out of the page cache.
+        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
         Ok(path)
     }
 
