@@ -141,6 +141,9 @@ impl<'lab> Cluster<'lab> {
             let server = cluster.format(name)?;
             cluster.servers.push(server);
         }
+        if cluster.options.sizes.space == Space::Written {
+            lab.wait_for_calm_disk()?;
+        }
         cluster.start_all()?;
         Ok(cluster)
     }
