@@ -500,8 +500,9 @@ pub enum Notice {
         /// Number of blocks.
         blocks: BlockCount,
     },
-    /// When the pool was opened, one of the two copies of its metadata had pages that could not be read
-    /// or were not whole. The other copy had them; both are written anew.
+    /// When the pool was opened, one of the two copies of its metadata had pages that could not be read,
+    /// or pages of a checkpoint that were not whole. The other copy did; the opening's checkpoint is a new
+    /// one in both.
     MetadataMended {
         /// Where that copy is.
         device: DeviceIndex,

@@ -22,10 +22,9 @@ Usage: scripts/dev bench failover [--runs N] [--only SCENARIO]... [--check] [--j
   --json [FILE]    the figures and every run in JSON, to FILE or in place of the table
 
 Real servers on this machine, a client that keeps 8 requests of 4 KiB under way, half of them
-reads, and knows what every read must return. Pools' files were written once, so that a sync is what it is on
-a block device. A failed request or a wrong byte is a failure of the
-whole run, whatever the figures. Exit status: 0, 1 for a failure or a goal that was missed, 2 for
-wrong arguments.
+reads, and knows what every read must return. Pools' files were written once, so that a sync is what
+it is on a block device. A failed request or a wrong byte is a failure of the whole run, whatever the
+figures. Exit status: 0, 1 for a failure or a goal that was missed, 2 for wrong arguments.
 ";
 
 /// What came of one scenario.
