@@ -2,7 +2,6 @@
 
 use core::ops::Range;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::rc::Rc;
 
 use base::limits::PAGE_BYTES;
 use base::{Instant, Seq};
@@ -84,9 +83,9 @@ impl Disk {
         if !self.bad.is_empty() && self.bad.range(pages).next().is_some() {
             return Err(DiskError::Io);
         }
-        for (page, chunk) in (first..).zip(out.chunks_exact_mut(PAGE_BYTES)) {
+        for (page, chunk) in (first..).zip(out.as_chunks_mut::<PAGE_BYTES>().0) {
             match self.pages.get(index(page)).and_then(Option::as_ref) {
-                Some(bytes) => chunk.copy_from_slice(&bytes[..]),
+                Some(held) => held.copy_to(chunk),
                 None => chunk.fill(0),
             }
         }
@@ -100,7 +99,7 @@ impl Disk {
             Some(WriteFault::Lost) => return,
             Some(WriteFault::Misdirected(pages)) => pages,
         };
-        for (page, chunk) in (page_of(offset) + shift..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+        for (page, chunk) in (page_of(offset) + shift..).zip(bytes.as_chunks::<PAGE_BYTES>().0) {
             let fresh = pages::holding(chunk);
             if !self.bad.is_empty() {
                 self.bad.remove(&page);
@@ -185,27 +184,23 @@ impl Disk {
         self.watched = Some(Vec::new());
     }
 
-    /// The pages that were written since, with what they hold now; nobody watches any more.
-    pub(crate) fn watched(&mut self) -> impl Iterator<Item = (u64, &[u8])> {
+    /// The batches that begin on pages that were written since; nobody watches any more.
+    pub(crate) fn watched(&mut self) -> Vec<(u64, store::BatchFacts)> {
         let watched = self.watched.take().unwrap_or_default();
-        let pages = &self.pages;
-        watched.into_iter().filter_map(|page| Some((page, &pages[index(page)].as_ref()?[..])))
+        let batch = |page: u64| Some((page, facts(self.pages[index(page)].as_ref()?)?));
+        watched.into_iter().filter_map(batch).collect()
     }
 
     /// The batches of a log that begin on it and are whole.
     pub(crate) fn batches(&self) -> Vec<store::BatchFacts> {
-        let pages = self.pages.iter().flatten();
-        pages.filter_map(|page| store::batch_facts(&page[..])).collect()
+        self.pages.iter().flatten().filter_map(facts).collect()
     }
 
     /// The page is of a batch at the end of a log, and neither another batch nor what is `noted` elsewhere
     /// says that this one was ever on media.
     pub(crate) fn is_unvouched(&self, page: u64, noted: Seq) -> bool {
         let pages = self.pages.iter().enumerate();
-        let batches = pages.filter_map(|(at, page)| {
-            let facts = store::batch_facts(&page.as_ref()?[..])?;
-            Some((at as u64, facts))
-        });
+        let batches = pages.filter_map(|(at, page)| Some((at as u64, facts(page.as_ref()?)?)));
         let batches: Vec<(u64, store::BatchFacts)> = batches.collect();
         let vouched = batches.iter().map(|(_, batch)| batch.durable).fold(noted, Seq::max);
         batches.iter().any(|(at, batch)| {
@@ -215,8 +210,8 @@ impl Disk {
 
     /// Flips a bit on media.
     pub(crate) fn rot(&mut self, page: u64, bit: usize) {
-        if let Some(bytes) = self.pages[index(page)].as_mut() {
-            Rc::make_mut(bytes)[bit / 8 % PAGE_BYTES] ^= 1 << (bit % 8);
+        if let Some(held) = self.pages[index(page)].as_mut() {
+            held.flip(bit / 8 % PAGE_BYTES, 1 << (bit % 8));
         }
     }
 
@@ -255,19 +250,27 @@ impl Drop for Disk {
 
 /// A page of which some sectors are of one version, the rest of another.
 fn torn(one: Option<&Page>, other: Option<&Page>, random: &mut Random) -> Page {
-    let mut page = one.map_or([0; PAGE_BYTES], |page| **page);
+    let [mut page, from] = [one, other].map(|version| {
+        let mut bytes = [0; PAGE_BYTES];
+        if let Some(version) = version {
+            version.copy_to(&mut bytes);
+        }
+        bytes
+    });
     for start in (0..PAGE_BYTES).step_by(SECTOR_BYTES) {
         if random.one_in(2) {
-            match other {
-                Some(other) => {
-                    page[start..start + SECTOR_BYTES]
-                        .copy_from_slice(&other[start..start + SECTOR_BYTES]);
-                }
-                None => page[start..start + SECTOR_BYTES].fill(0),
-            }
+            let sector = start..start + SECTOR_BYTES;
+            page[sector.clone()].copy_from_slice(&from[sector]);
         }
     }
     pages::holding(&page)
+}
+
+/// The batch of a log that begins with a page, if it is whole.
+fn facts(page: &Page) -> Option<store::BatchFacts> {
+    let mut bytes = [0; PAGE_BYTES];
+    page.may_be_structure().then(|| page.copy_to(&mut bytes))?;
+    store::batch_facts(&bytes)
 }
 
 #[cfg(test)]
@@ -322,6 +325,17 @@ mod tests {
         one.write(0, &[9; PAGE_BYTES]);
         other.read(0, &mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 7));
+        // A page that ends in zeroes rots anywhere, too, and for nobody else.
+        let mut head = [0; PAGE_BYTES];
+        head[..9].copy_from_slice(b"beginning");
+        for disk in [&mut one, &mut other] {
+            disk.write(PAGE_BYTES as u64, &head);
+        }
+        one.rot(1, 8 * PAGE_BYTES - 1);
+        other.read(PAGE_BYTES as u64, &mut read[..PAGE_BYTES]).unwrap();
+        assert_eq!(read[..PAGE_BYTES], head);
+        one.read(PAGE_BYTES as u64, &mut read[..PAGE_BYTES]).unwrap();
+        assert_eq!((&read[..9], read[PAGE_BYTES - 1]), (&head[..9], 1 << 7));
     }
 
     #[test]

@@ -1,56 +1,44 @@
-//! What happens when: a heap of events, in the order of their time and of their making.
+//! What happens when: a heap of times, in the order of their coming and of their making, and the events
+//! beside it, which stay where they are while the heap is put in order.
 
-use std::cmp::Ordering;
+use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use base::Instant;
 
-struct Entry<E> {
-    at: Instant,
-    number: u64,
-    event: E,
-}
-
-impl<E> PartialEq for Entry<E> {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
-    }
-}
-
-impl<E> Eq for Entry<E> {}
-
-impl<E> PartialOrd for Entry<E> {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl<E> Ord for Entry<E> {
-    /// The greatest is the one that is due first.
-    fn cmp(&self, other: &Self) -> Ordering {
-        (other.at, other.number).cmp(&(self.at, self.number))
-    }
-}
-
 /// Events that are still to come.
 pub(crate) struct Queue<E> {
-    heap: BinaryHeap<Entry<E>>,
+    /// When, the how manieth, and where its event is.
+    heap: BinaryHeap<Reverse<(Instant, u64, usize)>>,
     next: u64,
+    events: Vec<Option<E>>,
+    /// Places without an event.
+    free: Vec<usize>,
 }
 
 impl<E> Queue<E> {
     pub(crate) fn new() -> Self {
-        Self { heap: BinaryHeap::with_capacity(1024), next: 0 }
+        let (heap, events) = (BinaryHeap::with_capacity(1024), Vec::with_capacity(1024));
+        Self { heap, next: 0, events, free: Vec::with_capacity(1024) }
     }
 
     /// `event` happens at `at`, after whatever else was said to happen then.
     pub(crate) fn push(&mut self, at: Instant, event: E) {
         self.next += 1;
-        self.heap.push(Entry { at, number: self.next, event });
+        let place = self.free.pop().unwrap_or(self.events.len());
+        if place == self.events.len() {
+            self.events.push(Some(event));
+        } else {
+            self.events[place] = Some(event);
+        }
+        self.heap.push(Reverse((at, self.next, place)));
     }
 
     /// The next event.
     pub(crate) fn pop(&mut self) -> Option<(Instant, E)> {
-        self.heap.pop().map(|entry| (entry.at, entry.event))
+        let Reverse((at, _, place)) = self.heap.pop()?;
+        let event = self.events[place].take().expect("an event happens once");
+        self.free.push(place);
+        Some((at, event))
     }
 }

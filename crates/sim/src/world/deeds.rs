@@ -216,9 +216,7 @@ impl World {
         let theirs: Option<Vec<_>> = without.iter().map(|who| self.log_of(*who)).collect();
         let (Some(own), Some(theirs)) = (self.log_of(faulty), theirs) else { return };
         let missed = theirs.iter().map(|state| state.last.seq).max().unwrap_or(own.last.seq);
-        let written = self.disk(faulty, LOG).watched();
-        let batches: Vec<_> =
-            written.filter_map(|(page, bytes)| Some((page, store::batch_facts(bytes)?))).collect();
+        let batches = self.disk(faulty, LOG).watched();
         let vouched = |number: usize, last: base::Seq| {
             let mut later = batches[number + 1..].iter().map(|(_, later)| later);
             later.any(|later| later.first > last && later.durable >= last)
