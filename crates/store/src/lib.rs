@@ -6,8 +6,8 @@
 //! the disk operations among them and reports each one's completion.
 //!
 //! What is where on a device is in `docs/disk-format.md`. The order of writes and syncs that
-//! keeps acknowledged data is told in the modules: `log` for appends, `flush` for
-//! the way home, `recovery` for what a reopening believes.
+//! keeps acknowledged data is told in the modules: `append` for the log, `flush` for
+//! the way home, `recovery` and `region` for what a reopening believes.
 
 mod api;
 mod append;
@@ -28,6 +28,7 @@ mod metadata;
 mod owners;
 mod read;
 mod recovery;
+mod region;
 mod replay;
 mod replica;
 mod scan;

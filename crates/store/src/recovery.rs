@@ -5,28 +5,21 @@
 
 use std::collections::BTreeSet;
 
-use base::limits::{PAGE_BYTES, PAYLOAD_BYTES_MAX};
 use base::{BufferMut, Position, Seq};
 
 use crate::api::{DiskError, Notice, OpenError, Output};
 use crate::append::ZEROES_MAX;
 use crate::batch::SegmentHeader;
-use crate::bytes::Reader;
 use crate::home::ChunkSpace;
 use crate::index::Index;
 use crate::label::{Label, LabelError, identify};
 use crate::layout::{DeviceIndex, LABEL_AREA_BYTES, LABEL_COPY_OFFSET, PAGE, device_index};
-use crate::metadata::{Entry, PAGE_HEADER_BYTES, Page, PageKind, Restart};
+use crate::metadata::{Entry, Restart};
 use crate::owners::Search;
+use crate::region::Region;
 use crate::replay::{Link, Replay, Replayed};
 use crate::segments::{SegmentState, Segments};
 use crate::store::{Phase, Store, Task};
-
-/// Chunk versions that a reopening skips: those that an unfinished flush may have used.
-const VERSIONS_SKIPPED: u32 = 1 << 16;
-/// Pages of metadata read at a time.
-const PIECE_PAGES: u32 = 32;
-const _: () = assert!(PIECE_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Stage {
@@ -39,21 +32,6 @@ pub(crate) enum Stage {
     Sync,
     Checkpoint,
     Done,
-}
-
-/// The header page of a region in one copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Header {
-    Whole {
-        generation: u64,
-        pages: u32,
-        crc: u32,
-    },
-    /// Wiped, or never written.
-    Blank,
-    /// Being written when power went, or rotten.
-    Broken,
-    Unread(DiskError),
 }
 
 /// A label area that is read by halves, of which each has a copy of the label.
@@ -74,18 +52,7 @@ pub(crate) struct Opening {
     labels: Vec<Label>,
     /// The label area of a device that cannot be read as a whole.
     halves: Option<Halves>,
-    /// The four region headers: copy × 2 + region.
-    headers: Vec<Header>,
-    checkpoint_pages: u32,
-    /// A longer read failed: one page at a time up to this one.
-    fine: u32,
-    /// What came of pages that could not be read, of each copy.
-    errors: [Option<DiskError>; 2],
-    /// Which copies had pages that were not whole and should have been.
-    broken: [bool; 2],
-    /// The piece's pages from the first copy, while the second's are being read.
-    first_copy: Option<Result<BufferMut, DiskError>>,
-    journal_ended: bool,
+    pub(crate) region: Region,
     pub(crate) segment_headers: Vec<Option<SegmentHeader>>,
     /// Slots whose replica was deleted by an entry of the journal.
     pub(crate) deleted: BTreeSet<u16>,
@@ -103,12 +70,12 @@ impl Store {
         self.output(Output::Opened(Err(error)));
     }
 
-    fn refuse_metadata(&mut self, what: &'static str) {
+    pub(crate) fn refuse_metadata(&mut self, what: &'static str) {
         self.refuse(OpenError::Metadata { what });
     }
 
     /// Refuses for what both copies lack; `errors` says which of them could not be read.
-    fn refuse_copies(&mut self, what: &'static str, errors: [Option<DiskError>; 2]) {
+    pub(crate) fn refuse_copies(&mut self, what: &'static str, errors: [Option<DiskError>; 2]) {
         let unread = self.journal.copies.iter().zip(errors).find_map(|((device, _), error)| {
             Some(OpenError::MetadataUnread { what, device: *device, error: error? })
         });
@@ -122,7 +89,7 @@ impl Store {
             match stage {
                 Stage::Labels => self.read_labels(),
                 Stage::Headers => self.read_headers(),
-                Stage::Pages => self.read_piece(),
+                Stage::Pages => self.read_region(),
                 Stage::Segments => self.read_segment_headers(),
                 Stage::Replay => {
                     // A log may be empty, and done at once.
@@ -212,15 +179,8 @@ impl Store {
         self.opening.in_flight -= 1;
         match self.opening.stage {
             Stage::Labels => self.label_area_read(device, result),
-            Stage::Headers => {
-                self.opening.next += 1;
-                let header = self.header_of(result);
-                self.opening.headers.push(header);
-            }
-            Stage::Pages => match self.opening.first_copy.take() {
-                None => self.opening.first_copy = Some(result),
-                Some(first) => self.take_piece(&[first, result]),
-            },
+            Stage::Headers => self.header_read(piece, &result),
+            Stage::Pages => self.region_part_read(piece, result),
             Stage::Segments => self.segment_pages_read(piece, result),
             Stage::Replay | Stage::Sync | Stage::Checkpoint | Stage::Done => {}
         }
@@ -312,220 +272,6 @@ impl Store {
         self.index = Index::new(usize::try_from(log_pages).expect("checked"));
         self.opening.next = 0;
         self.opening.stage = Stage::Headers;
-    }
-
-    fn read_headers(&mut self) {
-        if self.opening.in_flight > 0 {
-            return;
-        }
-        let next = self.opening.next;
-        if next == 4 {
-            return self.headers_read();
-        }
-        let Some(buffer) = self.config.buffers.take(PAGE_BYTES) else { return self.starved() };
-        let (device, offset) = self.journal.copies[next as usize / 2];
-        let offset = offset + u64::from(next % 2) * self.geometry.region_bytes();
-        self.opening.in_flight = 1;
-        self.read(device, offset, buffer, PAGE_BYTES, Task::Opening { piece: next });
-    }
-
-    fn header_of(&self, result: Result<BufferMut, DiskError>) -> Header {
-        let buffer = match result {
-            Ok(buffer) => buffer,
-            Err(error) => return Header::Unread(error),
-        };
-        let bytes = &buffer.payload()[..PAGE_BYTES];
-        match Page::decode(bytes, PageKind::Header, self.pool) {
-            Some((page, crc)) => {
-                Header::Whole { generation: page.generation, pages: page.length, crc }
-            }
-            None if is_blank(bytes) => Header::Blank,
-            None => Header::Broken,
-        }
-    }
-
-    fn headers_read(&mut self) {
-        let headers = core::mem::take(&mut self.opening.headers);
-        let of_region = |region: usize| [headers[region], headers[2 + region]];
-        let error = |header| match header {
-            Header::Unread(error) => Some(error),
-            Header::Whole { .. } | Header::Blank | Header::Broken => None,
-        };
-        let newest = (0..2_u64)
-            .zip([of_region(0), of_region(1)])
-            .flat_map(|(region, copies)| copies.map(|header| (region, header)))
-            .filter_map(|(region, header)| match header {
-                Header::Whole { generation, pages, crc } => Some((generation, region, pages, crc)),
-                Header::Blank | Header::Broken | Header::Unread(_) => None,
-            })
-            .max();
-        let Some((generation, region, pages, crc)) = newest else {
-            let either = [0, 2].map(|copy| error(headers[copy]).or(error(headers[copy + 1])));
-            return self.refuse_copies("no checkpoint header is whole", either);
-        };
-        // The other region is the newer one unless a copy of its header says that it is not. What is
-        // whole is older, and a header is on media in both copies before anything counts there.
-        let other = of_region(usize::from(region == 0));
-        let is_older = |header: &Header| matches!(header, Header::Whole { .. } | Header::Blank);
-        let errors = other.map(error);
-        if errors != [None; 2] && !other.iter().any(is_older) {
-            return self.refuse_copies("a checkpoint may be newer than all that is whole", errors);
-        }
-        if pages > self.geometry.checkpoint_pages {
-            return self.refuse_metadata("the checkpoint header states an impossible length");
-        }
-        self.journal.generation = generation;
-        self.journal.region = region;
-        self.journal.previous_crc = crc;
-        self.opening.checkpoint_pages = pages;
-        (self.opening.next, self.opening.fine) = (0, 0);
-        self.opening.stage = Stage::Pages;
-    }
-
-    /// Reads the next piece of the region: checkpoint pages, then journal pages, each from both
-    /// copies.
-    fn read_piece(&mut self) {
-        if self.opening.in_flight > 0 {
-            return;
-        }
-        let next = self.opening.next;
-        let total = self.opening.checkpoint_pages + self.geometry.journal_pages;
-        if next >= total {
-            return self.pages_read();
-        }
-        let Some(buffer) = self.config.buffers.take(PAYLOAD_BYTES_MAX) else {
-            return self.starved();
-        };
-        let (page, count) = self.piece(next);
-        let copy = usize::from(self.opening.first_copy.is_some());
-        let (device, offset) = self.journal.copies[copy];
-        let offset =
-            offset + self.journal.region * self.geometry.region_bytes() + u64::from(page) * PAGE;
-        self.opening.in_flight = 1;
-        let length = count as usize * PAGE_BYTES;
-        self.read(device, offset, buffer, length, Task::Opening { piece: next });
-    }
-
-    /// The page in the region, and the number of pages, of the piece that begins with the `next`
-    /// of all used pages.
-    fn piece(&self, next: u32) -> (u32, u32) {
-        let used = self.opening.checkpoint_pages;
-        let most = if next < self.opening.fine { 1 } else { PIECE_PAGES };
-        if next < used {
-            (1 + next, most.min(used - next))
-        } else {
-            let total = used + self.geometry.journal_pages;
-            (1 + self.geometry.checkpoint_pages + next - used, most.min(total - next))
-        }
-    }
-
-    fn take_piece(&mut self, copies: &[Result<BufferMut, DiskError>; 2]) {
-        let next = self.opening.next;
-        let (_, count) = self.piece(next);
-        let errors = copies.each_ref().map(|copy| copy.as_ref().err().copied());
-        if count > 1 && errors != [None; 2] {
-            // A sector that cannot be read is no reason to do without those beside it.
-            self.opening.fine = next + count;
-            return;
-        }
-        for (known, error) in self.opening.errors.iter_mut().zip(errors) {
-            *known = known.or(error);
-        }
-        for number in 0..count {
-            let at = number as usize * PAGE_BYTES;
-            let pages = copies.each_ref().map(|copy| {
-                let buffer = copy.as_ref().ok()?;
-                Some(&buffer.payload()[at..at + PAGE_BYTES])
-            });
-            let good = if next < self.opening.checkpoint_pages {
-                self.take_checkpoint_page(next + number, pages)
-            } else {
-                self.take_journal_page(next + number - self.opening.checkpoint_pages, pages)
-            };
-            if let Err(what) = good {
-                return self.refuse_copies(what, self.opening.errors);
-            }
-        }
-        self.opening.next += count;
-    }
-
-    fn take_checkpoint_page(
-        &mut self,
-        number: u32,
-        copies: [Option<&[u8]>; 2],
-    ) -> Result<(), &'static str> {
-        let generation = self.journal.generation;
-        let mut whole = None;
-        for (copy, bytes) in copies.into_iter().enumerate() {
-            let Some(bytes) = bytes else { continue };
-            match Page::decode(bytes, PageKind::Checkpoint, self.pool) {
-                Some((page, _))
-                    if page.generation == generation && page.number == u64::from(number) =>
-                {
-                    whole = Some((bytes, page.length));
-                }
-                Some(_) | None => self.opening.broken[copy] = true,
-            }
-        }
-        let (bytes, length) = whole.ok_or("a page of the checkpoint is lost in both copies")?;
-        self.take_entries(bytes, length)
-    }
-
-    fn take_journal_page(
-        &mut self,
-        number: u32,
-        copies: [Option<&[u8]>; 2],
-    ) -> Result<(), &'static str> {
-        for bytes in copies.into_iter().flatten() {
-            let Some((page, crc)) = Page::decode(bytes, PageKind::Journal, self.pool) else {
-                continue;
-            };
-            if page.generation != self.journal.generation || page.number != u64::from(number) {
-                continue;
-            }
-            if self.opening.journal_ended {
-                // A commit was whole before the next one was begun.
-                return Err("a page of the journal is lost in both copies");
-            }
-            if page.previous_crc == self.journal.previous_crc {
-                self.journal.previous_crc = crc;
-                return self.take_entries(bytes, page.length);
-            }
-        }
-        // What cannot be read may be the next page, unless the other copy says that it is not: a page
-        // is on media in both before anything in it counts. What is neither whole nor as it was
-        // before says nothing: it may have been cut off, or have been whole and be rotten.
-        let unread = copies.contains(&None);
-        let is_older = |bytes: &[u8]| {
-            let page = Page::decode(bytes, PageKind::Journal, self.pool);
-            is_blank(bytes)
-                || page.is_some_and(|(page, _)| page.generation < self.journal.generation)
-        };
-        let known = self.opening.journal_ended || copies.into_iter().flatten().any(is_older);
-        if unread && !known {
-            return Err("the journal may go on after all that is whole");
-        }
-        self.opening.journal_ended = true;
-        Ok(())
-    }
-
-    fn take_entries(&mut self, page: &[u8], length: u32) -> Result<(), &'static str> {
-        let mut reader = Reader::new(&page[PAGE_HEADER_BYTES..PAGE_HEADER_BYTES + length as usize]);
-        while !reader.is_empty() {
-            let entry = Entry::decode(&mut reader).ok_or("an entry is of an unknown kind")?;
-            if !self.apply_entry(entry) {
-                return Err("an entry contradicts those before it");
-            }
-        }
-        Ok(())
-    }
-
-    fn pages_read(&mut self) {
-        self.journal.version = self.journal.version.wrapping_add(VERSIONS_SKIPPED);
-        let segments = self.segments.all.len();
-        self.opening.segment_headers = vec![None; segments];
-        self.opening.next = 0;
-        self.opening.stage = Stage::Segments;
     }
 
     /// Gives each segment to the replica that its header names, if it still counts there.
@@ -711,7 +457,7 @@ impl Store {
         if done {
             debug_assert!(self.segments.zeroes <= ZEROES_MAX);
             for (copy, (device, _)) in self.journal.copies.into_iter().enumerate() {
-                if self.opening.broken[copy] || self.opening.errors[copy].is_some() {
+                if self.opening.region.was_damaged(copy) {
                     self.output(Output::Notice(Notice::MetadataMended { device }));
                 }
             }
@@ -719,10 +465,6 @@ impl Store {
             self.opening.stage = Stage::Checkpoint;
         }
     }
-}
-
-fn is_blank(page: &[u8]) -> bool {
-    page.iter().all(|byte| *byte == 0)
 }
 
 const _: () = assert!(size_of::<Position>() == 16);

@@ -22,8 +22,8 @@ const MOVED_MIB: u64 = 256;
 /// How long the client is watched after the last thing that happened.
 const AFTER: Duration = Duration::from_millis(300);
 
-/// How long healing may take.
-const HEAL_SECONDS: &str = "120";
+/// How long healing may take. A copy makes way for the client: on a machine with much else to do it is slow.
+const HEAL_SECONDS: &str = "600";
 
 /// How a server is emptied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
