@@ -166,9 +166,18 @@ impl Head {
             self.members[index].enter(Mode::Live, now);
             self.members[index].backoff = self.tunables.retry_min;
             self.pump_live(index);
-            return;
+        } else if self.fell_back(index) {
+            self.reset(index, None);
+        } else {
+            self.ask_for_records(index, base);
         }
-        self.ask_for_records(index, base);
+    }
+
+    /// Guests write faster than we bring a member what it lacks, so that by now another member does that better.
+    fn fell_back(&self, index: usize) -> bool {
+        let member = &self.members[index];
+        let lacks = self.log.base().0.saturating_sub(member.next_send.0);
+        lacks > 2 * self.tunables.log_copy_records && self.can_fill_log(index, member.acked)
     }
 
     fn ask_for_records(&mut self, index: usize, base: Seq) {

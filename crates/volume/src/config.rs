@@ -52,9 +52,10 @@ pub struct Tunables {
     /// Buffer bytes of appends sent to a member and not answered, at most.
     pub member_bytes_max: usize,
     /// Acknowledged records kept in memory until they are settled and every connected member has been
-    /// sent them, at most; a member further behind reads the log of another.
+    /// sent them, at most; a member further behind reads the log of another. Twice as many, for as long as a
+    /// member needs them that is about to get there.
     pub backlog_records_max: usize,
-    /// Buffer bytes of such records, at most.
+    /// Buffer bytes of such records, at most; or twice as many, likewise.
     pub backlog_bytes_max: usize,
     /// A member that lacks more records than this beyond what is in memory gets them from another
     /// member's log, directly.

@@ -116,12 +116,16 @@ impl Head {
     pub(crate) fn fill_log(&mut self, index: usize, acked: Seq) -> bool {
         let lacks = self.log.base().0.saturating_sub(acked.next().0);
         let far = lacks > self.tunables.log_copy_records;
-        if !far || self.members[index].fills_refused || self.fill_source(index, acked, 0).is_none()
-        {
-            return false;
+        let fills = far && self.can_fill_log(index, acked);
+        if fills {
+            self.begin_filling(index, false, acked, MemberMode::CatchingUp);
         }
-        self.begin_filling(index, false, acked, MemberMode::CatchingUp);
-        true
+        fills
+    }
+
+    /// Whether another member can bring this one what follows `acked` in the log.
+    pub(crate) fn can_fill_log(&self, index: usize, acked: Seq) -> bool {
+        !self.members[index].fills_refused && self.fill_source(index, acked, 0).is_some()
     }
 
     /// Only a copy of everything helps this member. If its acknowledgements count, it waits for

@@ -198,6 +198,8 @@ pub struct Head {
     pub(crate) pace: Pace,
     /// Guests are held back for a member that would not catch up otherwise.
     pub(crate) holdback: Holdback,
+    /// The backlog may have twice its limits.
+    pub(crate) backlog_doubled: bool,
     /// Commit news goes out then.
     pub(crate) trim_at: Option<Instant>,
     /// Requests past the stall deadline are looked for then.
@@ -287,6 +289,7 @@ impl Head {
             settle_everywhere: None,
             pace: Pace::new(tunables.fill_bytes_per_second),
             holdback: Holdback::new(now),
+            backlog_doubled: false,
             trim_at: None,
             expire_at: now,
             stall: None,

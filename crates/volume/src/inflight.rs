@@ -215,22 +215,40 @@ impl Head {
         self.release_held_reads();
     }
 
-    /// True if the acknowledged records in memory are more than the backlog's limits.
-    fn backlog_over(&self) -> bool {
+    /// True if the acknowledged records in memory are more than so many times the backlog's limits.
+    fn backlog_over(&self, times: usize) -> bool {
         let (records, bytes) = self.log.backlog();
-        records > self.tunables.backlog_records_max || bytes > self.tunables.backlog_bytes_max
+        records > times * self.tunables.backlog_records_max
+            || bytes > times * self.tunables.backlog_bytes_max
+    }
+
+    /// Whether the backlog may have twice its limits: for a member that catches up and lacks no more than as
+    /// much again as is in memory. As fast as guests write, it would come no nearer to what is forgotten
+    /// at the same pace.
+    fn doubles_backlog(&self) -> bool {
+        if !self.backlog_over(1) || self.backlog_over(2) {
+            return false;
+        }
+        let (base, within) = (self.log.base().0, self.log.backlog().0 as u64);
+        let near = |member: &Member| {
+            matches!(member.mode, Mode::CatchingUp(_))
+                && base.saturating_sub(member.next_send.0) <= within
+        };
+        self.backlog_doubled || self.members.iter().any(near)
     }
 
     /// True if what is acknowledged and not on media at a write quorum fills the backlog. Members may lose
     /// all of it with their power, and only this head could give it back: it is kept, and no more
     /// is begun until some of it is on media.
     pub(crate) fn waits_for_media(&self) -> bool {
-        self.log.base() > self.log.durable && self.backlog_over()
+        self.log.base() > self.log.durable && self.backlog_over(1)
     }
 
     /// Forgets settled records that every member that follows has been sent, and beyond the
     /// backlog's limits the oldest: members that still lack those read another's log.
     pub(crate) fn forget_acknowledged(&mut self) {
+        self.backlog_doubled = self.doubles_backlog();
+        let times = 1 + usize::from(self.backlog_doubled);
         loop {
             let first = self.log.base();
             // What is not settled can be lost with the members' power; while it is here, it can
@@ -241,7 +259,7 @@ impl Head {
             let wanted = self.members.iter().any(|m| m.follows() && m.next_send <= first)
                 // Who is about to follow needs no other's log if it is still here then.
                 || self.members.iter().any(Member::comes_soon);
-            if wanted && !self.backlog_over() {
+            if wanted && !self.backlog_over(times) {
                 return;
             }
             self.log.forget_first();

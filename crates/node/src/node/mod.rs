@@ -41,7 +41,7 @@ pub struct NodeConfig {
     /// Buffers of connections to peers.
     pub peer_buffers: BufferPool,
     /// Limits of heads. What members may keep of the guests' buffers
-    /// (`member_bytes_max` and `backlog_bytes_max`) must be well below what there is, or a slow
+    /// (`member_bytes_max` and twice `backlog_bytes_max`) must be well below what there is, or a slow
     /// member holds up guests.
     pub tunables: Tunables,
     /// Tell heads and hear from servers what happens, as it happens. Without it they find out by

@@ -143,6 +143,60 @@ fn a_slow_member_goes_from_memory_to_the_log_and_back() {
     assert_eq!(bench.models[2].log, bench.models[0].log);
 }
 
+/// A head whose last member gets nothing, and is behind what is in memory.
+fn left_behind(log_copy_records: u64) -> Bench {
+    let mut bench = Bench::with(3, |config| {
+        config.tunables.backlog_records_max = 20;
+        config.tunables.member_records_max = 10;
+        config.tunables.log_copy_records = log_copy_records;
+    });
+    bench.up(0..3);
+    bench.held[2] = true;
+    for value in 1..=50 {
+        bench.write_ok(value, value);
+    }
+    assert_eq!(bench.mode(2), MemberMode::CatchingUp);
+    bench
+}
+
+#[test]
+fn a_member_as_fast_as_guests_write_gets_there() {
+    let mut bench = left_behind(1000);
+    let mut written = 50;
+    while bench.mode(2) != MemberMode::Live {
+        written += 1;
+        assert!(written < 100, "it is never there");
+        bench.write_ok(written, written);
+        bench.deliver(2);
+    }
+    bench.held[2] = false;
+    bench.settle();
+    bench.pass(500);
+    assert_eq!(bench.models[2].log, bench.models[0].log);
+}
+
+#[test]
+fn a_member_that_falls_back_is_brought_the_log_by_another() {
+    let mut bench = left_behind(30);
+    for value in 51..=110 {
+        bench.write_ok(value, value);
+    }
+    let mut brought = false;
+    for value in 111..=150 {
+        bench.write_ok(value, value);
+        if let Some((_, command)) = bench.wires[2].front() {
+            brought |= matches!(command.body, CommandBody::Install { .. });
+            bench.deliver(2);
+        }
+    }
+    assert!(brought, "the head goes on alone");
+    bench.held[2] = false;
+    bench.settle();
+    bench.pass(5000);
+    assert_eq!(bench.mode(2), MemberMode::Live);
+    assert_eq!(bench.models[2].log, bench.models[0].log);
+}
+
 #[test]
 fn a_conflicting_tail_is_truncated_where_it_parts() {
     let mut bench = Bench::opened(3);
