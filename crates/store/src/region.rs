@@ -200,7 +200,11 @@ impl Store {
         let region = &mut self.opening.region;
         region.plan(region.checkpoint_pages + self.geometry.journal_pages);
         if region.pieces.is_empty() {
-            return self.region_read();
+            // Reads of pieces that were given up must not come while segments are read.
+            if self.opening.in_flight == 0 {
+                self.region_read();
+            }
+            return;
         }
         for at in 0..self.opening.region.pieces.len() {
             for copy in 0..2 {

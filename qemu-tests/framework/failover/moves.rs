@@ -23,7 +23,7 @@ const MOVED_MIB: u64 = 256;
 const AFTER: Duration = Duration::from_millis(300);
 
 /// How long healing may take. A copy makes way for the client: on a machine with much else to do it is slow.
-const HEAL_SECONDS: &str = "600";
+const HEAL_SECONDS: &str = "240";
 
 /// How a server is emptied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
