@@ -7,11 +7,11 @@
 mod pair;
 mod sim;
 
-use base::{BlockSize, Epoch};
+use base::{BlockSize, Epoch, RecordKind};
 use core::time::Duration;
 use pair::{Node, key, small_shape};
 use sim::SECTOR;
-use store::OpenError;
+use store::{DeviceIndex, OpenError};
 
 const PAGE: usize = 4096;
 const HEADER: [u8; 4] = *b"HFMH";
@@ -19,6 +19,9 @@ const CHECKPOINT: [u8; 4] = *b"HFMC";
 const JOURNAL: [u8; 4] = *b"HFMJ";
 /// The last epoch that is sealed: each seal is a page of the journal.
 const SEALED: u64 = 7;
+
+/// Pages of the journal that are read at a time.
+const PIECE_PAGES: usize = 32;
 
 /// How a page of one copy is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +181,28 @@ fn an_unreadable_sector_where_the_journal_goes_on_keeps_no_pool_closed() {
         lose(&mut node, copy, at, Loss::Unreadable);
     }
     opens(&mut node, "past the journal's end");
+}
+
+/// Pages behind one that cannot be read are read again; what had been asked of them before comes when the opening
+/// would long be at something else.
+#[test]
+fn a_late_read_of_the_journal_is_taken_for_nothing_else() {
+    for seed in 0..8 {
+        let mut node = sealed_often(40 + seed);
+        // Most segments have something that is nowhere else.
+        for lba in (0..256).step_by(32).cycle().take(48) {
+            node.append(SEALED, lba, 32, RecordKind::Write);
+        }
+        node.flush();
+        let copy = usize::from(seed % 2 == 1);
+        let first = pages(&node, copy, JOURNAL)[0];
+        lose(&mut node, copy, first, Loss::Unreadable);
+        let late = (DeviceIndex(copy as u16), (first + PIECE_PAGES * PAGE) as u64);
+        node.world.late_read = Some(late);
+        opens(&mut node, "the other copy is whole");
+        assert_eq!(node.world.late_read, None, "no such piece was read");
+        node.check("a read came late");
+    }
 }
 
 /// The generation before has not been wiped yet, or that was lost.

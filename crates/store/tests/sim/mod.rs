@@ -218,6 +218,8 @@ pub fn format_config(shape: &Shape) -> FormatConfig {
 struct InFlight {
     operation: DiskOperation,
     mark: u64,
+    /// Completes when nothing else is under way.
+    late: bool,
 }
 
 /// A store on simulated devices.
@@ -239,6 +241,8 @@ pub struct World {
     pub operations: u64,
     /// Power goes when so many operations have completed.
     pub cut_after: Option<u64>,
+    /// The next read of this device at this offset is answered when nothing else is under way.
+    pub late_read: Option<(DeviceIndex, u64)>,
 }
 
 impl World {
@@ -266,6 +270,7 @@ impl World {
             mended: Vec::new(),
             operations: 0,
             cut_after: None,
+            late_read: None,
             shape,
         };
         world.finish_opening().expect("a fresh pool opens");
@@ -286,7 +291,12 @@ impl World {
                 }
                 Output::Disk(operation) => {
                     let mark = self.disks[usize::from(operation.device.0)].mark();
-                    self.in_flight.push(InFlight { operation, mark });
+                    let is_late = |place: &mut (DeviceIndex, u64)| match &operation.kind {
+                        DiskKind::Read { offset, .. } => *place == (operation.device, *offset),
+                        DiskKind::Write { .. } | DiskKind::Sync | DiskKind::Discard { .. } => false,
+                    };
+                    let late = self.late_read.take_if(is_late).is_some();
+                    self.in_flight.push(InFlight { operation, mark, late });
                 }
                 Output::Done { tag, result } => self.answers.push((tag, result)),
                 Output::Failed(_) => {
@@ -325,8 +335,11 @@ impl World {
             return false;
         }
         self.operations += 1;
-        let pick = usize::try_from(self.random.below(self.in_flight.len() as u64)).unwrap();
-        let InFlight { operation, mark } = self.in_flight.swap_remove(pick);
+        let mut pick = usize::try_from(self.random.below(self.in_flight.len() as u64)).unwrap();
+        if self.in_flight[pick].late {
+            pick = self.in_flight.iter().position(|other| !other.late).unwrap_or(pick);
+        }
+        let InFlight { operation, mark, .. } = self.in_flight.swap_remove(pick);
         let disk = &mut self.disks[usize::from(operation.device.0)];
         let result = match operation.kind {
             DiskKind::Read { offset, mut buffer, start, length } => {
