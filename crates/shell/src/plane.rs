@@ -104,17 +104,17 @@ impl PreparedThread {
         let handle = std::thread::Builder::new()
             .name("holdfast-data".to_owned())
             .spawn(move || {
-                let reactor = match make_reactor(&config) {
-                    Ok(reactor) => {
+                let resources = match Resources::new(&config) {
+                    Ok(resources) => {
                         let _ = prepared.send(Ok(()));
-                        reactor
+                        resources
                     }
                     Err(error) => return drop(prepared.send(Err(error))),
                 };
                 // An error: whoever prepared this has changed his mind.
                 let Ok(inherited) = beginning.recv() else { return };
-                let (sender, mail) = reactor.mailbox(MAIL_MAX);
-                match prepare(&config, reactor, mail, events, inherited) {
+                let (sender, mail) = resources.reactor.mailbox(MAIL_MAX);
+                match prepare(&config, resources, mail, events, inherited) {
                     Ok(worker) => {
                         if tell.send(Ok(Mail::new(sender))).is_ok() {
                             worker.run();
@@ -164,32 +164,57 @@ fn counts(bytes: u64) -> (usize, usize) {
     (bound(small, 64), bound(large, 16))
 }
 
-fn pool_of(bytes: u64) -> BufferPool {
-    let (small, large) = counts(bytes);
-    BufferPool::heap(small, large)
-}
-
 /// Heads' limits: what a slow member may hold of the guests' buffers is a part of them.
 fn tunables(guest_bytes: u64) -> Tunables {
     let bytes = usize::try_from(guest_bytes).unwrap_or(usize::MAX);
     Tunables { member_bytes_max: bytes / 4, backlog_bytes_max: bytes / 8, ..Tunables::default() }
 }
 
-fn make_reactor(config: &DataPlaneConfig) -> Result<Reactor, StartError> {
-    let (small_buffers, large_buffers) = counts(Budget::of(config.buffer_bytes).guests);
-    let ring_config = ring::Config { small_buffers, large_buffers, ..ring::Config::default() };
-    Reactor::new(&ring_config).map_err(ring_error("create an io_uring"))
+/// The ring, and all memory for payloads: it takes tens of milliseconds to have that much of it, in which nobody
+/// need wait.
+struct Resources {
+    /// Has the guests' buffers.
+    reactor: Reactor,
+    accepted: BufferPool,
+    peers: BufferPool,
+    heads: BufferPool,
+    store: BufferPool,
+}
+
+impl Resources {
+    fn new(config: &DataPlaneConfig) -> Result<Self, StartError> {
+        let budget = Budget::of(config.buffer_bytes);
+        let (small_buffers, large_buffers) = counts(budget.guests);
+        let ring_config = ring::Config { small_buffers, large_buffers, ..ring::Config::default() };
+        let reactor = Reactor::new(&ring_config).map_err(ring_error("create an io_uring"))?;
+        // Only a server's need any.
+        let (accepted, store) = match config.pool {
+            None => ((0, 0), (0, 0)),
+            Some(_) => (
+                counts(budget.accepted),
+                (2 * StoreConfig::SMALL_BUFFERS_MIN, 2 * StoreConfig::LARGE_BUFFERS_MIN),
+            ),
+        };
+        let pool_of = |(small, large)| BufferPool::heap(small, large);
+        Ok(Self {
+            reactor,
+            accepted: pool_of(accepted),
+            peers: pool_of(counts(budget.peers)),
+            heads: pool_of(counts(budget.heads)),
+            store: pool_of(store),
+        })
+    }
 }
 
 /// Everything that has to succeed before the data plane counts as started. Runs on its thread.
 fn prepare(
     config: &DataPlaneConfig,
-    mut reactor: Reactor,
+    resources: Resources,
     mail: ring::Receiver<Message>,
     events: mpsc::Sender<Event>,
     inherited: Inherited,
 ) -> Result<Worker, StartError> {
-    let budget = Budget::of(config.buffer_bytes);
+    let Resources { mut reactor, accepted, peers, heads, store } = resources;
     let (devices, server) = match &config.pool {
         None => (None, None),
         Some(pool) => {
@@ -203,16 +228,13 @@ fn prepare(
                     pool: Some(pool.pool),
                     cluster: pool.cluster,
                     server: pool.server,
-                    buffers: BufferPool::heap(
-                        2 * StoreConfig::SMALL_BUFFERS_MIN,
-                        2 * StoreConfig::LARGE_BUFFERS_MIN,
-                    ),
+                    buffers: store,
                     flush: FlushPolicy::default(),
                     scrub_bytes_per_second: pool.scrub_bytes_per_second,
                 },
                 devices: infos,
                 target,
-                target_buffers: pool_of(budget.accepted),
+                target_buffers: accepted,
                 // Not before initiators can be authenticated and told of moves.
                 offer_volumes: false,
             };
@@ -222,9 +244,9 @@ fn prepare(
     let mut node = Node::new(NodeConfig {
         host: config.holder,
         jitter_seed: jitter_seed(),
-        head_buffers: pool_of(budget.heads),
-        peer_buffers: pool_of(budget.peers),
-        tunables: tunables(budget.guests),
+        head_buffers: heads,
+        peer_buffers: peers,
+        tunables: tunables(Budget::of(config.buffer_bytes).guests),
         state_messages: config.state_messages,
         server,
     });
