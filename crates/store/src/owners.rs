@@ -18,8 +18,11 @@ use crate::recovery::Stage;
 use crate::store::{Store, Task};
 
 /// Segment headers read at a time.
-const HEADER_READS_MAX: u32 = 8;
-/// Bytes of a segment's header and of the first batch's, which can stand in for it.
+const HEADER_READS_MAX: u32 = 16;
+/// Bytes at a segment's beginning that are read of all: its header, and the page by which a batch is known that
+/// could stand in for a lost one.
+const FIRST_BYTES: usize = 2 * PAGE_BYTES;
+/// Bytes of a segment's header and of the first batch's.
 const HEADER_BYTES: usize = (1 + BATCH_HEADER_PAGES_MAX) * PAGE_BYTES;
 /// Bytes that are searched at a time.
 const WINDOW_BYTES: usize = PAYLOAD_BYTES_MAX;
@@ -71,7 +74,7 @@ impl Store {
         let all = u32::try_from(self.segments.all.len()).expect("segments are counted in 32 bits");
         while self.opening.in_flight < HEADER_READS_MAX && self.opening.next < all {
             let segment = self.opening.next;
-            if !self.read_segment_bytes(segment, 0, HEADER_BYTES) {
+            if !self.read_segment_bytes(segment, 0, FIRST_BYTES) {
                 return;
             }
             self.opening.next += 1;
@@ -123,9 +126,9 @@ impl Store {
             return;
         }
         let Ok(buffer) = result else { return self.opening.unclear.push(segment) };
-        let pages = &buffer.payload()[..HEADER_BYTES];
+        let pages = &buffer.payload()[..FIRST_BYTES];
         let header = segment_header(pages, segment);
-        let mut first = pages.chunks_exact(PAGE_BYTES).take(2);
+        let mut first = pages.chunks_exact(PAGE_BYTES);
         if header.is_none() && first.any(|page| resembles_header(page, self.pool)) {
             self.opening.unclear.push(segment);
         }

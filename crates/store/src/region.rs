@@ -1,7 +1,8 @@
 //! The metadata at a reopening: which region is the newest, and its pages, each from both copies.
 //!
 //! Pieces of both copies are read side by side, and looked at in the order of their pages: what a page of
-//! the journal means depends on those before it.
+//! the journal means depends on those before it. Of the room behind the journal's end a piece's length is looked
+//! at, where a page that counts would show that its end was none.
 
 use std::collections::VecDeque;
 
@@ -22,6 +23,8 @@ const PIECE_PAGES: u32 = 32;
 const _: () = assert!(PIECE_PAGES as usize * PAGE_BYTES == PAYLOAD_BYTES_MAX);
 /// Reads that are under way at once.
 const READS_MAX: u32 = 16;
+/// Pieces that are read side by side at first.
+const PIECES_FIRST: u32 = 3;
 
 /// The header page of a region in one copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,13 +76,16 @@ pub(crate) struct Region {
     pieces: VecDeque<Piece>,
     /// The page after those.
     next: u32,
+    /// Pieces that have been looked at.
+    taken: u32,
     /// Reads begun.
     reads: u32,
     /// What came of pages that could not be read, of each copy.
     errors: [Option<DiskError>; 2],
     /// Which copies had pages that were not whole and should have been.
     broken: [bool; 2],
-    journal_ended: bool,
+    /// Once it has: the first page that need not be looked at.
+    journal_ended: Option<u32>,
 }
 
 impl Region {
@@ -88,15 +94,30 @@ impl Region {
         self.broken[copy] || self.errors[copy].is_some()
     }
 
-    /// Adds pieces up to the region's end, `total` pages, as long as few wait to be read.
+    /// Adds pieces up to the region's end, `total` pages, as long as few wait to be read: the more there were, the
+    /// more there may be, but most journals end soon.
     fn plan(&mut self, total: u32) {
-        while self.next < total && self.pieces.len() < READS_MAX as usize / 2 {
+        let total = self.journal_ended.map_or(total, |end| end.min(total));
+        let ahead = (PIECES_FIRST + self.taken).min(READS_MAX / 2);
+        while self.next < total && self.pieces.len() < ahead as usize {
             // Checkpoint and journal are apart from each other.
             let used = self.checkpoint_pages;
             let end = if self.next < used { used } else { total };
             let count = PIECE_PAGES.min(end - self.next);
             self.pieces.push_back(Piece::new(self.next, count));
             self.next += count;
+        }
+    }
+
+    /// This page is not the journal's any more, so those behind it should not be either. If it has been lost in
+    /// both copies, pages behind it count. Only if as many in a row have been lost in both as a piece has, nothing
+    /// shows that; all of the room would have to be read, most of the time that an opening takes.
+    fn end_journal(&mut self, page: u32) {
+        if self.journal_ended.is_none() {
+            let end = page + 1 + PIECE_PAGES;
+            self.journal_ended = Some(end);
+            // What is being read of them is waited for, and nothing else.
+            self.pieces.retain(|piece| piece.first < end);
         }
     }
 
@@ -120,6 +141,7 @@ impl Region {
         let is_done = |piece: &mut Piece| matches!(piece.parts, [Part::Done(_), Part::Done(_)]);
         let Piece { first, count, parts } = self.pieces.pop_front_if(is_done)?;
         let [Part::Done(one), Part::Done(other)] = parts else { return None };
+        self.taken += 1;
         Some((first, count, [one, other]))
     }
 }
@@ -319,7 +341,7 @@ impl Store {
             if page.generation != self.journal.generation || page.number != u64::from(number) {
                 continue;
             }
-            if self.opening.region.journal_ended {
+            if self.opening.region.journal_ended.is_some() {
                 // A commit was whole before the next one was begun.
                 return Err("a page of the journal is lost in both copies");
             }
@@ -337,11 +359,12 @@ impl Store {
             is_blank(bytes)
                 || page.is_some_and(|(page, _)| page.generation < self.journal.generation)
         };
-        let known = self.opening.region.journal_ended || copies.into_iter().flatten().any(is_older);
+        let region = &mut self.opening.region;
+        let known = region.journal_ended.is_some() || copies.into_iter().flatten().any(is_older);
         if unread && !known {
             return Err("the journal may go on after all that is whole");
         }
-        self.opening.region.journal_ended = true;
+        region.end_journal(region.checkpoint_pages + number);
         Ok(())
     }
 

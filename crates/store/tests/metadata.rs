@@ -22,6 +22,8 @@ const SEALED: u64 = 7;
 
 /// Pages of the journal that are read at a time.
 const PIECE_PAGES: usize = 32;
+/// Of so large a mass device, a pool's journal has more than 250 pages.
+const LONG_JOURNAL: u64 = 128 << 20;
 
 /// How a page of one copy is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +36,11 @@ enum Loss {
 
 /// A pool whose last seal is the newest page of the journal.
 fn sealed_often(seed: u64) -> Node {
-    let mut node = Node::new(small_shape(8 << 20, 64 << 10), BlockSize::B4096, 256, seed);
+    sealed_often_in(8 << 20, seed)
+}
+
+fn sealed_often_in(mass: u64, seed: u64) -> Node {
+    let mut node = Node::new(small_shape(mass, 64 << 10), BlockSize::B4096, 256, seed);
     // So that the journal's room is not as it was formatted.
     for _ in 0..2 {
         for _ in 0..12 {
@@ -113,6 +119,37 @@ fn a_page_that_no_copy_can_give_is_not_the_journals_end() {
         lose(&mut node, copy, places[copy], Loss::Unreadable);
         lose(&mut node, 1 - copy, places[1 - copy], Loss::Rotten);
         is_refused_until_it_can_be_read(&mut node, "one copy is unreadable, the other rotten");
+    }
+}
+
+#[test]
+fn a_page_that_was_lost_in_both_copies_is_not_the_journals_end_either() {
+    for lost in [1, 2, 30, 31, 32, 33, 62, 63, 64, 90, 98] {
+        let mut node = sealed_often_in(LONG_JOURNAL, 50 + lost as u64);
+        while pages(&node, 0, JOURNAL).len() < 100 {
+            node.seal(SEALED);
+        }
+        for copy in 0..2 {
+            let at = pages(&node, copy, JOURNAL)[lost];
+            lose(&mut node, copy, at, Loss::Rotten);
+        }
+        let refused = node.world.reopen(true);
+        assert!(matches!(refused, Err(OpenError::Metadata { .. })), "page {lost}: {refused:?}");
+    }
+}
+
+#[test]
+fn far_behind_the_journals_end_nothing_is_looked_at() {
+    for seed in 0..4 {
+        let mut node = sealed_often_in(LONG_JOURNAL, 70 + seed);
+        for copy in 0..2 {
+            let end = newest_page(&node, copy) + PAGE;
+            for page in 2 * PIECE_PAGES..4 * PIECE_PAGES {
+                lose(&mut node, copy, end + page * PAGE, Loss::Unreadable);
+            }
+        }
+        opens(&mut node, "it ended long before");
+        assert_eq!(node.world.mended, []);
     }
 }
 
