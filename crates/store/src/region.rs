@@ -111,7 +111,7 @@ impl Region {
 
     /// This page is not the journal's any more, so those behind it should not be either. If it has been lost in
     /// both copies, pages behind it count. Only if as many in a row have been lost in both as a piece has, nothing
-    /// shows that; all of the room would have to be read, most of the time that an opening takes.
+    /// shows that; all of the room would have to be read, which took half of an opening's time.
     fn end_journal(&mut self, page: u32) {
         if self.journal_ended.is_none() {
             let end = page + 1 + PIECE_PAGES;
