@@ -355,6 +355,32 @@ fn rot_in_a_volume_that_nobody_has_attached_is_mended() {
     });
 }
 
+/// A guest's last writes, which it did not flush, go home as everything else does: a server opens the volume
+/// to learn that it may take them there.
+#[test]
+fn what_a_guest_left_without_a_flush_goes_home() {
+    test(1, |lab: &Lab| {
+        let cluster = start(lab, 3)?;
+        cluster.create_volume("disk", VOLUME_MIB, 3)?;
+        let socket = cluster.export(0, "disk")?;
+        let oracle = fill_all(&socket, 200)?;
+        cluster.unexport(0, &socket)?;
+        wait_until("the log to be settled", Deadline::seconds(PATIENCE_SECONDS), || {
+            for server in cluster.servers() {
+                let replica = &server.status()?["replicas"][0];
+                if replica["commit_seq"] != replica["last_seq"] {
+                    return Ok(None);
+                }
+            }
+            let volume = cluster.holdfast(&["volume", "show", "disk"])?;
+            Ok(volume["holder"].is_null().then_some(()))
+        })?;
+        let socket = cluster.export(1, "disk")?;
+        verify(&socket, oracle)?;
+        Ok(())
+    });
+}
+
 /// The last record that a server's only replica holds.
 fn end_of_log(server: &Server) -> Result<u64> {
     let status = server.status()?;

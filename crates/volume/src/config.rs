@@ -2,7 +2,9 @@
 
 use core::time::Duration;
 
-use base::limits::{HEAD_REQUESTS_MAX, MEMBER_COMMANDS_MAX, MEMBERS_MAX, SMALL_PAYLOAD_BYTES};
+use base::limits::{
+    GRANT_MS, HEAD_REQUESTS_MAX, MEMBER_COMMANDS_MAX, MEMBERS_MAX, SMALL_PAYLOAD_BYTES,
+};
 use base::membership::{Role, ShardRecord, VolumeRecord};
 use base::{BufferPool, Epoch, ServerId};
 
@@ -45,7 +47,8 @@ pub struct Tunables {
     pub stall_notice: Duration,
     /// With a quorum connected, a write unanswered for so long counts as a stall.
     pub slow_write: Duration,
-    /// How long a release waits for the members' answers.
+    /// How long a release waits for the members' answers. After as long as a grant lasts, what they would give
+    /// back has run out, and another head brings them what they lack.
     pub release_wait: Duration,
     /// Appends sent to a member and not answered, at most.
     pub member_records_max: usize,
@@ -79,7 +82,7 @@ impl Default for Tunables {
             retry_max: Duration::from_secs(1),
             stall_notice: Duration::from_millis(100),
             slow_write: Duration::from_secs(1),
-            release_wait: Duration::from_secs(1),
+            release_wait: Duration::from_millis(GRANT_MS),
             member_records_max: MEMBER_COMMANDS_MAX - MEMBER_COMMANDS_RESERVED,
             member_bytes_max: 32 << 20,
             backlog_records_max: 2048,

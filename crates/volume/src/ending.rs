@@ -11,7 +11,7 @@ use base::{
 
 use crate::gate::Grounds;
 use crate::head::{Head, Output, Phase, Queued};
-use crate::member::Mode;
+use crate::member::{Farewell, Mode};
 use crate::status::HeadPhase;
 use crate::tag::Kind;
 
@@ -67,15 +67,14 @@ impl Head {
         let mut pending = false;
         for index in 0..self.members.len() {
             let member = &self.members[index];
-            if member.follows() && member.acked == last && !member.release_sent {
+            if member.follows() && member.acked == last && member.farewell == Farewell::None {
                 let number = self.next_number();
                 self.send(index, Kind::Release, number, CommandBody::Release);
-                self.members[index].release_sent = true;
-                self.members[index].release_answered = false;
+                self.members[index].farewell = Farewell::Said(number);
             }
             let member = &self.members[index];
             pending |= match member.mode {
-                Mode::Live => !member.release_answered,
+                Mode::Live => member.farewell != Farewell::Answered,
                 // Not worth waiting for: they do not hold the newest records.
                 Mode::Down
                 | Mode::Resting { .. }

@@ -67,6 +67,15 @@ pub(crate) enum Mode {
     Parked { why: MemberMode, until: Option<Instant> },
 }
 
+/// Whether a member was told that the head is about to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Farewell {
+    None,
+    /// By the Release of this number.
+    Said(u64),
+    Answered,
+}
+
 /// A member and the appends under way to it.
 #[derive(Debug)]
 pub(crate) struct Member {
@@ -105,8 +114,7 @@ pub(crate) struct Member {
     /// What was sent last is no Release: it grants, or may have granted, what has to be given back
     /// before another head opens without waiting.
     pub(crate) granting: bool,
-    pub(crate) release_sent: bool,
-    pub(crate) release_answered: bool,
+    pub(crate) farewell: Farewell,
     pub(crate) health: MemberHealth,
     /// It said that it lost durable records.
     pub(crate) damaged: bool,
@@ -145,8 +153,7 @@ impl Member {
             trimmed: Seq::ZERO,
             backoff,
             granting: false,
-            release_sent: false,
-            release_answered: false,
+            farewell: Farewell::None,
             health: MemberHealth::new(now),
             damaged: false,
             fill_after: now,
@@ -159,6 +166,13 @@ impl Member {
 
     pub(crate) fn in_sync(&self) -> bool {
         self.role == Role::InSync
+    }
+
+    /// A Release is answered; those of a head that only rests mean nothing here.
+    pub(crate) fn release_answered(&mut self, number: u64) {
+        if self.farewell == Farewell::Said(number) {
+            self.farewell = Farewell::Answered;
+        }
     }
 
     /// True while its log is known to be a prefix of the head's.

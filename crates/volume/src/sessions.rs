@@ -3,7 +3,7 @@
 use base::{CommandBody, Instant, ReplicaError, ReplicaState, ReplyBody, Seq, ServerId};
 
 use crate::head::{Head, Output, Phase};
-use crate::member::{Member, Mode};
+use crate::member::{Farewell, Member, Mode};
 use crate::status::{HeadPhase, MemberMode};
 use crate::tag::{Kind, parse};
 
@@ -29,7 +29,7 @@ impl Head {
         member.outstanding = 0;
         member.backoff = backoff;
         member.told_commit = Seq::ZERO;
-        member.release_sent = false;
+        member.farewell = Farewell::None;
         member.fills_refused = false;
         member.health.session_up(now);
         member.grant.session_over();
@@ -48,7 +48,6 @@ impl Head {
         member.connected = false;
         member.session = session;
         member.outstanding = 0;
-        member.release_answered = member.release_sent;
         member.health.session_down(now, unanswered);
         member.grant.session_over();
         member.speed.session_over();
@@ -152,7 +151,7 @@ impl Head {
             Kind::Scan => self.scan_answered(index, tag, result),
             Kind::Truncate => self.truncate_answered(index, &result),
             Kind::Trim => self.trim_answered(index, &result),
-            Kind::Release => self.members[index].release_answered = true,
+            Kind::Release => self.members[index].release_answered(number),
             Kind::Install => self.install_answered(index, &result),
             Kind::Renew => self.renew_answered(index, number, &result),
             Kind::Hello => self.hello_answered(index, &result),

@@ -5,8 +5,8 @@
 //! is decided by the compare-and-swap of the lease.
 //!
 //! What is wrong with a server's own copy is known to that server only: blocks that its scrub cannot
-//! read, records of its log that are lost, an opening that took place while it was away. It runs the head for
-//! that itself.
+//! read, records of its log that are lost or that nobody settled, an opening that took place while it was
+//! away. It runs the head for that itself.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -172,13 +172,17 @@ impl Own<'_> {
         if own.state.sealed < epoch {
             return Some("its copy was away when the volume was last opened".to_owned());
         }
+        let free = entry.volume.holder.is_none() && self.whole.get(&id) != Some(&epoch);
+        if free && own.state.commit < own.state.last.seq {
+            // Nothing of that goes home, and only a head can say what becomes of it.
+            return Some("its copy was not told how its log ends".to_owned());
+        }
         let is_last = |told: &&VolumeStatus| told.volume == id && told.epoch == epoch;
         let last = self.told.iter().find(is_last).filter(|told| told.phase == "open")?;
         let mut members = last.members.iter();
         let member = members.find(|member| member.server == self.server)?;
         let lacks = !member.connected || member.lag.is_none_or(|lag| lag > 0);
-        let lacks = lacks && entry.volume.holder.is_none() && self.whole.get(&id) != Some(&epoch);
-        lacks.then(|| "its copy lacked something when the volume was released".to_owned())
+        (free && lacks).then(|| "its copy lacked something when the volume was released".to_owned())
     }
 
     /// Whether a volume that nobody serves needs a head.

@@ -29,6 +29,41 @@ fn a_volume_of_one_to_five_members_serves_and_is_released() {
     }
 }
 
+/// What a member was asked to give back while nobody used the volume is not what it is asked at the end.
+#[test]
+fn a_release_waits_for_a_member_that_is_still_being_written_to() {
+    let mut bench = Bench::opened(3);
+    bench.input(Input::Rest);
+    bench.settle();
+    bench.held[1] = true;
+    bench.write(3, 77);
+    let flush = bench.ask(0, 0, Operation::Flush);
+    assert_eq!(bench.status(flush), Some(Status::Ok));
+    let last = bench.models[0].last();
+    let released = |bench: &Bench| bench.news.iter().any(|news| matches!(news, Output::Released));
+    bench.input(Input::Release);
+    bench.settle();
+    assert!(!released(&bench), "member 1 lacks the newest write, and is on its way");
+    bench.held[1] = false;
+    bench.settle();
+    assert!(released(&bench));
+    let ends = bench.models.iter().map(|model| (model.last(), model.commit));
+    assert_eq!(ends.collect::<Vec<_>>(), vec![(last, last.seq); 3]);
+}
+
+/// A member that does not answer does not keep a guest's lease for long.
+#[test]
+fn a_release_does_not_wait_for_ever() {
+    let mut bench = Bench::opened(3);
+    bench.held[1] = true;
+    bench.write(3, 77);
+    bench.input(Input::Release);
+    bench.pass(base::limits::GRANT_MS - 1);
+    assert_eq!(bench.head.status().phase, HeadPhase::Releasing);
+    bench.pass(1);
+    assert_eq!(bench.head.status().phase, HeadPhase::Released);
+}
+
 #[test]
 fn without_a_quorum_io_waits_and_says_why() {
     let mut bench = Bench::opened(3);
