@@ -36,7 +36,7 @@ use crate::heads::{HeadError, Heads};
 
 use watch::Watch;
 
-pub use handover::Adopt;
+pub use handover::{Adopt, Leases};
 
 /// For so long after a guest has started its rings, a lease that is not to be had is asked for every
 /// [`SOON`]: the source is about to yield.

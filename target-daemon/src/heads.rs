@@ -4,6 +4,7 @@
 //! this holder; the lease is given back only when the head is known to have ended. A holder that
 //! dies in between finds its own lease when it is back, since its id outlives the process.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -182,6 +183,23 @@ impl Heads {
             let how = Acquire { standby: true, above, ..Acquire::default() };
             let known = known.filter(|_| attempt == 1).cloned();
             lease::acquire_known(self.store.as_ref(), id, &self.me, how, known)
+        })
+    }
+
+    /// Begins to open a head of a volume that was acquired for it already, which the data plane knows
+    /// the members' addresses of.
+    pub(crate) fn open_acquired(&self, entry: VolumeEntry) -> Result<Head, HeadError> {
+        let _repairs = self.repairs();
+        let id = entry.volume.id;
+        let acquired = Cell::new(Some(entry));
+        self.open_by(id, Duration::ZERO, Book::Known, |_, above| {
+            acquired.take().map_or_else(
+                || {
+                    let how = Acquire { above, ..Acquire::default() };
+                    lease::acquire(self.store.as_ref(), id, &self.me, how)
+                },
+                Ok,
+            )
         })
     }
 

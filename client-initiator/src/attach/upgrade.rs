@@ -14,7 +14,7 @@ use base::VolumeId;
 use shell::Prepared;
 use shell::control::DataPlane;
 use shell::handover::Inherited;
-use target_daemon::follow::Follow;
+use target_daemon::follow::{Follow, Leases};
 use target_daemon::heads::{self, Heads};
 use target_daemon::socket;
 use target_daemon::upgrade::{self, Leaves, Next, Outcome, PassOn, UpgradeError};
@@ -195,7 +195,7 @@ fn take(asked: &Asked<'_>, next: &mut Next) -> Result<(Attached, Sockets), Failu
     let standby = asked.arguments.standby;
     attached
         .follow
-        .go_on(hand_over, left.exports, &|_| standby)
+        .go_on(hand_over, left.exports, Leases::default(), &|_| standby)
         .map_err(|reason| Failure::new(Exit::NotReady, reason))?;
     Ok((attached, sockets))
 }

@@ -15,12 +15,12 @@ pub mod wire;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use base::VolumeId;
+use base::{ServerId, VolumeId};
 use node::{Grants, Input};
 use vhost_blk::Listener;
 use vhost_blk::handover::Handover;
 
-use crate::control::{ControlError, DataPlane, ExportSpec, StartError};
+use crate::control::{ControlError, DataPlane, ExportSpec, ServerAddress, StartError};
 use crate::message::{Answer, Message};
 use crate::plane::{Plane, Served};
 use crate::report::STATUS_WAIT;
@@ -49,13 +49,18 @@ pub struct Left {
     pub grants: Option<Grants>,
 }
 
-/// What a data plane begins with that another process has left.
+/// What a data plane begins with that another process has left, or that is known beforehand.
 #[derive(Debug, Default)]
 pub struct Inherited {
     /// The replica service's listening socket.
     pub listener: Option<OwnedFd>,
     /// What heads may still count on at the pool's replicas.
     pub grants: Option<Grants>,
+    /// The address book: see [`DataPlane::set_servers`](crate::control::DataPlane::set_servers).
+    pub servers: Vec<ServerAddress>,
+    /// Servers to be connected while the pool opens: see
+    /// [`DataPlane::keep_connected`](crate::control::DataPlane::keep_connected).
+    pub connect: Vec<ServerId>,
 }
 
 /// What the data-plane thread has left.
@@ -202,7 +207,7 @@ impl HandOver for Plane {
 
     fn take_back(&self, listener: Option<OwnedFd>) -> Result<(), StartError> {
         // The next process may have granted reads before it died: what this one knows is not enough.
-        self.begin_again(Inherited { listener, grants: None })
+        self.begin_again(Inherited { listener, ..Inherited::default() })
     }
 
     fn resume_export(&self, export: LeftExport) -> Result<(), ControlError> {

@@ -105,15 +105,13 @@ impl PreparedThread {
             .name("holdfast-data".to_owned())
             .spawn(move || {
                 let resources = match Resources::new(&config) {
-                    Ok(resources) => {
-                        let _ = prepared.send(Ok(()));
-                        resources
-                    }
+                    Ok(resources) => resources,
                     Err(error) => return drop(prepared.send(Err(error))),
                 };
+                let (sender, mail) = resources.reactor.mailbox(MAIL_MAX);
+                let _ = prepared.send(Ok(()));
                 // An error: whoever prepared this has changed his mind.
                 let Ok(inherited) = beginning.recv() else { return };
-                let (sender, mail) = resources.reactor.mailbox(MAIL_MAX);
                 match prepare(&config, resources, mail, events, inherited) {
                     Ok(worker) => {
                         if tell.send(Ok(Mail::new(sender))).is_ok() {
@@ -256,6 +254,7 @@ fn prepare(
     let has_pool = config.pool.is_some();
     let mut worker =
         Worker::new(Parts { reactor, node, pool: config.pool.clone(), devices, mail, events });
+    worker.connect(&inherited.servers, &inherited.connect);
     if has_pool {
         worker.open_pool().map_err(|reason| pool_error(config, reason))?;
         if let Some(address) = config.listen {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use base::{BufferPool, Instant, ReplicaError, Slab, VolumeId};
+use base::{BufferPool, Instant, ReplicaError, ServerId, Slab, VolumeId};
 use node::{HeadEvent, HeadHandle, Input, Node, OpenHeadError, Output};
 use ring::{Completion, ListenerHandle, Reactor, Receiver, Token};
 use store::{DiskError, DiskId, DiskKind, DiskResult};
@@ -100,6 +100,12 @@ impl Worker {
             events: parts.events,
             stopping: None,
         }
+    }
+
+    /// Begins to connect to servers; goes on while the pool opens.
+    pub(crate) fn connect(&mut self, book: &[ServerAddress], servers: &[ServerId]) {
+        self.set_servers(book);
+        self.node.keep_connected(self.reactor.now(), servers);
     }
 
     /// Drives the node until its pool is open.

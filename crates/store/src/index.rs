@@ -23,14 +23,23 @@ pub(crate) struct Entry {
     pub(crate) crc: u32,
 }
 
-#[derive(Clone, Copy, Default)]
-struct Slot {
-    key: u64,
-    sector: u32,
-    crc: u32,
-}
+/// A key, and the entry's sector below its checksum. Words, because the memory of a vector of zeroed words comes
+/// from the kernel as it is used: filling a table of many gigabytes of log would keep an opening.
+type Slot = [u64; 2];
 
-const _: () = assert!(size_of::<Slot>() == 16);
+const EMPTY: Slot = [0; 2];
+
+impl Entry {
+    /// That of a slot.
+    #[allow(clippy::cast_possible_truncation)] // Halves of a word.
+    const fn of([_, place]: Slot) -> Self {
+        Self { sector: LogSector(place as u32), crc: (place >> 32) as u32 }
+    }
+
+    fn under(self, key: u64) -> Slot {
+        [key, u64::from(self.crc) << 32 | u64::from(self.sector.0)]
+    }
+}
 
 /// The table.
 pub(crate) struct Index {
@@ -48,7 +57,7 @@ impl Index {
     /// A table for `entries_max` blocks.
     pub(crate) fn new(entries_max: usize) -> Self {
         let slots = (entries_max + entries_max / 2).next_multiple_of(16) + 16;
-        Self { slots: vec![Slot::default(); slots], entries: 0, entries_max }
+        Self { slots: vec![EMPTY; slots], entries: 0, entries_max }
     }
 
     pub(crate) const fn entries(&self) -> usize {
@@ -66,13 +75,14 @@ impl Index {
 
     /// The used entry in slot `at`: replica, block, entry.
     pub(crate) fn slot(&self, at: usize) -> Option<(u16, u64, Entry)> {
-        let slot = &self.slots[at];
-        if slot.key == 0 {
+        let slot = self.slots[at];
+        let [key, _] = slot;
+        if key == 0 {
             return None;
         }
-        let replica = u16::try_from((slot.key >> BLOCK_BITS) & 0xffff).expect("masked to 16 bits");
-        let block = slot.key & ((1 << BLOCK_BITS) - 1);
-        Some((replica, block, Entry { sector: LogSector(slot.sector), crc: slot.crc }))
+        let replica = u16::try_from((key >> BLOCK_BITS) & 0xffff).expect("masked to 16 bits");
+        let block = key & ((1 << BLOCK_BITS) - 1);
+        Some((replica, block, Entry::of(slot)))
     }
 
     fn home(&self, key: u64) -> usize {
@@ -92,7 +102,7 @@ impl Index {
     fn find(&self, key: u64) -> Result<usize, usize> {
         let mut at = self.home(key);
         loop {
-            let found = self.slots[at].key;
+            let [found, _] = self.slots[at];
             if found == key {
                 return Ok(at);
             }
@@ -105,8 +115,7 @@ impl Index {
 
     pub(crate) fn lookup(&self, replica: u16, block: u64) -> Option<Entry> {
         let at = self.find(key_of(replica, block)).ok()?;
-        let slot = &self.slots[at];
-        Some(Entry { sector: LogSector(slot.sector), crc: slot.crc })
+        Some(Entry::of(self.slots[at]))
     }
 
     /// Puts an entry in; gives the one it replaces.
@@ -115,11 +124,11 @@ impl Index {
     /// If the table is full: the caller keeps a budget.
     pub(crate) fn insert(&mut self, replica: u16, block: u64, entry: Entry) -> Option<Entry> {
         let key = key_of(replica, block);
-        let new = Slot { key, sector: entry.sector.0, crc: entry.crc };
+        let new = entry.under(key);
         match self.find(key) {
             Ok(at) => {
                 let old = core::mem::replace(&mut self.slots[at], new);
-                Some(Entry { sector: LogSector(old.sector), crc: old.crc })
+                Some(Entry::of(old))
             }
             Err(at) => {
                 assert!(self.entries < self.entries_max, "the index budget holds");
@@ -141,8 +150,8 @@ impl Index {
         self.entries -= 1;
         let mut hole = at;
         let mut probe = self.next(hole);
-        while self.slots[probe].key != 0 {
-            let home = self.home(self.slots[probe].key);
+        while self.slots[probe] != EMPTY {
+            let home = self.home(self.slots[probe][0]);
             // It may move back if its home is not cyclically in (hole, probe].
             let stays = if hole < probe {
                 hole < home && home <= probe
@@ -155,8 +164,8 @@ impl Index {
             }
             probe = self.next(probe);
         }
-        self.slots[hole] = Slot::default();
-        Entry { sector: LogSector(old.sector), crc: old.crc }
+        self.slots[hole] = EMPTY;
+        Entry::of(old)
     }
 
     /// Takes out every entry of a replica, telling each sector to `gone`. Rare: walks the table.

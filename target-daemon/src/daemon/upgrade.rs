@@ -1,6 +1,6 @@
 //! How a daemon leaves to the next one, and takes over from one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use base::{ClusterId, PoolId, ServerId};
-use cluster::Create;
+use base::{ClusterId, Holder, PoolId, ServerId};
+use cluster::{ClusterStore, Create, StoreError};
 use shell::Prepared;
+use shell::control::ServerAddress;
 use shell::handover::{Inherited, Left};
 
 use super::{Daemon, DaemonError, Listeners, Parts, plane_config};
 use crate::config::Config;
+use crate::follow::Leases;
+use crate::heads;
 use crate::pool::PoolIdentity;
 use crate::upgrade::{self, Leaves, Next, Outcome, PassOn, UpgradeError};
 
@@ -113,6 +116,10 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
     let found = identity(next, config)?;
     let store = cluster::open(&config.store, Create::Never)?;
     let prepared = Prepared::new(&plane_config(config, &found))?;
+    let me = heads::server_holder(found.server, &config.name);
+    // Without the store a server that serves no guest can still be taken over.
+    let surroundings = Surroundings::of(store.as_ref(), &me);
+    let surroundings = surroundings.inspect_err(|error| tracing::warn!(%error, "taking over")).ok();
     // Now nobody serves: whatever could be done before is done.
     let taking = Instant::now();
     let (left, mut named) = next.take()?;
@@ -125,19 +132,49 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
         Ok::<_, DaemonError>(UnixListener::from(fd))
     };
     let listeners = Listeners { api: listener_named(API)?, upgrades: listener_named(UPGRADES)? };
-    let plane = prepared.start(Inherited { listener, grants })?;
+    let knows_servers = surroundings.is_some();
+    let Surroundings { servers, connect } = surroundings.unwrap_or_default();
+    let inherited = Inherited { listener, grants, servers, connect };
+    // The pool takes its time to open.
+    let (plane, leases) = std::thread::scope(|scope| {
+        let renew = || Leases::renewed(store.as_ref(), &me, &exports);
+        let leases = knows_servers.then(|| scope.spawn(renew));
+        let plane = prepared.start(inherited);
+        (plane, leases.and_then(|leases| leases.join().ok()).unwrap_or_default())
+    });
+    let plane = plane?;
     let running = taking.elapsed();
     let started = Daemon::start_parts(config, store, found, Arc::clone(&plane));
     let hand_over = plane.handing_over().expect("a started data plane can be handed over");
-    started.parts.exports.go_on(hand_over, exports).map_err(|reason| DaemonError::System {
-        action: "go on with the exports",
-        source: io::Error::other(reason),
+    started.parts.exports.go_on(hand_over, exports, leases).map_err(|reason| {
+        DaemonError::System { action: "go on with the exports", source: io::Error::other(reason) }
     })?;
     tracing::info!(
         left_after = ?taken, pool_open_after = ?running, served_after = ?taking.elapsed(),
         "everything is taken over"
     );
     Ok(Taken { started, listeners, hand_over_of: plane })
+}
+
+/// What a data plane is told of the servers before it opens its pool.
+#[derive(Default)]
+struct Surroundings {
+    servers: Vec<ServerAddress>,
+    /// Those with members of volumes that are served here.
+    connect: Vec<ServerId>,
+}
+
+impl Surroundings {
+    fn of(store: &dyn ClusterStore, me: &Holder) -> Result<Self, StoreError> {
+        let mut connect = BTreeSet::new();
+        for entry in store.volumes()? {
+            if entry.volume.holder.is_some_and(|holder| holder.id == me.id) {
+                connect.extend(entry.shard.members.iter().map(|member| member.server));
+            }
+        }
+        let servers = heads::addresses(&store.servers()?);
+        Ok(Self { servers, connect: connect.into_iter().collect() })
+    }
 }
 
 /// Whose pool the running daemon has; an error if the configuration is for another one.

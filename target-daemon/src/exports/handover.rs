@@ -7,6 +7,7 @@ use shell::handover::{HandOver, LeftExport};
 
 use super::{Export, Exports, State, lock};
 use crate::config::ExportConfig;
+use crate::follow::Leases;
 
 impl Exports {
     /// Nothing is started or stopped, no lease taken or marked for as long as this is held. What
@@ -42,8 +43,9 @@ impl Exports {
         &self,
         hand_over: &dyn HandOver,
         left: Vec<LeftExport>,
+        leases: Leases,
     ) -> Result<(), String> {
-        self.follow.go_on(hand_over, left, &|spec| self.adopt(spec))
+        self.follow.go_on(hand_over, left, leases, &|spec| self.adopt(spec))
     }
 
     /// Notes an export that runs, wanted or not: its guest is there. True if it is a standby's.

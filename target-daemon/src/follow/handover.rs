@@ -1,11 +1,12 @@
 //! Exports that come from another process, or back from one, and the leases that follow them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use base::VolumeId;
-use cluster::VolumeEntry;
+use base::{Holder, VolumeId};
+use cluster::lease::{self, Acquire};
+use cluster::{ClusterStore, VolumeEntry};
 use shell::control::{ExportSpec, HeadSpec, Opening};
 use shell::handover::{HandOver, LeftExport};
 
@@ -25,6 +26,36 @@ enum Standing {
     Holds,
     /// It does not, or would give it to whoever wants it: a guest that uses it has to acquire it.
     Other,
+}
+
+impl Standing {
+    fn of(entry: &VolumeEntry, me: &Holder) -> Self {
+        match &entry.volume.holder {
+            Some(holder) if holder.id == me.id && !holder.repair && !holder.yieldable => {
+                Self::Holds
+            }
+            Some(_) | None => Self::Other,
+        }
+    }
+}
+
+/// Leases that were acquired anew for exports that another process has left, while there was no data plane
+/// yet to open heads on.
+#[derive(Debug, Default)]
+pub struct Leases(BTreeMap<VolumeId, VolumeEntry>);
+
+impl Leases {
+    /// Acquires the volumes of `left` whose leases `me` holds for a guest. What cannot be had is
+    /// acquired, or refused, when its head is to be opened.
+    pub fn renewed(store: &dyn ClusterStore, me: &Holder, left: &[LeftExport]) -> Self {
+        let volumes: BTreeSet<VolumeId> = left.iter().map(|export| export.spec.volume).collect();
+        let renew = |id: VolumeId| {
+            let found =
+                store.volume(id).ok()?.filter(|entry| Standing::of(entry, me) == Standing::Holds);
+            lease::acquire_known(store, id, me, Acquire::default(), Some(found?)).ok()
+        };
+        Self(volumes.into_iter().filter_map(|id| Some((id, renew(id)?))).collect())
+    }
 }
 
 /// A volume whose head may be opening.
@@ -70,7 +101,7 @@ impl Follow {
                 let entry = self.head(volume);
                 before = self.leave(volume, &export.spec.socket).or(entry).or(before);
             }
-            let begun = self.begin(volume).or_else(|error| {
+            let begun = self.begin(volume, None).or_else(|error| {
                 tracing::error!(%volume, error, "the volume is not open yet; trying on");
                 let found = before.ok_or(error)?;
                 Ok(Begun { found, standing: Standing::Other, head: None })
@@ -92,16 +123,17 @@ impl Follow {
 
     /// Goes on with exports that another process has left: a head in a new epoch for each volume
     /// whose lease is held, then the front ends. Returns when all are served; an error names what
-    /// is not.
+    /// is not. Where a lease was acquired before, the data plane knows the servers' addresses.
     pub fn go_on(
         &self,
         hand_over: &dyn HandOver,
         left: Vec<LeftExport>,
+        mut leases: Leases,
         adopt: Adopt<'_>,
     ) -> Result<(), String> {
         let mut opening = Vec::new();
         for (volume, exports) in by_volume(left) {
-            let mut begun = self.begin(volume)?;
+            let mut begun = self.begin(volume, leases.0.remove(&volume))?;
             opening.extend(begun.head.clone());
             for export in exports {
                 self.go_on_with(hand_over, export, &mut begun, adopt)?;
@@ -123,16 +155,16 @@ impl Follow {
         Ok(())
     }
 
-    /// Begins to open a head of a volume, if its lease is held here.
-    fn begin(&self, volume: VolumeId) -> Result<Begun, String> {
+    /// Begins to open a head of a volume, if its lease is held here; `acquired` for it, if it was.
+    fn begin(&self, volume: VolumeId, acquired: Option<VolumeEntry>) -> Result<Begun, String> {
         let heads = &self.shared.heads;
+        if let Some(entry) = acquired {
+            let head = heads.open_acquired(entry).map_err(|error| error.to_string())?.entry;
+            return Ok(Begun { found: head.clone(), standing: Standing::Holds, head: Some(head) });
+        }
         let found = heads.entry(volume).map_err(|error| error.to_string())?;
         let found = found.ok_or_else(|| format!("volume {volume} is gone"))?;
-        let standing = match &found.volume.holder {
-            Some(holder) if holder.id != heads.holder().id || holder.repair => Standing::Other,
-            Some(holder) if !holder.yieldable => Standing::Holds,
-            Some(_) | None => Standing::Other,
-        };
+        let standing = Standing::of(&found, heads.holder());
         let head = match standing {
             Standing::Holds => {
                 let opened = heads.open(volume, false, Duration::ZERO);
