@@ -279,3 +279,40 @@ fn what_was_in_a_segment_before_is_nobodys() {
         assert_eq!(info.state.last.seq, Seq::ZERO);
     }
 }
+
+/// The header of a batch of many small blocks takes more pages than are read of each segment at first.
+#[test]
+fn a_segment_without_its_header_is_known_by_a_batch_with_a_long_header() {
+    /// Eight such writes fit into a segment of the test's, and their headers into two pages.
+    const WRITE_BLOCKS: u64 = 120;
+    for unreadable in [false, true] {
+        let mut shape = small_shape(8 << 20, 64 << 10);
+        (shape.flush.idle, shape.flush.age) = (Duration::from_hours(1), Duration::from_hours(1));
+        let mut node = Node::new(shape, BlockSize::B512, 16 * WRITE_BLOCKS, 12);
+        // They wait for the replica's first segment, and go together.
+        let places = (0..9).map(|number| number * WRITE_BLOCKS);
+        let writes: Vec<u64> =
+            places.map(|lba| node.send_append(1, lba, WRITE_BLOCKS, RecordKind::Write)).collect();
+        for tag in writes {
+            assert!(node.wait(tag).expect("power stays").is_ok());
+        }
+        node.flush();
+        let disk = &mut node.world.disks[0];
+        let pages: Vec<&[u8]> = disk.media.chunks_exact(4096).collect();
+        let begins_long = |pages: &&[&[u8]]| {
+            let header_pages = u16::from_le_bytes([pages[1][110], pages[1][111]]);
+            pages[0].starts_with(b"HFSG") && pages[1].starts_with(b"HFBT") && header_pages > 1
+        };
+        let header = pages.windows(2).position(|pages| begins_long(&pages));
+        let header = header.expect("a segment that begins with a batch with a long header");
+        if unreadable {
+            disk.latent.insert(header * 8);
+        } else {
+            disk.media[header * 4096 + 100] ^= 1;
+        }
+        node.world.reopen(true).expect("it opens");
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert_eq!((info.damaged, info.state.last.seq), (false, Seq(9)), "{unreadable}: {info:?}");
+        node.check("after the loss of a segment's header");
+    }
+}

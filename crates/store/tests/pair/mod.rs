@@ -114,6 +114,13 @@ impl Node {
     }
 
     pub fn append(&mut self, epoch: u64, lba: u64, blocks: u64, kind: RecordKind) {
+        let tag = self.send_append(epoch, lba, blocks, kind);
+        let answer = self.wait(tag).expect("power stays");
+        assert!(answer.is_ok(), "{answer:?}");
+    }
+
+    /// Without waiting for its answer.
+    pub fn send_append(&mut self, epoch: u64, lba: u64, blocks: u64, kind: RecordKind) -> u64 {
         let bytes = self.block_bytes();
         let mut buffer = self.memory.take(base::limits::PAYLOAD_BYTES_MAX).expect("buffers");
         self.id += 1;
@@ -140,9 +147,8 @@ impl Node {
         };
         let record = Record::encode(header, buffer);
         let commit = Seq(self.commit);
-        let answer = self.ask(Command::Append { key: key(), record, commit, media: false });
-        assert!(answer.is_ok(), "{answer:?}");
         self.log.push(Logged { position, lba, blocks, id });
+        self.send(Command::Append { key: key(), record, commit, media: false })
     }
 
     pub fn some_append(&mut self, epoch: u64) {
