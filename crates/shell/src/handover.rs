@@ -56,10 +56,10 @@ pub struct Inherited {
     pub listener: Option<OwnedFd>,
     /// What heads may still count on at the pool's replicas.
     pub grants: Option<Grants>,
-    /// The address book: see [`DataPlane::set_servers`](crate::control::DataPlane::set_servers).
+    /// The address book: see [`DataPlane::set_servers`].
     pub servers: Vec<ServerAddress>,
     /// Servers to be connected while the pool opens: see
-    /// [`DataPlane::keep_connected`](crate::control::DataPlane::keep_connected).
+    /// [`DataPlane::keep_connected`].
     pub connect: Vec<ServerId>,
 }
 

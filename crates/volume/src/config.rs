@@ -50,6 +50,9 @@ pub struct Tunables {
     /// How long a release waits for the members' answers. After as long as a grant lasts, what they would give
     /// back has run out, and another head brings them what they lack.
     pub release_wait: Duration,
+    /// How long it waits, once it has them of a write quorum, for the others: a guest may be waiting elsewhere,
+    /// or an upgrade.
+    pub release_grace: Duration,
     /// Appends sent to a member and not answered, at most.
     pub member_records_max: usize,
     /// Buffer bytes of appends sent to a member and not answered, at most.
@@ -83,6 +86,7 @@ impl Default for Tunables {
             stall_notice: Duration::from_millis(100),
             slow_write: Duration::from_secs(1),
             release_wait: Duration::from_millis(GRANT_MS),
+            release_grace: Duration::from_millis(20),
             member_records_max: MEMBER_COMMANDS_MAX - MEMBER_COMMANDS_RESERVED,
             member_bytes_max: 32 << 20,
             backlog_records_max: 2048,

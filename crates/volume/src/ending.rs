@@ -87,6 +87,12 @@ impl Head {
                 | Mode::Parked { .. } => false,
             };
         }
+        let told = self.members_where(|member| member.farewell == Farewell::Answered);
+        let mut until = until;
+        if self.sets.write_quorum_met(told) {
+            until = until.min(self.now + self.tunables.release_grace);
+            self.phase = Phase::Releasing { until: Some(until) };
+        }
         if !pending || until <= self.now {
             self.end(HeadPhase::Released, Output::Released);
         }

@@ -7,7 +7,9 @@ use base::{
 
 use super::bench::{Bench, config, server};
 use super::model::{BLOCK_BYTES, values_of};
-use crate::{Head, HeadConfig, HeadError, HeadPhase, Input, MemberMode, Output, StallReason};
+use crate::{
+    Head, HeadConfig, HeadError, HeadPhase, Input, MemberMode, Output, StallReason, Tunables,
+};
 
 #[test]
 fn a_volume_of_one_to_five_members_serves_and_is_released() {
@@ -51,17 +53,24 @@ fn a_release_waits_for_a_member_that_is_still_being_written_to() {
     assert_eq!(ends.collect::<Vec<_>>(), vec![(last, last.seq); 3]);
 }
 
-/// A member that does not answer does not keep a guest's lease for long.
+/// Members that do not answer do not keep a guest's lease for long: one of three for a moment, two as long as what
+/// they have granted lasts.
 #[test]
 fn a_release_does_not_wait_for_ever() {
-    let mut bench = Bench::opened(3);
-    bench.held[1] = true;
-    bench.write(3, 77);
-    bench.input(Input::Release);
-    bench.pass(base::limits::GRANT_MS - 1);
-    assert_eq!(bench.head.status().phase, HeadPhase::Releasing);
-    bench.pass(1);
-    assert_eq!(bench.head.status().phase, HeadPhase::Released);
+    let tunables = Tunables::default();
+    for (silent, wait) in [(1, tunables.release_grace), (2, tunables.release_wait)] {
+        let mut bench = Bench::opened(3);
+        bench.held[1] = true;
+        bench.write(3, 77);
+        bench.held[2] = silent == 2;
+        bench.input(Input::Release);
+        bench.settle();
+        let millis = u64::try_from(wait.as_millis()).unwrap();
+        bench.pass(millis - 1);
+        assert_eq!(bench.head.status().phase, HeadPhase::Releasing, "{silent} are silent");
+        bench.pass(1);
+        assert_eq!(bench.head.status().phase, HeadPhase::Released, "{silent} are silent");
+    }
 }
 
 #[test]
