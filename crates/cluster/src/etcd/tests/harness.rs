@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::etcd::EtcdStore;
@@ -52,19 +52,26 @@ pub(super) struct Etcd {
 }
 
 struct Member {
-    client: u16,
-    peer: u16,
+    client: SocketAddr,
+    peer: SocketAddr,
     process: Option<Child>,
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// An address that no other process on this machine takes, not even for a connection it makes:
+/// of the loopback network, the one with this process's number, and there a port never given
+/// out before. A port that the system had just called free on 127.0.0.1 could be taken by
+/// anybody before etcd listens on it, and while a killed member is away.
+fn free_address() -> SocketAddr {
+    static GIVEN: AtomicU16 = AtomicU16::new(0);
+    let [_, a, b, c] = std::process::id().to_be_bytes();
+    let port = 20_000 + GIVEN.fetch_add(1, Ordering::Relaxed);
+    SocketAddr::from(([127, a, b, c], port))
 }
 
 impl Etcd {
     /// Starts so many members and waits for their leader.
     pub(super) fn start(count: usize) -> Self {
-        let member = || Member { client: free_port(), peer: free_port(), process: None };
+        let member = || Member { client: free_address(), peer: free_address(), process: None };
         let members = (0..count).map(|_| member()).collect();
         let mut etcd = Self { directory: tempfile::tempdir().unwrap(), members };
         for at in 0..count {
@@ -80,7 +87,7 @@ impl Etcd {
 
     /// Starts a member that does not run.
     pub(super) fn resume(&mut self, at: usize) {
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let url = |address: SocketAddr| format!("http://{address}");
         let all = self.members.iter().enumerate();
         let all: Vec<_> = all.map(|(at, m)| format!("m{at}={}", url(m.peer))).collect();
         let member = &self.members[at];
@@ -139,7 +146,7 @@ impl Etcd {
     }
 
     fn leads(&self, at: usize) -> bool {
-        let endpoint = format!("127.0.0.1:{}", self.members[at].client);
+        let endpoint = self.members[at].client.to_string();
         let client = super::super::client::Client::new(vec![endpoint]);
         let status = client.call("/v3/maintenance/status", &serde_json::json!({}));
         let Ok(status) = status else { return false };
@@ -147,7 +154,7 @@ impl Etcd {
     }
 
     pub(super) fn endpoints(&self) -> Vec<String> {
-        self.members.iter().map(|member| format!("127.0.0.1:{}", member.client)).collect()
+        self.members.iter().map(|member| member.client.to_string()).collect()
     }
 
     pub(super) fn open(&self, prefix: &str, create: Create) -> EtcdStore {
