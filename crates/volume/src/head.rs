@@ -18,7 +18,7 @@ use crate::grants::Grants;
 use crate::health::Polls;
 use crate::holdback::Holdback;
 use crate::log::Log;
-use crate::member::Member;
+use crate::member::{Farewell, Member};
 use crate::membership::FailStop;
 use crate::mend::Mends;
 use crate::overlap::Newest;
@@ -359,12 +359,13 @@ impl Head {
         self.advance_grants();
         self.send_commit_news();
         self.expire();
+        self.advance_polls();
+        self.advance_speeds();
+        // After everything that members may be told, since they have to hear this last.
         self.advance_release();
         if let Phase::Ended(_) = self.phase {
             return;
         }
-        self.advance_polls();
-        self.advance_speeds();
         self.advance_rest();
         self.watch_for_stall();
     }
@@ -461,6 +462,10 @@ impl Head {
         }
         member.outstanding += 1;
         member.granting = kind != Kind::Release;
+        if member.granting {
+            // It is granted again with this: the last word is a Release.
+            member.farewell = Farewell::None;
+        }
         let tag = tag(kind, member.session, number);
         let command = ReplicaCommand { key: self.key, epoch: self.epoch, commit, body };
         self.outputs.push_back(Output::Command { server: member.server, tag, command });

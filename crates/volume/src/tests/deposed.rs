@@ -178,3 +178,29 @@ fn a_head_that_rests_makes_way_at_once() {
         world.finish();
     }
 }
+
+/// A head that is released has the last word at every member: the next one opens without waiting for what was
+/// granted, whatever the old one still had to tell them when the release began.
+#[test]
+fn a_head_that_is_released_makes_way_at_once() {
+    for seed in 0..300 {
+        let mut settings = settings(seed);
+        settings.deposes = false;
+        let mut world = World::new(seed, settings, BufferPool::heap(256, 64));
+        let old = world.new_head();
+        world.start_load();
+        world.run_until_done(5_000 * MS, "it opens", World::open);
+        world.run_until(world.now + (100 + seed % 200) * MS);
+        world.submitting = false;
+        world.input(old, Input::Release);
+        world.run_until_done(5_000 * MS, "the next one opens", |world| {
+            world.current() > old && world.open()
+        });
+        assert_eq!(world.counts.get("held seal"), None, "seed {seed}");
+        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+        let current = world.current();
+        world.input(current, Input::Release);
+        world.run_until(world.now + 2_000 * MS);
+        world.finish();
+    }
+}
