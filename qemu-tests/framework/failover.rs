@@ -14,6 +14,7 @@ use anyhow::Result;
 
 use crate::bench::Unit;
 use crate::cluster::{ClusterOptions, PoolSizes, Space};
+use crate::disk::Stretch;
 use crate::lab::Lab;
 use crate::load::{Load, Window};
 
@@ -105,10 +106,12 @@ impl Amount {
 }
 
 /// What one fault did.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Run {
     /// The figure that the scenario is about, in [`Scenario::unit`].
     pub figure: f64,
+    /// The pauses of which that is the longest; none if it is something else.
+    pub pauses: Vec<Stretch>,
     /// The same figure without a fault, right before, in the same unit.
     pub quiet: f64,
     /// The slowest request that was answered after the fault, in milliseconds.

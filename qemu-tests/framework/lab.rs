@@ -3,22 +3,20 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rustix::fs::{Advice, OFlags};
+use rustix::fs::Advice;
 use tempfile::TempDir;
 
 use crate::binaries::{cache_directory, system_binary, work_directory};
+use crate::disk::Page;
 use crate::network::Network;
 use crate::process::tail;
 use crate::wait::{Deadline, wait_until};
-
-const SYNC_AND_DIRECT: i32 = OFlags::DSYNC.union(OFlags::DIRECT).bits().cast_signed();
 
 /// Guests that run at once on one machine, over all test processes. Without KVM each fills a core.
 const GUESTS_AT_ONCE: usize = 2;
@@ -118,20 +116,17 @@ impl Lab {
     pub fn wait_for_calm_disk(&self) -> Result<()> {
         const SLOW: Duration = Duration::from_millis(8);
         const CALM: Duration = Duration::from_secs(3);
-        let path = self.written_file("calm", 1 << 16)?;
-        let file = File::options().write(true).custom_flags(SYNC_AND_DIRECT).open(&path)?;
-        let memory = vec![0; 8192];
-        let block = &memory[memory.as_ptr().align_offset(4096)..][..4096];
+        let page = Page::new(self, "calm")?;
         let (start, mut slow) = (Instant::now(), Instant::now());
         while slow.elapsed() < CALM && start.elapsed() < 10 * CALM {
             let before = Instant::now();
-            file.write_all_at(block, 0)?;
+            page.write()?;
             if before.elapsed() > SLOW {
                 slow = Instant::now();
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(fs::remove_file(&path)?)
+        Ok(())
     }
 
     /// The end of every log, for a reader who was not there.

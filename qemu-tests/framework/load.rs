@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use blkio_client::{Client, Done, Operation};
 
+use crate::disk::Stretch;
 use crate::oracle::{BLOCK_BYTES, Oracle, fill, mix};
 use crate::wait::{Deadline, wait_until};
 
@@ -29,6 +30,12 @@ const FLUSH_EVERY: u64 = 256;
 
 /// Wrong blocks and failed requests that are told in full, at most.
 const COMPLAINTS_MAX: usize = 20;
+
+/// A shorter pause is none that is listed.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+
+/// Pauses that are listed, at most.
+const PAUSES_MAX: usize = 10_000;
 
 /// What a client does.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +67,8 @@ pub struct Window {
     pub pause: Duration,
     /// When that time ended.
     pub pause_end: Option<Instant>,
+    /// Every such time that is worth a look, the longest with them: from when to when.
+    pub pauses: Vec<Stretch>,
     /// The slowest request that was answered.
     pub slowest: Duration,
     /// When the first request was answered.
@@ -69,6 +78,18 @@ pub struct Window {
 }
 
 impl Window {
+    /// From then until then nothing was answered.
+    fn note_pause(&mut self, from: Instant, to: Instant) {
+        let pause = to - from;
+        if pause > self.pause {
+            self.pause = pause;
+            self.pause_end = Some(to);
+        }
+        if pause >= PAUSE_MIN && self.pauses.len() < PAUSES_MAX {
+            self.pauses.push((from, to));
+        }
+    }
+
     /// The latency that so many of a hundred requests did not exceed.
     pub fn percentile(&self, per_cent: usize) -> Duration {
         let mut sorted = self.latencies_us.clone();
@@ -155,8 +176,8 @@ impl Load {
         let mut meter = self.shared.meter();
         let mut window = std::mem::take(&mut meter.window);
         if meter.waiting > 0 && meter.last.elapsed() > window.pause {
-            window.pause = meter.last.elapsed();
-            window.pause_end = Some(Instant::now());
+            let now = Instant::now();
+            window.note_pause(meter.last, now);
         }
         window
     }
@@ -422,18 +443,14 @@ impl Worker {
             }
         }
         let mut meter = self.shared.meter();
-        let gap = now - meter.last;
-        meter.last = now;
+        let before = std::mem::replace(&mut meter.last, now);
         meter.total += done.len() as u64;
         let room = COMPLAINTS_MAX.saturating_sub(meter.complaints.len());
         meter.complaints.extend(complaints.into_iter().take(room));
         let window = &mut meter.window;
         window.first.get_or_insert(now);
         window.completed += done.len() as u64;
-        if gap > window.pause {
-            window.pause = gap;
-            window.pause_end = Some(now);
-        }
+        window.note_pause(before, now);
         for latency in latencies {
             window.slowest = window.slowest.max(latency);
             window.latencies_us.push(u32::try_from(latency.as_micros()).unwrap_or(u32::MAX));

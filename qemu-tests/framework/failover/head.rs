@@ -89,6 +89,7 @@ fn repeat(
         runs += 1;
         told(&Run {
             figure: milliseconds(first - start),
+            pauses: vec![(start, first)],
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
             began_ms: 0.0,

@@ -118,11 +118,13 @@ fn under_load(
         let start = Instant::now();
         let window = fault(runs, &load)?;
         runs += 1;
+        let began_ms = began_ms(&window, start);
         told(&Run {
             figure: milliseconds(window.pause),
+            pauses: window.pauses,
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
-            began_ms: began_ms(&window, start),
+            began_ms,
             took_ms: milliseconds(WATCH),
             completed: window.completed,
         });
@@ -156,6 +158,7 @@ pub(super) fn slow(ground: Ground<'_>, amount: Amount, told: &mut dyn FnMut(&Run
         runs += 1;
         told(&Run {
             figure: p99(&slow) / p99(&healthy),
+            pauses: Vec::new(),
             quiet: p99(&settling) / p99(&healthy),
             slowest_ms: milliseconds(slow.slowest.max(settling.slowest)),
             began_ms: 0.0,

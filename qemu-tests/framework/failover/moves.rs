@@ -134,11 +134,13 @@ fn repeat(
         load.check()?;
         let window = load.end_window();
         runs += 1;
+        let began_ms = began_ms(&window, start);
         told(&Run {
             figure: milliseconds(window.pause),
+            pauses: window.pauses,
             quiet: milliseconds(quiet.pause),
             slowest_ms: milliseconds(window.slowest),
-            began_ms: began_ms(&window, start),
+            began_ms,
             took_ms: milliseconds(done - start),
             completed: window.completed,
         });

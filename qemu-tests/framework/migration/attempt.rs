@@ -1,6 +1,6 @@
 //! One migration: that goes through, or is given up at some step.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::qemu::{self, FAST_BYTES, SLOW_BYTES};
 use super::trace::{self, GET_VRING_BASE, SET_LOG_BASE};
 use super::{BackEnd, PATIENCE_SECONDS, Rig, guest_options, own};
+use crate::disk::Stretch;
 use crate::guest::Guest;
 use crate::wait::{Deadline, wait_until};
 
@@ -45,6 +46,8 @@ pub struct Move {
     /// Holdfast's own part after that, by the destination's back end's clock: from when the first ring
     /// started there until the volume was open, and what the first request took then.
     pub own_ms: f64,
+    /// When these two were.
+    pub own: [Stretch; 2],
     /// Of that, until the lease was had.
     pub lease_ms: f64,
     /// And until the volume was open.
@@ -123,8 +126,8 @@ impl Rig<'_> {
         let drain = trace::time_to_answer(&said, GET_VRING_BASE);
         self.arrive(attempt.destination)?;
 
-        let waited = match self.hosts[there].back_end {
-            Some(BackEnd::Bare(_)) => own::Waited::default(),
+        let (waited, answered) = match self.hosts[there].back_end {
+            Some(BackEnd::Bare(_)) => (own::Waited::default(), Instant::now()),
             Some(BackEnd::Attached(_)) | None => own::wait_for(|| self.said(there), said_before)?,
         };
         let stopped = clocks.guest_at(timestamp(&stopped)?);
@@ -137,6 +140,7 @@ impl Rig<'_> {
             added_ms: milliseconds(drain + gap),
             drain_ms: milliseconds(drain),
             own_ms: milliseconds(waited.own()),
+            own: waited.own_at(answered),
             lease_ms: milliseconds(waited.lease),
             opened_ms: milliseconds(waited.opened),
             gap_ms: milliseconds(gap),
