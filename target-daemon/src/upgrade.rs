@@ -104,7 +104,7 @@ pub fn leave_by(
         Err(HandOverError::Stuck { left, source }) => (*left, Err(source.to_string())),
     };
     let Err(reason) = passed else { return Ok(Outcome::Gone) };
-    let Left { listener, exports, grants: _ } = left;
+    let Left { listener, exports, legacy: _ } = left;
     loop {
         let listener =
             listener.as_ref().map(OwnedFd::try_clone).transpose().unwrap_or_else(|error| {

@@ -53,6 +53,8 @@ bugs! {
     GrantForgottenByRestart = "a restarted server does not know that it granted reads",
     GrantForgottenByHandOver = "a server does not tell the process that takes its pool over that it granted \
                                 reads",
+    LogEndToldTooLow = "a server tells the process that takes its pool over that its logs are a record shorter",
+    LogSegmentsUntold = "a server does not tell that process of segments with something that is not home",
     SealNotPersisted = "a seal is answered before it is on media",
     GrowthNotPersisted = "a replica says that it has grown, and forgets it when it restarts",
     SyncNotAwaited = "a record counts as durable when it is written",

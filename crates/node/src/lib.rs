@@ -16,15 +16,15 @@
 
 mod damage;
 mod fills;
-mod grants;
 mod heads;
 mod io;
+mod legacy;
 pub mod metrics;
 mod node;
 mod peers;
 mod replica_service;
 
 pub use crate::fills::{FillEvent, FillFailure};
-pub use crate::grants::{Grants, ReplicaGrant};
 pub use crate::io::{Audience, ConnectionId, FrontEnd, HeadEvent, HeadHandle, Input, Output};
+pub use crate::legacy::{Legacy, ReplicaGrant};
 pub use crate::node::{Node, NodeConfig, OpenHeadError, ServerConfig};

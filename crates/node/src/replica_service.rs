@@ -10,7 +10,7 @@
 //! while ([`GRANT_MS`]), even if it hears nothing more. So a Seal of a higher epoch deposes at
 //! once, but its *answer* waits here until the deposed head's grant has run out, unless that head
 //! said Release, before or after. A replica that was found in a pool counts as granted when the pool was opened:
-//! nobody remembers what was admitted before, unless the process that let go of it has said so ([`Grants`](crate::Grants)).
+//! nobody remembers what was admitted before, unless the process that let go of it has said so ([`Legacy`](crate::Legacy)).
 //!
 //! Readers: another server fills its own replica from this one. Its session may list, fetch and
 //! scan, nothing else, and only while the epoch that it named is the sealed one.
@@ -25,7 +25,7 @@ use base::{
     ReplyBody,
 };
 
-use crate::grants::ReplicaGrant;
+use crate::legacy::ReplicaGrant;
 
 const GRANT: Duration = Duration::from_millis(GRANT_MS);
 /// Sessions that fill from one replica, at most; one more takes the place of the oldest.

@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use base::{ServerId, VolumeId};
-use node::{Grants, Input};
+use node::{Input, Legacy};
 use vhost_blk::Listener;
 use vhost_blk::handover::Handover;
 
@@ -45,8 +45,8 @@ pub struct Left {
     pub listener: Option<OwnedFd>,
     /// The exports.
     pub exports: Vec<LeftExport>,
-    /// What heads may still count on at the pool's replicas; `None`: not known.
-    pub grants: Option<Grants>,
+    /// What there is to say of the pool; `None`: not known.
+    pub legacy: Option<Legacy>,
 }
 
 /// What a data plane begins with that another process has left, or that is known beforehand.
@@ -54,8 +54,8 @@ pub struct Left {
 pub struct Inherited {
     /// The replica service's listening socket.
     pub listener: Option<OwnedFd>,
-    /// What heads may still count on at the pool's replicas.
-    pub grants: Option<Grants>,
+    /// What that process has said of the pool; `None`: nothing.
+    pub legacy: Option<Legacy>,
     /// The address book: see [`DataPlane::set_servers`].
     pub servers: Vec<ServerAddress>,
     /// Servers to be connected while the pool opens: see
@@ -64,7 +64,7 @@ pub struct Inherited {
 }
 
 /// What the data-plane thread has left.
-pub(crate) type LetGo = (Option<OwnedFd>, Option<Grants>);
+pub(crate) type LetGo = (Option<OwnedFd>, Option<Legacy>);
 
 /// How long each step of handing over may take. What guests notice is their sum at worst, and the
 /// time that the steps need as a rule.
@@ -197,9 +197,9 @@ impl HandOver for Plane {
             "the data plane is handed over"
         );
         match asked.flatten() {
-            Ok((listener, grants)) => Ok(Left { listener, exports, grants }),
+            Ok((listener, legacy)) => Ok(Left { listener, exports, legacy }),
             Err(source) => {
-                let left = Box::new(Left { listener: None, exports, grants: None });
+                let left = Box::new(Left { listener: None, exports, legacy: None });
                 Err(HandOverError::Stuck { left, source })
             }
         }
@@ -324,6 +324,6 @@ impl Worker {
             }
         }
         // Only now: nothing is admitted any more.
-        Ok((socket, self.node.grants(self.reactor.now())))
+        Ok((socket, self.node.legacy(self.reactor.now())))
     }
 }

@@ -248,8 +248,8 @@ fn prepare(
         state_messages: config.state_messages,
         server,
     });
-    if let Some(grants) = inherited.grants {
-        node.inherit_grants(grants);
+    if let Some(legacy) = inherited.legacy {
+        node.inherit(legacy);
     }
     let has_pool = config.pool.is_some();
     let mut worker =

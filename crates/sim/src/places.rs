@@ -36,6 +36,7 @@ places! {
     Upgraded = "a next process took everything over from a running one",
     UpgradeTakenBack = "a next process died and the one before took everything back",
     GrantHandedOver = "an upgraded server had granted reads, and the next process knew",
+    LogHandedOver = "an upgraded server had log that was not home, and the next process knew where",
     PowerLost = "a server lost power",
     PowerLostWhileDown = "a server lost power while its process was down",
     AllPowerLost = "every server lost power at once",

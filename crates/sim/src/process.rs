@@ -293,8 +293,8 @@ impl Process {
             state_messages: true,
             server,
         });
-        if let Some(grants) = successor.as_ref().and_then(|successor| successor.grants.clone()) {
-            node.inherit_grants(grants);
+        if let Some(legacy) = successor.as_ref().and_then(|successor| successor.legacy.clone()) {
+            node.inherit(legacy);
         }
         self.node = Some(node);
         successor

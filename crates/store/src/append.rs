@@ -289,6 +289,7 @@ impl Store {
         state.ordinal = ordinal;
         state.first_seq = replica.issued.seq.next();
         state.last_seq = replica.issued.seq;
+        state.previous_epoch = replica.issued.epoch;
         state.last_epoch = replica.issued.epoch;
         state.pages = 1;
         state.opened_at = self.now;

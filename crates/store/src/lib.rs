@@ -24,6 +24,7 @@ mod index;
 mod journal;
 mod label;
 mod layout;
+mod left;
 mod metadata;
 mod owners;
 mod read;
@@ -49,5 +50,6 @@ pub use layout::{
     DeviceIndex, DeviceInfo, DeviceRole, FormatConfig, FormatError, FormatWrite, LABEL_AREA_BYTES,
     LABEL_COPY_OFFSET, format, metadata_copies,
 };
+pub use left::{CleanSegment, LogLeft, ReplicaLog};
 pub use scrub::Scrubbed;
 pub use store::Store;

@@ -69,11 +69,12 @@ impl Search {
 }
 
 impl Store {
-    /// Reads the beginnings of all segments, then more of those that do not say enough.
+    /// Reads the beginnings of all segments that are not known, then more of those that do not say enough.
     pub(crate) fn read_segment_headers(&mut self) {
         let all = u32::try_from(self.segments.all.len()).expect("segments are counted in 32 bits");
-        while self.opening.in_flight < HEADER_READS_MAX && self.opening.next < all {
-            let segment = self.opening.next;
+        while self.opening.in_flight < HEADER_READS_MAX
+            && let Some(segment) = self.opening.known.segment(self.opening.next, all)
+        {
             if !self.read_segment_bytes(segment, 0, FIRST_BYTES) {
                 return;
             }

@@ -14,6 +14,7 @@ use crate::home::ChunkSpace;
 use crate::index::Index;
 use crate::label::{Label, LabelError, identify};
 use crate::layout::{DeviceIndex, LABEL_AREA_BYTES, LABEL_COPY_OFFSET, PAGE, device_index};
+use crate::left::{Known, LogLeft};
 use crate::metadata::{Entry, Restart};
 use crate::owners::Search;
 use crate::region::Region;
@@ -62,6 +63,9 @@ pub(crate) struct Opening {
     /// Next replica to replay.
     replica: usize,
     stamps: Vec<u64>,
+    /// What whoever had the pool in a generation has said of its log, and what is known from that.
+    pub(crate) left: Option<(u64, LogLeft)>,
+    pub(crate) known: Known,
 }
 
 impl Store {
@@ -298,6 +302,7 @@ impl Store {
             state.ordinal = ordinal;
             state.first_seq = header.first_seq;
             state.last_seq = before;
+            state.previous_epoch = header.previous_epoch;
             state.last_epoch = header.previous_epoch;
             state.pages = 1;
             state.opened_at = self.now;
@@ -381,8 +386,11 @@ impl Store {
         let kept = replica.restarts.iter().map(|restart| restart.keep.seq).max();
         let noted = replica.noted_through().max(start.seq);
         let durable = noted.max(kept.unwrap_or(Seq::ZERO));
-        let slot = replica.slot;
-        self.begin_replay(Replay::new(slot, start, durable, links));
+        let mut replay = Replay::new(replica.slot, start, durable, links);
+        if let Some(end) = self.opening.known.end(replica.key) {
+            replay.end_at(end);
+        }
+        self.begin_replay(replay);
         self.pump_replay();
     }
 

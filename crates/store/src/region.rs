@@ -383,6 +383,7 @@ impl Store {
         self.journal.version = self.journal.version.wrapping_add(VERSIONS_SKIPPED);
         let segments = self.segments.all.len();
         self.opening.segment_headers = vec![None; segments];
+        self.take_inheritance();
         self.opening.next = 0;
         self.opening.stage = Stage::Segments;
     }

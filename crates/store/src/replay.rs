@@ -93,6 +93,8 @@ pub(crate) struct Replay {
     pub(crate) links: Vec<Link>,
     /// Records after this one do not count.
     pub(crate) limit: Option<Seq>,
+    /// The last record, if whoever wrote it has said so.
+    told: Option<Position>,
     link: usize,
     page: u32,
     last: Position,
@@ -145,6 +147,7 @@ impl Replay {
             start,
             links,
             limit: None,
+            told: None,
             link: 0,
             page: 1,
             last: start,
@@ -166,6 +169,27 @@ impl Replay {
             end: (0, 1),
             next_number: 1,
         }
+    }
+
+    /// The log ends with this record: all of it was written, and nothing after it is looked at.
+    pub(crate) fn end_at(&mut self, last: Position) {
+        if last.seq >= self.start.seq {
+            self.told = Some(last);
+            self.limit = Some(last.seq);
+            self.durable = self.durable.max(last.seq);
+        }
+    }
+
+    /// Whether the last record that counts has been read.
+    fn is_at_limit(&mut self) -> bool {
+        if self.limit.is_none_or(|limit| self.last.seq < limit) {
+            return false;
+        }
+        if self.told.take_if(|told| *told != self.last).is_some() {
+            // That was said of another log.
+            self.limit = None;
+        }
+        self.limit.is_some()
     }
 
     fn rewind(&mut self) {
@@ -416,7 +440,7 @@ impl Store {
         if replay.current.is_some() {
             return self.verify_payload(replay);
         }
-        if replay.link >= replay.links.len() {
+        if replay.link >= replay.links.len() || replay.is_at_limit() {
             return Step::End;
         }
         let pages = self.segments.pages_per_segment();
@@ -583,9 +607,6 @@ impl Store {
         replay.number = Some(current.header.number + 1);
         replay.next_number = current.header.number + 1;
         replay.crc = Some(current.crc);
-        if replay.limit.is_some_and(|limit| replay.last.seq >= limit) {
-            return Step::End;
-        }
         Step::Again
     }
 
@@ -620,7 +641,7 @@ impl Store {
             self.recharge(replay);
             let keep = Seq(torn.0 - 1);
             replay.rewind();
-            replay.limit = Some(keep);
+            (replay.limit, replay.told) = (Some(keep), None);
             if keep > replay.start.seq {
                 return None;
             }

@@ -46,6 +46,8 @@ pub(crate) struct Segment {
     pub(crate) ordinal: u64,
     pub(crate) first_seq: Seq,
     pub(crate) last_seq: Seq,
+    /// Epoch of the record before `first_seq`.
+    pub(crate) previous_epoch: base::Epoch,
     /// Epoch of the record `last_seq`.
     pub(crate) last_epoch: base::Epoch,
     /// Pages written or being written.
@@ -98,6 +100,7 @@ impl Segments {
             replica: 0,
             ordinal: 0,
             first_seq: Seq::ZERO,
+            previous_epoch: base::Epoch::NONE,
             last_seq: Seq::ZERO,
             last_epoch: base::Epoch::NONE,
             pages: 0,

@@ -25,7 +25,7 @@ use base::{
 use core::time::Duration;
 use store::{
     Command, DeviceInfo, DeviceRole, DiskKind, DiskOperation, DiskResult, FlushPolicy,
-    FormatConfig, Input, Notice, Output, Store, StoreConfig, format,
+    FormatConfig, Input, LogLeft, Notice, Output, Store, StoreConfig, format,
 };
 
 /// Subsets of one crash point that are tried, at most.
@@ -65,6 +65,8 @@ struct World {
     writes: u64,
     answers: Vec<(u64, Result<ReplyBody, ReplicaError>)>,
     opened: bool,
+    /// Reads until it was open.
+    reads: u64,
     tag: u64,
 }
 
@@ -112,11 +114,24 @@ fn formatted() -> Media {
     media
 }
 
+/// All that was written, synced or not.
+fn media_of(world: &World) -> Media {
+    let mut media = world.media.clone();
+    for write in &world.volatile {
+        media.extend(write.sectors.iter().copied());
+    }
+    media
+}
+
 /// Called at every crash point.
 type Crash<'a> = &'a mut dyn FnMut(&World);
 
 impl World {
     fn open(media: Media, buffers: &BufferPool) -> Self {
+        Self::open_told(media, buffers, None)
+    }
+
+    fn open_told(media: Media, buffers: &BufferPool, told: Option<(u64, LogLeft)>) -> Self {
         let mut world = Self {
             store: Store::open(config(buffers), &[device()]),
             now: Instant::ZERO,
@@ -126,8 +141,12 @@ impl World {
             writes: 0,
             answers: Vec::new(),
             opened: false,
+            reads: 0,
             tag: 0,
         };
+        if let Some((generation, left)) = told {
+            world.store.inherit(generation, left);
+        }
         while !world.opened {
             assert!(world.step(&mut |_| ()), "an opening ends");
         }
@@ -186,6 +205,7 @@ impl World {
         let mut landed = false;
         let result = match operation.kind {
             DiskKind::Read { offset, mut buffer, start, length } => {
+                self.reads += u64::from(!self.opened);
                 self.read(offset, &mut buffer.payload_mut()[start..start + length]);
                 DiskResult::Read(Ok(buffer))
             }
@@ -334,6 +354,10 @@ struct Count {
     states: u64,
     bounded: u64,
     seen: u64,
+    /// Reopenings that were told where the log is, their reads, and those of the same that were not told.
+    handed: u64,
+    reads: u64,
+    reads_untold: u64,
 }
 
 struct Enumeration {
@@ -483,6 +507,7 @@ impl Enumeration {
     fn crash_point(&mut self, world: &World, history: &History, steps: &[Step]) {
         let choices = world.choices();
         self.count.points += 1;
+        self.hand_over(world, history, steps);
         let total = choices
             .iter()
             .try_fold(1_usize, |all, (_, versions)| all.checked_mul(versions.len()))
@@ -553,7 +578,28 @@ impl Enumeration {
         }
         let point = self.count.points;
         let what = || format!("{steps:?}, crash point {point}: versions {picks:?}");
-        let mut opened = World::open(media, &self.buffers);
+        let opened = World::open(media, &self.buffers);
+        self.check(opened, history, &what);
+    }
+
+    /// The process lets go of the pool here: what it has begun lands, and the next one is told where the log is.
+    fn hand_over(&mut self, world: &World, history: &History, steps: &[Step]) {
+        let point = self.count.points;
+        let what = || format!("{steps:?}, handed over at point {point}");
+        let told = world.store.log_left().map(|left| (world.store.generation(), left));
+        let opened = World::open_told(media_of(world), &self.buffers, told);
+        let plain = World::open(media_of(world), &self.buffers);
+        self.count.handed += 1;
+        self.count.reads += opened.reads;
+        self.count.reads_untold += plain.reads;
+        let last = |world: &World| world.store.replica(key()).expect("replicas stay").state;
+        let (told, untold) = (last(&opened), last(&plain));
+        // What was being written at that moment may be cut off, and was not promised to anybody.
+        assert!(told.last <= untold.last && told.sealed == untold.sealed, "{}", what());
+        self.check(opened, history, &what);
+    }
+
+    fn check(&mut self, mut opened: World, history: &History, what: &dyn Fn() -> String) {
         let replica = opened.store.replica(key()).expect("replicas stay");
         let state = replica.state;
         assert!(replica.blocks >= history.blocks, "{}: {} blocks", what(), replica.blocks);
@@ -565,13 +611,13 @@ impl Enumeration {
         let mut history = history.clone();
         history.records.truncate(last as usize);
         history.blocks = replica.blocks;
-        self.verify(&mut opened, &history, &what);
+        self.verify(&mut opened, &history, what);
         if self.count.states.is_multiple_of(4) {
             // And it goes on from there.
             let nothing = &mut |_: &mut Self, _: &World, _: &History| ();
             self.append(&mut opened, &mut history, 1..4, RecordKind::Write, nothing);
             self.perform(Step::Home, &mut opened, &mut history, nothing);
-            self.verify(&mut opened, &history, &what);
+            self.verify(&mut opened, &history, what);
             opened.store.check_invariants();
         }
     }
@@ -624,5 +670,7 @@ fn every_crash_of_every_short_history() {
     if !full {
         println!("every {stride}th state; STORE_CRASHES=all takes all, of three operations too");
     }
-    assert!(enumeration.count.states > 500);
+    let Count { states, handed, reads, reads_untold, .. } = enumeration.count;
+    assert!(states > 500 && handed > 500);
+    assert!(reads < reads_untold, "being told saves reads: {reads} of {reads_untold}");
 }

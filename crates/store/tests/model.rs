@@ -414,10 +414,36 @@ impl Test {
         }
     }
 
+    fn hand_over(&mut self) {
+        let seed = self.seed;
+        self.asked.clear();
+        let keys: Vec<ReplicaKey> = self.models.iter().map(|model| model.key).collect();
+        let store = &self.world.store;
+        let before: Vec<Position> = keys.iter().flat_map(|key| store.log_marks(*key)).collect();
+        let left = self.world.hand_over().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        for log in left.replicas {
+            let info = self.world.store.replica(log.key).expect("replicas stay");
+            for mark in self.world.store.log_marks(log.key) {
+                let known = before.contains(&mark) || mark == info.state.last;
+                assert!(known, "seed {seed}: {mark} of {before:?}");
+            }
+            assert_eq!(
+                info.state.last,
+                log.end.unwrap_or(info.state.last),
+                "seed {seed}: the log ends where it was said to"
+            );
+        }
+        self.reopened(false);
+    }
+
     fn reopen(&mut self, power_lost: bool) {
         self.crashes += 1;
         self.asked.clear();
         self.world.reopen(power_lost).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
+        self.reopened(power_lost);
+    }
+
+    fn reopened(&mut self, power_lost: bool) {
         let seed = self.seed;
         assert_eq!(self.world.damaged, 0, "seed {seed}: a crash damages nothing");
         for at in 0..self.models.len() {
@@ -575,7 +601,11 @@ impl Test {
             }
             94 => {
                 self.answers();
-                self.reopen(false);
+                if self.world.random.chance(50) {
+                    self.reopen(false);
+                } else {
+                    self.hand_over();
+                }
             }
             _ => self.world.store.check_invariants(),
         }

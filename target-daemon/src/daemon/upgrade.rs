@@ -124,7 +124,7 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
     let taking = Instant::now();
     let (left, mut named) = next.take()?;
     let taken = taking.elapsed();
-    let Left { listener, exports, grants } = left;
+    let Left { listener, exports, legacy } = left;
     let mut listener_named = |name: &'static str| {
         let fd = named.remove(name).ok_or_else(|| {
             UpgradeError::Refused(format!("the running daemon left no {name} socket"))
@@ -134,7 +134,7 @@ fn prepare_and_take(config: &Config, next: &mut Next) -> Result<Taken, DaemonErr
     let listeners = Listeners { api: listener_named(API)?, upgrades: listener_named(UPGRADES)? };
     let knows_servers = surroundings.is_some();
     let Surroundings { servers, connect } = surroundings.unwrap_or_default();
-    let inherited = Inherited { listener, grants, servers, connect };
+    let inherited = Inherited { listener, legacy, servers, connect };
     // The pool takes its time to open.
     let (plane, leases) = std::thread::scope(|scope| {
         let renew = || Leases::renewed(store.as_ref(), &me, &exports);

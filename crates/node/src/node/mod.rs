@@ -23,9 +23,9 @@ use volume::{Head, HeadConfig, HeadError, HeadStatus, Tunables};
 use self::states::Standing;
 use crate::damage::Damage;
 use crate::fills::{Fills, Step};
-use crate::grants::Grants;
 use crate::heads::Heads;
 use crate::io::{ConnectionId, FrontEnd, HeadHandle, Input, Output};
+use crate::legacy::Legacy;
 use crate::metrics::{Counters, NodeCounters, OperationKind};
 use crate::peers::Peers;
 use crate::replica_service::{Origin, ReplicaService};
@@ -106,8 +106,8 @@ struct Server {
     sessions: BTreeMap<u64, HolderId>,
     /// Commands that the store has not answered.
     commands: Slab<StoreCommand>,
-    /// What the process that had the pool before has granted; until it is open.
-    grants: Option<Grants>,
+    /// What the process that had the pool before has left; until it is open.
+    legacy: Option<Legacy>,
 }
 
 /// Whom the store's answer is for.
@@ -176,7 +176,7 @@ impl Node {
             refused: 0,
             sessions: BTreeMap::new(),
             commands: Slab::with_capacity(4096),
-            grants: None,
+            legacy: None,
         });
         Self {
             host: config.host,
@@ -391,19 +391,23 @@ impl Node {
         self.heads.get(head.0)?.local
     }
 
-    /// What heads may still count on at this server's replicas, for the process that opens the pool next.
-    /// Nothing may be admitted any more: connections have been stopped, heads have ended.
-    pub fn grants(&self, now: Instant) -> Option<Grants> {
+    /// What there is to say of this server to the process that opens the pool next.
+    /// Nothing may be admitted any more: connections have been stopped, heads have ended; and what
+    /// the disks were asked to do has ended.
+    pub fn legacy(&self, now: Instant) -> Option<Legacy> {
         let server = self.server.as_ref()?;
-        let replicas = server.service.grants(now);
-        Some(Grants { generation: server.store.generation(), replicas })
+        let (generation, log) = (server.store.generation(), server.store.log_left());
+        Some(Legacy { generation, grants: server.service.grants(now), log })
     }
 
-    /// The pool was let go of by another process, which had granted this. To be told before the pool
-    /// is open.
-    pub fn inherit_grants(&mut self, grants: Grants) {
+    /// The pool was let go of by another process, which has left this. To be told before anything is
+    /// asked of the disks.
+    pub fn inherit(&mut self, legacy: Legacy) {
         if let Some(server) = &mut self.server {
-            server.grants = Some(grants);
+            if let Some(log) = legacy.log.clone() {
+                server.store.inherit(legacy.generation, log);
+            }
+            server.legacy = Some(legacy);
         }
     }
 

@@ -233,11 +233,11 @@ impl Node {
                 store::Output::Opened(result) => {
                     let server = self.server.as_mut().expect("a store speaks");
                     if result.is_ok() {
-                        let grants = server.grants.take().unwrap_or_default();
+                        let legacy = server.legacy.take().unwrap_or_default();
                         let generation = server.store.generation();
                         for (key, info) in server.store.replicas() {
                             let sealed = info.state.sealed;
-                            let left = grants.left(generation, key, sealed);
+                            let left = legacy.left(generation, key, sealed);
                             server.service.add_if_new(self.now, key, sealed, left);
                         }
                     }

@@ -150,8 +150,8 @@ fn one_replica() -> (Cluster, usize, base::ShardRecord, node::HeadHandle) {
 fn a_pool_that_changes_hands_after_release_is_not_waited_for() {
     let (mut cluster, at, members, head) = one_replica();
     cluster.release(at, head);
-    let grants = cluster.hand_over(0);
-    cluster.start_after(0, Some(grants));
+    let legacy = cluster.hand_over(0);
+    cluster.start_after(0, Some(legacy));
     let started_at = cluster.now;
     let new = cluster.open_head(at, members);
     let took = cluster.now.since(started_at);
@@ -165,9 +165,9 @@ fn a_pool_that_changes_hands_waits_for_what_it_granted() {
     let (mut cluster, at, members, head) = one_replica();
     cluster.cut(at, 0);
     let cut_at = cluster.now;
-    let grants = cluster.hand_over(0);
-    assert!(grants.replicas.iter().any(|grant| grant.left > GRANT / 2), "{grants:?}");
-    cluster.start_after(0, Some(grants));
+    let legacy = cluster.hand_over(0);
+    assert!(legacy.grants.iter().any(|grant| grant.left > GRANT / 2), "{legacy:?}");
+    cluster.start_after(0, Some(legacy));
     let new = cluster.open_head(0, members);
     let waited = cluster.now.since(cut_at);
     assert!(waited >= GRANT * 9 / 10 && waited < 2 * GRANT, "opened after {waited:?}");
@@ -183,16 +183,17 @@ fn a_pool_that_changes_hands_waits_for_what_it_granted() {
 fn what_a_process_granted_in_between_is_waited_for() {
     let (mut cluster, at, members, head) = one_replica();
     cluster.release(at, head);
-    let grants = cluster.hand_over(0);
+    let legacy = cluster.hand_over(0);
     // The next one serves, grants, and dies. What the one before had said is no longer true.
-    cluster.start_after(0, Some(grants.clone()));
+    cluster.start_after(0, Some(legacy.clone()));
     let second = cluster.open_head(at, members.clone());
     cluster.write(at, second, 0, 8);
     cluster.cut(at, 0);
     let cut_at = cluster.now;
     cluster.kill(0);
-    cluster.start_after(0, Some(grants));
-    cluster.open_head(0, members);
+    cluster.start_after(0, Some(legacy));
+    let third = cluster.open_head(0, members);
     let waited = cluster.now.since(cut_at);
     assert!(waited >= GRANT * 9 / 10, "opened after {waited:?}");
+    cluster.check_content(0, third);
 }

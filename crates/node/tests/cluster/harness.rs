@@ -14,7 +14,7 @@ use base::{
 };
 use node::metrics::NodeCounters;
 use node::{
-    ConnectionId, FillEvent, FrontEnd, Grants, HeadEvent, HeadHandle, Input, Node, NodeConfig,
+    ConnectionId, FillEvent, FrontEnd, HeadEvent, HeadHandle, Input, Legacy, Node, NodeConfig,
     Output, ServerConfig,
 };
 use nvme::{ReceiveRegion, TargetConfig};
@@ -196,17 +196,17 @@ impl Cluster {
     }
 
     /// Lets go of a machine's pool in good order, for [`Cluster::start_after`]. Its process ends.
-    pub(crate) fn hand_over(&mut self, index: usize) -> Grants {
+    pub(crate) fn hand_over(&mut self, index: usize) -> Legacy {
         self.input(index, Input::StopConnections);
         let now = self.now;
         let node = self.machines[index].node.as_ref().expect("it runs");
-        let grants = node.grants(now).expect("it has a pool");
+        let legacy = node.legacy(now).expect("it has a pool");
         self.kill(index);
-        grants
+        legacy
     }
 
     /// Starts a machine whose pool another process has let go of.
-    pub(crate) fn start_after(&mut self, index: usize, grants: Option<Grants>) {
+    pub(crate) fn start_after(&mut self, index: usize, legacy: Option<Legacy>) {
         let has_pool = index < self.setup.servers;
         let server_config = has_pool.then(|| ServerConfig {
             server: server(index),
@@ -244,8 +244,8 @@ impl Cluster {
             state_messages: self.setup.state_messages,
             server: server_config,
         });
-        if let Some(grants) = grants {
-            node.inherit_grants(grants);
+        if let Some(legacy) = legacy {
+            node.inherit(legacy);
         }
         node.set_servers(self.now, (0..self.setup.servers).map(|i| (server(i), address(i))));
         let machine = &mut self.machines[index];

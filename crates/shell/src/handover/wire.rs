@@ -30,21 +30,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use base::{Epoch, ReplicaKey, ShardIndex, VolumeId};
-use node::{Grants, ReplicaGrant};
+use base::{Epoch, Position, ReplicaKey, Seq, ShardIndex, VolumeId};
+use node::{Legacy, ReplicaGrant};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
+use store::{CleanSegment, LogLeft, ReplicaLog};
 use vhost_blk::handover::{FdIndex, Handover, ListenerState};
 
 use crate::control::ExportSpec;
 use crate::handover::{Left, LeftExport};
 
 /// The versions of the state that this program reads and writes. 2: front ends' back-end channels,
-/// and read grants.
-pub const VERSIONS: RangeInclusive<u16> = 1..=2;
+/// and read grants. 3: where the log is.
+pub const VERSIONS: RangeInclusive<u16> = 1..=3;
 
 const MAGIC: [u8; 8] = *b"HFUPGRDE";
 const FRAME_VERSION: u16 = 1;
@@ -106,12 +107,12 @@ pub struct State {
     pub exports: Vec<ExportState>,
     /// Other descriptors, by what they are.
     pub named: BTreeMap<String, FdIndex>,
-    /// The pool's read grants. Absent in version 1 of the state.
+    /// What there is to say of the pool. Absent in version 1 of the state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grants: Option<GrantsState>,
 }
 
-/// What heads may still count on at the pool's replicas.
+/// What heads may still count on at the pool's replicas, and where its log is.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GrantsState {
@@ -119,28 +120,99 @@ pub struct GrantsState {
     pub generation: u64,
     /// Volume, shard, epoch, and the time that is left in nanoseconds.
     pub replicas: Vec<(VolumeId, u32, Epoch, u64)>,
+    /// Absent in version 2 of the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<LogState>,
 }
 
-impl From<&Grants> for GrantsState {
-    fn from(grants: &Grants) -> Self {
+/// Where the pool's log is.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogState {
+    /// Segments that must be looked at.
+    pub segments: Vec<u32>,
+    /// What each replica has of it.
+    pub replicas: Vec<ReplicaLogState>,
+}
+
+/// The log of a replica.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicaLogState {
+    /// Its volume.
+    pub volume: VolumeId,
+    /// Its shard.
+    pub shard: u32,
+    /// Which of the replicas that had this key.
+    pub incarnation: u32,
+    /// Where it ends, if that is known.
+    pub end: Option<Position>,
+    /// Segments of which everything is home: number in the pool and in the log, first seq, epoch
+    /// before.
+    pub clean: Vec<(u32, u64, Seq, Epoch)>,
+}
+
+impl From<&LogLeft> for LogState {
+    fn from(left: &LogLeft) -> Self {
+        let clean = |clean: &CleanSegment| {
+            (clean.segment, clean.ordinal, clean.first_seq, clean.previous_epoch)
+        };
+        let replica = |log: &ReplicaLog| ReplicaLogState {
+            volume: log.key.volume,
+            shard: log.key.shard.0,
+            incarnation: log.incarnation,
+            end: log.end,
+            clean: log.clean.iter().map(clean).collect(),
+        };
+        Self {
+            segments: left.segments.clone(),
+            replicas: left.replicas.iter().map(replica).collect(),
+        }
+    }
+}
+
+impl From<LogState> for LogLeft {
+    fn from(state: LogState) -> Self {
+        let clean = |(segment, ordinal, first_seq, previous_epoch)| CleanSegment {
+            segment,
+            ordinal,
+            first_seq,
+            previous_epoch,
+        };
+        let replica = |log: ReplicaLogState| ReplicaLog {
+            key: ReplicaKey { volume: log.volume, shard: ShardIndex(log.shard) },
+            incarnation: log.incarnation,
+            end: log.end,
+            clean: log.clean.into_iter().map(clean).collect(),
+        };
+        Self {
+            segments: state.segments,
+            replicas: state.replicas.into_iter().map(replica).collect(),
+        }
+    }
+}
+
+impl GrantsState {
+    fn of(legacy: &Legacy, version: u16) -> Self {
         let replica = |grant: &ReplicaGrant| {
             let left = u64::try_from(grant.left.as_nanos()).unwrap_or(u64::MAX);
             (grant.key.volume, grant.key.shard.0, grant.epoch, left)
         };
-        let replicas = grants.replicas.iter().map(replica).collect();
-        Self { generation: grants.generation, replicas }
+        let log = legacy.log.as_ref().filter(|_| version >= 3).map(LogState::from);
+        let replicas = legacy.grants.iter().map(replica).collect();
+        Self { generation: legacy.generation, replicas, log }
     }
 }
 
-impl From<GrantsState> for Grants {
+impl From<GrantsState> for Legacy {
     fn from(state: GrantsState) -> Self {
         let replica = |(volume, shard, epoch, left)| ReplicaGrant {
             key: ReplicaKey { volume, shard: ShardIndex(shard) },
             epoch,
             left: Duration::from_nanos(left),
         };
-        let replicas = state.replicas.into_iter().map(replica).collect();
-        Self { generation: state.generation, replicas }
+        let grants = state.replicas.into_iter().map(replica).collect();
+        Self { generation: state.generation, grants, log: state.log.map(LogLeft::from) }
     }
 }
 
@@ -382,7 +454,8 @@ impl State {
                 count: index(&fds) - first,
             });
         }
-        let grants = left.grants.as_ref().filter(|_| version >= 2).map(GrantsState::from);
+        let legacy = left.legacy.as_ref().filter(|_| version >= 2);
+        let grants = legacy.map(|legacy| GrantsState::of(legacy, version));
         (Self { replicas, exports, named, grants }, fds)
     }
 
@@ -407,7 +480,7 @@ impl State {
             let front_end = Handover::new(export.front_end, own?);
             exports.push(LeftExport { spec: export.spec, front_end });
         }
-        Ok((Left { listener, exports, grants: self.grants.map(Grants::from) }, named))
+        Ok((Left { listener, exports, legacy: self.grants.map(Legacy::from) }, named))
     }
 }
 
@@ -554,9 +627,14 @@ mod tests {
         let front_end = Handover::new(state, vec![file("a"), file("b"), file("c")]);
         let key = ReplicaKey { volume: spec.volume, shard: ShardIndex(3) };
         let grant = ReplicaGrant { key, epoch: Epoch(4), left: Duration::from_millis(5) };
-        let grants = Grants { generation: 6, replicas: vec![grant] };
+        let clean =
+            CleanSegment { segment: 5, ordinal: 2, first_seq: Seq(3), previous_epoch: Epoch(1) };
+        let end = Some(Position::new(Epoch(4), Seq(9)));
+        let log = ReplicaLog { key, incarnation: 8, end, clean: vec![clean] };
+        let log = LogLeft { segments: vec![2, 6], replicas: vec![log] };
+        let legacy = Legacy { generation: 6, grants: vec![grant], log: Some(log) };
         let exports = vec![LeftExport { spec, front_end }];
-        let left = Left { listener: None, exports, grants: Some(grants) };
+        let left = Left { listener: None, exports, legacy: Some(legacy.clone()) };
         let packed = |version| {
             let (state, fds) = State::pack(version, &left, &[]);
             let text = serde_json::to_string(&Frame::State(state)).unwrap();
@@ -564,15 +642,16 @@ mod tests {
             let Frame::State(state) = serde_json::from_str(&text).unwrap() else { panic!() };
             let (left, _) = state.unpack(fds).unwrap();
             let connection = left.exports[0].front_end.state().connection.clone().unwrap();
-            (text, connection, left.grants)
+            (text, connection, left.legacy)
         };
-        let (text, before, grants) = packed(1);
+        let (text, before, none) = packed(1);
         assert!(!text.contains("channel") && before.channel.is_none());
-        assert!(!text.contains("grants") && grants.is_none());
+        assert!(!text.contains("grants") && none.is_none());
         assert_eq!(before.features, Some(1));
-        let (_, now, grants) = packed(2);
-        assert!(now.channel.is_some());
-        assert_eq!(grants, left.grants);
+        let (text, now, second) = packed(2);
+        assert!(now.channel.is_some() && !text.contains("log\":{"));
+        assert_eq!(second, Some(Legacy { log: None, ..legacy.clone() }));
+        assert_eq!(packed(3).2, Some(legacy));
     }
 
     #[test]

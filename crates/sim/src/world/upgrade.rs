@@ -6,7 +6,7 @@
 use core::time::Duration;
 
 use base::Instant;
-use node::{Grants, Input};
+use node::{Input, Legacy};
 
 use super::{Event, World};
 use crate::clock::Clock;
@@ -49,8 +49,8 @@ impl Leaving {
 /// What a process begins with that takes over, or takes back.
 #[derive(Clone, Debug)]
 pub(crate) struct Successor {
-    /// What heads may still count on. Who takes back does not know what was granted meanwhile.
-    pub(crate) grants: Option<Grants>,
+    /// What the one before has said. Who takes back does not know what happened meanwhile.
+    pub(crate) legacy: Option<Legacy>,
     /// The machine's.
     pub(crate) clock: Clock,
     dies_after: Option<Duration>,
@@ -122,16 +122,16 @@ impl World {
         }
     }
 
-    /// Nothing is under way any more. Not `in_time`: it takes everything back itself, and knows of no grants.
+    /// Nothing is under way any more. Not `in_time`: it takes everything back itself, and is told nothing.
     fn leave(&mut self, process: usize, leaving: Leaving, in_time: bool) {
         let state = &self.processes[process];
         let (clock, local) = (state.clock, state.clock.local(self.now));
         let node = state.node.as_ref().expect("it is running");
-        let grants = node.grants(local).filter(|_| in_time);
-        self.trace.say(self.now, || format!("process {process} hands over {grants:?}"));
+        let legacy = node.legacy(local).filter(|_| in_time);
+        self.trace.say(self.now, || format!("process {process} hands over {legacy:?}"));
         self.end_process(process, false);
         let dies_after = leaving.dies_after;
-        let successor = Successor { grants, clock, dies_after, takes_back: !in_time };
+        let successor = Successor { legacy, clock, dies_after, takes_back: !in_time };
         self.start_next(process, successor);
     }
 
@@ -144,10 +144,14 @@ impl World {
 
     /// A process has started; it may have taken over from another one.
     pub(super) fn succeed(&mut self, process: usize, successor: Option<Successor>) {
-        let Some(Successor { grants, dies_after, takes_back, .. }) = successor else { return };
-        let mut granted = grants.iter().flat_map(|grants| &grants.replicas);
+        let Some(Successor { legacy, dies_after, takes_back, .. }) = successor else { return };
+        let mut granted = legacy.iter().flat_map(|legacy| &legacy.grants);
         if granted.any(|grant| !grant.left.is_zero()) {
             self.report.places.reach(Place::GrantHandedOver);
+        }
+        let mut logs = legacy.iter().filter_map(|legacy| legacy.log.as_ref());
+        if logs.any(|log| !log.segments.is_empty()) {
+            self.report.places.reach(Place::LogHandedOver);
         }
         if takes_back {
             return self.report.places.reach(Place::UpgradeTakenBack);
@@ -167,7 +171,7 @@ impl World {
             self.trace.say(self.now, || format!("process {process} dies, taken back"));
             let clock = state.clock;
             self.end_process(process, false);
-            let successor = Successor { grants: None, clock, dies_after: None, takes_back: true };
+            let successor = Successor { legacy: None, clock, dies_after: None, takes_back: true };
             self.start_next(process, successor);
         }
     }

@@ -9,7 +9,7 @@ use base::{BufferPool, ClusterId, Instant, PoolId, ReplicaError, ReplyBody, Serv
 use core::time::Duration;
 use store::{
     Command, DeviceIndex, DeviceInfo, DeviceRole, DiskError, DiskKind, DiskOperation, DiskResult,
-    FlushPolicy, FormatConfig, Input, OpenError, Output, Store, StoreConfig, format,
+    FlushPolicy, FormatConfig, Input, LogLeft, OpenError, Output, Store, StoreConfig, format,
 };
 
 pub const SECTOR: usize = 512;
@@ -230,6 +230,8 @@ pub struct World {
     pub now: Instant,
     pub random: Random,
     in_flight: Vec<InFlight>,
+    /// What was said at the last hand-over, and of which generation.
+    told: Option<(u64, LogLeft)>,
     pub answers: Vec<(u64, Result<ReplyBody, ReplicaError>)>,
     pub opened: Option<Result<(), OpenError>>,
     pub failed: bool,
@@ -262,6 +264,7 @@ impl World {
             now: Instant::ZERO,
             random,
             in_flight: Vec::new(),
+            told: None,
             answers: Vec::new(),
             opened: None,
             failed: false,
@@ -462,20 +465,68 @@ impl World {
                 disk.crash(&mut self.random);
             }
         }
+        self.open_anew();
+        if let Some((generation, left)) = &self.told
+            && !power_lost
+            && self.random.chance(50)
+        {
+            // What was true once, and others have opened the pool since.
+            self.store.inherit(*generation, left.clone());
+        }
+        if self.random.chance(20) {
+            // And again, before it is open.
+            self.open_in_part();
+            return self.reopen(power_lost);
+        }
+        self.finish_opening()
+    }
+
+    /// Reopens after the process has let go of the pool and said where its log is: what was under way
+    /// has ended. Returns what it said.
+    pub fn hand_over(&mut self) -> Result<LogLeft, OpenError> {
+        for InFlight { operation, .. } in core::mem::take(&mut self.in_flight) {
+            let disk = &mut self.disks[usize::from(operation.device.0)];
+            if let DiskKind::Write { offset, parts } = operation.kind
+                && !disk.fail_writes
+            {
+                let mut at = offset;
+                for part in parts.iter() {
+                    disk.write(at, part.bytes());
+                    at += part.len() as u64;
+                }
+            }
+        }
+        let generation = self.store.generation();
+        let left = self.store.log_left().expect("it was open");
+        self.told = Some((generation, left.clone()));
+        self.open_anew();
+        self.store.inherit(generation, left.clone());
+        if self.random.chance(20) {
+            // Whoever was told dies. Perhaps his successor is told the same.
+            self.open_in_part();
+            if self.random.chance(50) {
+                return self.reopen(false).map(|()| left);
+            }
+            self.in_flight.clear();
+            self.open_anew();
+            self.store.inherit(generation, left.clone());
+        }
+        self.finish_opening().map(|()| left)
+    }
+
+    fn open_anew(&mut self) {
         self.answers.clear();
         self.opened = None;
         self.failed = false;
         self.store = Store::open(config(&self.shape), &self.shape.devices);
-        if self.random.chance(20) {
-            // And again, before it is open.
-            for _ in 0..self.random.below(400) {
-                if self.opened.is_some() || !self.step() && !self.tick() {
-                    break;
-                }
+    }
+
+    fn open_in_part(&mut self) {
+        for _ in 0..self.random.below(400) {
+            if self.opened.is_some() || !self.step() && !self.tick() {
+                break;
             }
-            return self.reopen(power_lost);
         }
-        self.finish_opening()
     }
 
     fn finish_opening(&mut self) -> Result<(), OpenError> {

@@ -92,6 +92,8 @@ mod with_bugs {
             | Bug::HomeMetaInPlace
             | Bug::NewerBlockDropped
             | Bug::DiscardForgotten
+            | Bug::LogEndToldTooLow
+            | Bug::LogSegmentsUntold
             | Bug::TrimBeforeHome => Focus::Home,
             Bug::DamageTakenForTear | Bug::ReadUnverified | Bug::MendedOverNewer => Focus::Media,
             Bug::RecordUnverified | Bug::AnswerUnverified | Bug::HeaderUnverified => Focus::Wire,

@@ -1,23 +1,26 @@
-//! Which read grants are still good when a server's pool changes hands: what the process that lets go of it
-//! tells the one that opens it next.
+//! What the process that lets go of a server's pool tells the one that opens it next: which read grants are
+//! still good, and where the log is.
 //!
 //! Without this a reopened pool counts as having granted reads just now (I4: a head that goes on reading
 //! here must not miss what a higher epoch writes). With it, what was granted is known, as long as three
 //! things are as they were: the replica's sealed epoch, the time that is left, which only shrinks on the way, and
 //! the pool's [generation](store::Store::generation): whoever opened the pool in between, and
-//! may have granted reads and died, has raised it.
+//! may have granted reads and died, has raised it. What is said of the log is for the same generation.
 
 use core::time::Duration;
 
 use base::{Epoch, ReplicaKey};
+use store::LogLeft;
 
-/// What heads may still count on at the replicas of a server whose pool was let go of.
+/// What is left of a server whose pool was let go of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Grants {
+pub struct Legacy {
     /// The pool's generation then.
     pub generation: u64,
-    /// Its replicas.
-    pub replicas: Vec<ReplicaGrant>,
+    /// What heads may still count on at its replicas.
+    pub grants: Vec<ReplicaGrant>,
+    /// Where its log is; `None`: the next process looks.
+    pub log: Option<LogLeft>,
 }
 
 /// What heads of one replica may still count on.
@@ -31,13 +34,13 @@ pub struct ReplicaGrant {
     pub left: Duration,
 }
 
-impl Grants {
+impl Legacy {
     /// What is left for a replica of a pool that has just been opened in `generation`; `None`:
     /// nothing is known.
     pub(crate) fn left(&self, generation: u64, key: ReplicaKey, sealed: Epoch) -> Option<Duration> {
         // Opening has raised it by one.
         let alone = self.generation.checked_add(1) == Some(generation);
-        let found = self.replicas.iter().find(|grant| grant.key == key && grant.epoch == sealed);
+        let found = self.grants.iter().find(|grant| grant.key == key && grant.epoch == sealed);
         found.filter(|_| alone).map(|grant| grant.left)
     }
 }
