@@ -51,6 +51,10 @@ Exit status: 0, 1 for a failure or a goal that was missed, 2 for wrong arguments
 /// What storage may add to what QEMU takes, in milliseconds, at the 99th percentile.
 const ADDED_MS_MAX: f64 = 20.0;
 
+/// With the bare file, a request that takes so many milliseconds is not answered at all: QEMU's storage daemon was
+/// seen to leave some for good after migrations.
+const UNANSWERED_MS: f64 = 1000.0;
+
 /// How long a guest lives at most, for each migration.
 const LIMIT_EACH: Duration = Duration::from_mins(3);
 
@@ -105,20 +109,27 @@ fn run(options: &Options) -> Result<Outcome> {
 fn measure(scenario: Scenario, runs: usize) -> Measured {
     let (moves, beyond_ms, given_up, failure) = (Vec::new(), Vec::new(), 0, None);
     let mut measured = Measured { scenario, moves, beyond_ms, given_up, failure };
-    let outcome = Lab::new(&format!("bench-migrate-{}", scenario.name), 1).and_then(|lab| {
-        let outcome = repeat(&lab, runs, &mut measured);
-        if outcome.is_err() {
-            eprintln!("{}", lab.report());
+    // Once, unless the bare file's daemon spoils its guest.
+    for _ in 0..runs {
+        let outcome = Lab::new(&format!("bench-migrate-{}", scenario.name), 1).and_then(|lab| {
+            let outcome = repeat(&lab, runs, &mut measured);
+            if outcome.is_err() {
+                eprintln!("{}", lab.report());
+            }
+            outcome
+        });
+        if let Err(error) = outcome {
+            eprintln!("{}: {error:#}", scenario.name);
+            measured.failure = Some(format!("{error:#}"));
         }
-        outcome
-    });
-    if let Err(error) = outcome {
-        eprintln!("{}: {error:#}", scenario.name);
-        measured.failure = Some(format!("{error:#}"));
+        if measured.failure.is_some() || measured.moves.len() == runs {
+            break;
+        }
     }
     measured
 }
 
+/// Measures until there are so many. Of the bare file fewer if a request is lost.
 fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
     let Scenario { name, hosts, aborts } = measured.scenario;
     let network = network(lab)?;
@@ -134,13 +145,21 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
     let mut rig = Rig::start(lab, &network, options)?;
     let probe = DiskProbe::start(lab)?;
     let mut steps = Step::ALL.into_iter().cycle();
-    for run in 1..=runs {
+    for run in measured.moves.len() + 1..=runs {
         if aborts && let Some(step) = steps.next() {
             rig.give_up_at(step)?;
             measured.given_up += 1;
             eprintln!("{name} {run}/{runs}: {}", step.name());
         }
         let moved = rig.migrate()?;
+        if hosts == Hosts::BareFile && moved.added_ms > UNANSWERED_MS {
+            eprintln!(
+                "{name} {run}/{runs}: QEMU's storage daemon has left a request unanswered for {:.0} ms, which \
+                 is not counted; going on with a new guest",
+                moved.added_ms
+            );
+            return Ok(());
+        }
         let storage = moved.drain_ms + moved.own_ms;
         let beyond = storage - probe.stalled(&moved.own).as_secs_f64() * 1000.0;
         measured.moves.push(moved);
@@ -159,8 +178,7 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
     }
     match hosts {
         Hosts::Servers | Hosts::Diskless => rig.finish(),
-        // That daemon was seen to leave a request unanswered for good after migrations: the writer would
-        // wait for it.
+        // The writer would wait for what that daemon has left unanswered.
         Hosts::BareFile => Ok(()),
     }
 }
