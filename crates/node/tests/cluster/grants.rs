@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use base::limits::GRANT_MS;
 use base::{Role, Status};
-use node::HeadEvent;
+use node::{HeadEvent, Input};
 
 use crate::harness::{Cluster, KEY, Setup, shard};
 
@@ -196,4 +196,23 @@ fn what_a_process_granted_in_between_is_waited_for() {
     let waited = cluster.now.since(cut_at);
     assert!(waited >= GRANT * 9 / 10, "opened after {waited:?}");
     cluster.check_content(0, third);
+}
+
+/// A guest that is stopped and goes on finds everything as it was: its members are not sealed again.
+#[test]
+fn a_head_that_rested_goes_on_at_once() {
+    let mut cluster = Cluster::new(Setup::default());
+    let at = cluster.diskless();
+    let members = shard(&[(0, Role::InSync), (1, Role::InSync), (2, Role::InSync)]);
+    let head = cluster.open_head(at, members);
+    cluster.write(at, head, 0, 8);
+    for _ in 0..3 {
+        cluster.input(at, Input::RestHead(head));
+        cluster.run_for(GRANT * 2);
+        let started_at = cluster.now;
+        cluster.check_content(at, head);
+        cluster.write(at, head, 0, 8);
+        let took = cluster.now.since(started_at);
+        assert!(took < Duration::from_millis(1), "it took {took:?}");
+    }
 }

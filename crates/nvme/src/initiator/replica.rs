@@ -32,6 +32,15 @@ struct Bound {
     epoch: Epoch,
     /// Its head has been deposed: all that it may still say is Release.
     deposed: bool,
+    /// Its head has said Release. It may have ended, or rest and go on.
+    released: bool,
+}
+
+impl Bound {
+    /// Whether the handle may be given to another replica. A head that rests seals again then.
+    fn can_be_spared(&self) -> bool {
+        self.deposed || self.released
+    }
 }
 
 impl Handles {
@@ -43,7 +52,7 @@ impl Handles {
     fn bind(&mut self, key: ReplicaKey, epoch: Epoch) -> Option<u32> {
         if let Some(bound) = self.by_key.get_mut(&key) {
             bound.epoch = bound.epoch.max(epoch);
-            bound.deposed = false;
+            (bound.deposed, bound.released) = (false, false);
             return Some(bound.handle);
         }
         if self.free.is_empty() && self.last == HANDLES_MAX {
@@ -57,28 +66,33 @@ impl Handles {
             }
             None => return None,
         };
-        self.by_key.insert(key, Bound { handle, epoch, deposed: false });
+        self.by_key.insert(key, Bound { handle, epoch, deposed: false, released: false });
         Some(handle)
     }
 
-    fn find(&self, key: ReplicaKey, body: &CommandBody) -> Option<u32> {
-        let bound = self.by_key.get(&key)?;
-        (!bound.deposed || matches!(body, CommandBody::Release)).then_some(bound.handle)
+    fn find(&mut self, key: ReplicaKey, body: &CommandBody) -> Option<u32> {
+        let bound = self.by_key.get_mut(&key)?;
+        let releases = matches!(body, CommandBody::Release);
+        if bound.deposed && !releases {
+            return None;
+        }
+        bound.released = releases;
+        Some(bound.handle)
     }
 
-    /// Takes the handles of deposed heads back that have not said Release.
+    /// Takes back the handles that can be spared. What is under way with them was resolved
+    /// when it arrived, so they may mean something else from the next Seal on.
     fn take_back(&mut self) {
         let free = &mut self.free;
         self.by_key.retain(|_, bound| {
-            if bound.deposed {
+            if bound.can_be_spared() {
                 free.push(bound.handle);
             }
-            !bound.deposed
+            !bound.can_be_spared()
         });
     }
 
-    /// The head of `epoch` needs the handle no longer. What is under way with it was resolved
-    /// when it arrived, so the handle may mean something else from the next Seal on.
+    /// There is no such replica for the head of `epoch`.
     fn unbind(&mut self, key: ReplicaKey, epoch: Epoch) {
         if let Some(&Bound { handle, epoch: bound, .. }) = self.by_key.get(&key)
             && bound <= epoch
@@ -122,7 +136,6 @@ impl Initiator {
         };
         let encoded = replica::encode(&command, handle);
         let ReplicaCommand { key, epoch, body, .. } = command;
-        let release = matches!(body, CommandBody::Release);
         let (answer, buffer, record) = wanted(body);
         let capacity = buffer.as_ref().map_or(0, base::BufferMut::capacity);
         let bytes_max = match answer {
@@ -149,9 +162,6 @@ impl Initiator {
                 wire.send(&mut self.outbox, &encoded, Data::Parts(&parts));
             }
             None => wire.send(&mut self.outbox, &encoded, Data::None),
-        }
-        if release {
-            self.handles.unbind(key, epoch);
         }
     }
 
