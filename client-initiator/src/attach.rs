@@ -489,6 +489,9 @@ impl Attached {
             head.filter(|entry| entry.volume.epoch == epoch)
         };
         match event {
+            Event::FrontEnd { volume, socket, connected } => {
+                self.follow.front_end(volume, &socket, connected);
+            }
             Event::RingsStarted { volume, socket } => self.follow.started(volume, &socket),
             Event::RingsStopped { volume, socket, by_front_end } => {
                 self.follow.stopped(volume, &socket, by_front_end);

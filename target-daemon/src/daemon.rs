@@ -447,6 +447,7 @@ fn handle_events_until(stop: &AtomicBool, parts: &Parts, news: &Sender<Event>) -
                 | Event::MemberUp { .. }
                 | Event::MemberSlow { .. }
                 | Event::Mended { .. }
+                | Event::FrontEnd { .. }
                 | Event::RingsStarted { .. }
                 | Event::RingsStopped { .. }
                 | Event::Resized { .. },

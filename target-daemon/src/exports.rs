@@ -273,6 +273,9 @@ impl Exports {
     /// What the data plane tells of heads and rings that leases follow. Never waits.
     pub fn note(&self, event: &Event) {
         match event {
+            Event::FrontEnd { volume, socket, connected } => {
+                self.follow.front_end(*volume, socket, *connected);
+            }
             Event::RingsStarted { volume, socket } => self.follow.started(*volume, socket),
             Event::RingsStopped { volume, socket, by_front_end } => {
                 self.follow.stopped(*volume, socket, *by_front_end);

@@ -4,7 +4,9 @@
 //! acquired as a standby ([`cluster::lease::Acquire::standby`]) and a head opened; while another one
 //! holds it and does not yield, that is tried again and again, visibly. When the guest stops them,
 //! the head stays open and rests, and the lease is marked yieldable. That is all a live migration
-//! needs: the destination's rings start when the source's have stopped. And if the guest goes on at the
+//! needs: the destination's rings start when the source's have stopped. Until then QEMU moves what is left of the
+//! guest; a standby whose front end waits for one need not wait with it: it takes a lease that is yielded at once
+//! and has its head open when the rings start. And if the guest goes on at the
 //! source, its head goes on in its epoch, and the mark is taken back; unless a destination has taken
 //! the lease, then it is the source that waits until the destination yields.
 //!
@@ -100,6 +102,9 @@ struct Use {
     standby: bool,
     /// It needs the lease.
     in_use: bool,
+    /// A front end has come, and its guest may be on its way here: a lease that is on offer is taken. Once for each
+    /// front end, or two of them would take it from each other for ever.
+    awaits: bool,
 }
 
 struct Volume {
@@ -132,13 +137,23 @@ struct Volume {
 /// What a volume's thread is to do next.
 enum Step {
     End(VolumeEntry),
-    Acquire,
+    Acquire {
+        /// No guest waits for it yet.
+        early: bool,
+    },
     Mark(VolumeEntry, bool),
 }
 
 impl Volume {
     fn in_use(&self) -> bool {
         self.exports.values().any(|export| export.in_use)
+    }
+
+    /// Another one yields the lease, as far as is known, and a guest is awaited here.
+    fn is_on_offer(&self) -> bool {
+        let holder = self.known.as_ref().and_then(|known| known.volume.holder.as_ref());
+        holder.is_some_and(|holder| holder.yieldable)
+            && self.exports.values().any(|export| export.awaits)
     }
 
     fn next_step(&self) -> Option<Step> {
@@ -149,7 +164,8 @@ impl Volume {
             return Some(Step::End(stale.clone()));
         }
         match (&self.head, self.in_use(), self.mark) {
-            (None, true, _) => Some(Step::Acquire),
+            (None, true, _) => Some(Step::Acquire { early: false }),
+            (None, false, _) if self.is_on_offer() => Some(Step::Acquire { early: true }),
             (None, false, _) | (Some(_), true, Mark::Firm) | (Some(_), false, Mark::Yieldable) => {
                 None
             }
@@ -214,7 +230,7 @@ impl Follow {
         standby: bool,
         head: Option<VolumeEntry>,
     ) {
-        self.join_as(entry, socket, Use { standby, in_use: !standby }, head);
+        self.join_as(entry, socket, Use { standby, in_use: !standby, awaits: false }, head);
     }
 
     fn join_as(&self, entry: &VolumeEntry, socket: &Path, export: Use, head: Option<VolumeEntry>) {
@@ -269,9 +285,14 @@ impl Follow {
         volume.head.or(volume.stale)
     }
 
+    /// A front end has connected to an export, or is gone.
+    pub fn front_end(&self, id: VolumeId, socket: &Path, connected: bool) {
+        self.note(id, socket, |export| export.awaits = connected && export.standby);
+    }
+
     /// A guest has started the rings of an export.
     pub fn started(&self, id: VolumeId, socket: &Path) {
-        self.note_use(id, socket, |_| true);
+        self.note(id, socket, |export| (export.in_use, export.awaits) = (true, false));
     }
 
     /// The rings of an export have stopped, `by_front_end` or because that is gone. A front end
@@ -279,14 +300,16 @@ impl Follow {
     /// come from elsewhere, and must be able to start them elsewhere when this one has died. Anywhere
     /// else it may be back with the same guest.
     pub fn stopped(&self, id: VolumeId, socket: &Path, by_front_end: bool) {
-        self.note_use(id, socket, |export| export.in_use && !by_front_end && !export.standby);
+        self.note(id, socket, |export| {
+            export.in_use = export.in_use && !by_front_end && !export.standby;
+        });
     }
 
-    fn note_use(&self, id: VolumeId, socket: &Path, needs: impl Fn(&Use) -> bool) {
+    fn note(&self, id: VolumeId, socket: &Path, change: impl FnOnce(&mut Use)) {
         let mut volumes = self.shared.volumes();
         let export = volumes.get_mut(&id).and_then(|volume| volume.exports.get_mut(socket));
         if let Some(export) = export {
-            export.in_use = needs(export);
+            change(export);
             self.shared.look(&mut volumes, id);
         }
     }
@@ -484,7 +507,7 @@ impl Shared {
                 self.heads.end(&entry).map_err(|error| error.to_string())?;
                 Done::Ended
             }
-            Step::Acquire => match self.heads.open_standby(id, known().as_ref()) {
+            Step::Acquire { early } => match self.heads.open_standby(id, known().as_ref(), early) {
                 Ok(head) => Done::Acquired(Box::new(head.entry)),
                 Err(HeadError::Acquire(AcquireError::Held { holder, epoch, .. })) => {
                     return Err(format!(
@@ -511,7 +534,11 @@ impl Shared {
                 Done::Ended => volume.stale = None,
                 Done::Acquired(entry) => {
                     volume.known = Some(VolumeEntry::clone(&entry));
-                    (volume.head, volume.mark) = (Some(*entry), Mark::Firm);
+                    volume.exports.values_mut().for_each(|export| export.awaits = false);
+                    let yields =
+                        entry.volume.holder.as_ref().is_some_and(|holder| holder.yieldable);
+                    volume.mark = if yields { Mark::Yieldable } else { Mark::Firm };
+                    volume.head = Some(*entry);
                 }
                 Done::Marked(epoch, mark, now) if current == Some(epoch) => {
                     (volume.known, volume.mark) = (Some(*now), mark);

@@ -168,11 +168,13 @@ impl Heads {
 
     /// Acquires a volume for a guest that has started it here, from a holder that yields it too, and
     /// begins to open a head. The data plane knows the members' addresses already. `known` is how the
-    /// volume was when it was heard of last; if it is so still that saves a question to the store.
+    /// volume was when it was heard of last; if it is so still that saves a question to the store. `early`: that
+    /// guest has not come yet, and the lease is yielded at once.
     pub fn open_standby(
         &self,
         id: VolumeId,
         known: Option<&VolumeEntry>,
+        early: bool,
     ) -> Result<Head, HeadError> {
         let mut repairs = self.repairs();
         if let Some(entry) = repairs.get(&id) {
@@ -180,7 +182,7 @@ impl Heads {
             repairs.remove(&id);
         }
         self.open_by(id, Duration::ZERO, Book::Known, |attempt, above| {
-            let how = Acquire { standby: true, above, ..Acquire::default() };
+            let how = Acquire { standby: true, yields: early, above, ..Acquire::default() };
             let known = known.filter(|_| attempt == 1).cloned();
             lease::acquire_known(self.store.as_ref(), id, &self.me, how, known)
         })

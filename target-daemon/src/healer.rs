@@ -102,7 +102,7 @@ const UNTOLD_MAX: usize = 256;
 /// not while a guest's rings start or stop, when the store is asked for its lease.
 pub fn concerns(event: &Event) -> bool {
     match event {
-        Event::RingsStarted { .. } | Event::RingsStopped { .. } => false,
+        Event::FrontEnd { .. } | Event::RingsStarted { .. } | Event::RingsStopped { .. } => false,
         Event::Opened { .. }
         | Event::Superseded { .. }
         | Event::Unopenable { .. }
@@ -225,6 +225,7 @@ impl Healer {
             // They wake the healer, which looks at everything anyway.
             Event::Opened { .. }
             | Event::MemberSlow { .. }
+            | Event::FrontEnd { .. }
             | Event::RingsStarted { .. }
             | Event::RingsStopped { .. }
             | Event::Resized { .. }

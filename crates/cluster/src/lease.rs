@@ -94,6 +94,8 @@ pub struct Acquire {
     pub force: bool,
     /// For a guest that starts the disk here: also from a holder that marked it yieldable.
     pub standby: bool,
+    /// The new holder yields from the beginning: the guest is awaited, and not there yet.
+    pub yields: bool,
     /// The epoch will be above this one: the highest that a member is known to have sealed, if
     /// the store was rolled back behind the members.
     pub above: Epoch,
@@ -131,7 +133,7 @@ fn held(entry: &VolumeEntry, holder: &Holder) -> AcquireError {
 }
 
 /// Makes `me` the holder, in a new epoch, of a volume that it is to serve. A holder may acquire what
-/// it holds: its process died and is back. The lease is not yieldable, whatever `me` says. The entry
+/// it holds: its process died and is back. The lease is yieldable as `how` says, whatever `me` says. The entry
 /// as it is now; `entry.volume.epoch` is the epoch to open in.
 pub fn acquire(
     store: &dyn ClusterStore,
@@ -152,7 +154,7 @@ pub fn acquire_known(
     how: Acquire,
     known: Option<VolumeEntry>,
 ) -> Result<VolumeEntry, AcquireError> {
-    take(store, id, me, known, how.above, |entry| check(entry, me.id, how))
+    take(store, id, me, known, how, |entry| check(entry, me.id, how))
 }
 
 fn take(
@@ -160,14 +162,14 @@ fn take(
     id: VolumeId,
     me: &Holder,
     known: Option<VolumeEntry>,
-    above: Epoch,
+    how: Acquire,
     may: impl Fn(&VolumeEntry) -> Result<(), AcquireError>,
 ) -> Result<VolumeEntry, AcquireError> {
     let mut refused = None;
     let changed = change_known(store, id, known, |entry| match may(entry) {
         Ok(()) => {
-            entry.volume.epoch = entry.volume.epoch.max(above).next();
-            entry.volume.holder = Some(Holder { yieldable: false, ..me.clone() });
+            entry.volume.epoch = entry.volume.epoch.max(how.above).next();
+            entry.volume.holder = Some(Holder { yieldable: how.yields, ..me.clone() });
             Change::Write
         }
         Err(error) => {
@@ -212,7 +214,7 @@ pub fn acquire_repair(
             Some(_) | None => Ok(()),
         }
     };
-    take(store, id, me, None, above, may)
+    take(store, id, me, None, Acquire { above, ..Acquire::default() }, may)
 }
 
 /// What became of a mark.

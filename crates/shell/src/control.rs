@@ -382,6 +382,15 @@ pub enum Event {
         /// Which device, and how.
         reason: String,
     },
+    /// A front end has connected to an export, or is gone.
+    FrontEnd {
+        /// The volume.
+        volume: VolumeId,
+        /// The export's socket.
+        socket: PathBuf,
+        /// It has connected.
+        connected: bool,
+    },
     /// A guest has started the rings of an export: it wants the volume. Its requests wait there
     /// until a head of the volume serves here.
     RingsStarted {

@@ -197,6 +197,8 @@ impl Exports {
 
     /// A head of `volume` begins to open.
     pub(crate) fn volume_opens(&mut self, now: Instant, volume: VolumeId) {
+        // It may be opened before its guest comes: then it rests, and is in nobody's way.
+        self.note_unused();
         for export in self.exports.values_mut().filter(|export| export.spec.volume == volume) {
             if let Some(start) = &mut export.start {
                 (start.head, start.opened) = (Some(now), None);
@@ -348,6 +350,9 @@ impl Export {
                 if let Some(watch) = self.watches.remove(&queue) {
                     reactor.unwatch(watch);
                 }
+            }
+            Event::FrontEnd { connected } => {
+                return Some(Told::FrontEnd { volume, socket: socket.clone(), connected });
             }
             Event::Started => {
                 tracing::info!(socket = %socket.display(), "the guest uses the disk");

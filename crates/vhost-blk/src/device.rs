@@ -35,6 +35,11 @@ pub enum Event {
         /// The queue.
         queue: u16,
     },
+    /// A front end has connected, or the one that was is gone. Its guest may be about to come from elsewhere.
+    FrontEnd {
+        /// It has connected.
+        connected: bool,
+    },
     /// A ring runs, and none ran before: the guest wants I/O (a destination of a live migration
     /// takes the lease now).
     Started,
@@ -142,10 +147,12 @@ impl Device {
             Request::Connected => {
                 self.detach();
                 self.attached = true;
+                self.events.push_back(Event::FrontEnd { connected: true });
                 reply.send(Ok(0));
             }
             Request::Disconnected => {
                 self.detach();
+                self.events.push_back(Event::FrontEnd { connected: false });
                 reply.send(Ok(0));
             }
             Request::Drained => {

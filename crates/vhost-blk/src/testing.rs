@@ -470,6 +470,7 @@ impl Rig {
                 Event::UnwatchKick { queue } => {
                     assert!(self.watched.remove(&queue).is_some(), "queue {queue} was watched");
                 }
+                Event::FrontEnd { .. } => {}
                 Event::Started => self.lives.push(true),
                 Event::Stopped { .. } => self.lives.push(false),
                 Event::Superseded => self.superseded += 1,

@@ -188,7 +188,12 @@ impl Follow {
         let standby = adopt(&export.spec);
         // Whose rings have stopped for another one's sake does not want the lease back.
         let in_use = runs || begun.standing == Standing::Holds && !standby;
-        self.join_as(&begun.found, &export.spec.socket, Use { standby, in_use }, begun.head.take());
+        self.join_as(
+            &begun.found,
+            &export.spec.socket,
+            Use { standby, in_use, awaits: false },
+            begun.head.take(),
+        );
         hand_over.resume_export(export).map_err(|error| error.to_string())
     }
 }

@@ -114,7 +114,7 @@ impl Watcher {
                     shared.keep_connected(&volumes);
                 }
                 // It may be to be had now.
-                shared.news.notify_all();
+                shared.look(&mut volumes, self.id);
             }
             Err(error) => {
                 tracing::debug!(volume = volume.name, %error, "its record is not watched");

@@ -64,6 +64,11 @@ impl Host {
         self.follow.stopped(self.id, &self.socket, true);
     }
 
+    /// A front end connects, whose guest is elsewhere yet.
+    fn expect_guest(&self) {
+        self.follow.front_end(self.id, &self.socket, true);
+    }
+
     fn state(&self) -> LeaseState {
         self.follow.state(self.id).unwrap()
     }
@@ -194,6 +199,78 @@ fn a_guest_moves_there_and_back_and_its_lease_with_it() {
     b.leave();
     assert_eq!(record(&bench, id), (None, Epoch(4)));
     a.leave();
+}
+
+#[test]
+fn a_lease_on_offer_is_taken_before_the_guest_comes() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let (a, b) = (Host::standby(&bench, 1, id), Host::standby(&bench, 2, id));
+    a.start();
+    a.until_held(1);
+    b.expect_guest();
+    b.until_known("hearing of the holder", |entry| entry.volume.epoch == Epoch(1));
+    assert_eq!(b.state(), LeaseState::Standby, "a guest uses it");
+    a.stop();
+    b.until_yielded();
+    assert_eq!(record(&bench, id), held_by(2, true, 2), "not in anybody's way");
+    assert!(a.follow.deposed(id, Epoch(1)));
+    b.start();
+    b.until_held(2);
+    until("the mark to be taken back", || {
+        (record(&bench, id) == held_by(2, false, 2)).then_some(())
+    });
+    assert_eq!(b.opened(), 1, "the same head");
+    b.leave();
+    a.leave();
+}
+
+#[test]
+fn a_guest_that_goes_on_at_its_source_takes_back_what_was_taken_early() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let (a, b) = (Host::standby(&bench, 1, id), Host::standby(&bench, 2, id));
+    a.start();
+    a.until_held(1);
+    b.expect_guest();
+    a.stop();
+    b.until_yielded();
+    a.start();
+    assert!(a.follow.deposed(id, Epoch(1)), "it was yielded");
+    a.until_held(3);
+    assert!(b.follow.deposed(id, Epoch(2)));
+    b.until("standing by", |state| *state == LeaseState::Standby);
+    // Once for each front end: the next time its guest is waited for.
+    a.stop();
+    a.until_yielded();
+    b.until_on_offer();
+    assert_eq!((b.state(), record(&bench, id)), (LeaseState::Standby, held_by(1, true, 3)));
+    // The next front end comes when the lease is on offer already. One that only looks in takes nothing.
+    b.follow.front_end(id, &b.socket, false);
+    assert_eq!(b.state(), LeaseState::Standby);
+    b.expect_guest();
+    b.until_yielded();
+    assert_eq!(record(&bench, id).1, Epoch(4));
+    b.leave();
+    a.leave();
+}
+
+#[test]
+fn two_that_await_a_guest_take_its_lease_from_each_other_once() {
+    let bench = Bench::new();
+    let id = volume(&bench);
+    let [a, b, c] = [1, 2, 3].map(|number| Host::standby(&bench, number, id));
+    a.start();
+    a.until_held(1);
+    b.expect_guest();
+    c.expect_guest();
+    a.stop();
+    until("both to have had it", || (record(&bench, id).1 == Epoch(3)).then_some(()));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(record(&bench, id).1, Epoch(3));
+    a.leave();
+    b.leave();
+    c.leave();
 }
 
 #[test]

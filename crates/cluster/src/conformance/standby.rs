@@ -12,7 +12,7 @@ use crate::store::{ClusterStore, Swapped};
 
 /// Longer than anything takes that is to happen.
 const LIMIT: Duration = Duration::from_secs(20);
-const STANDBY: Acquire = Acquire { force: false, standby: true, above: Epoch::NONE };
+const STANDBY: Acquire = Acquire { force: false, standby: true, yields: false, above: Epoch::NONE };
 
 fn inserted(store: &dyn ClusterStore) -> VolumeEntry {
     store.insert_volume(&volume(1, "a"), &shard(1), store.revision().unwrap()).unwrap()
@@ -65,12 +65,21 @@ pub(super) fn standbys_take_what_is_yielded(one: &dyn ClusterStore, two: &dyn Cl
     assert!(lease::acquire(one, id, &holder(1), standby).is_err());
     assert!(is_done(&mark(two, 2, 2, true)));
     assert_eq!(lease::acquire(one, id, &holder(1), standby).unwrap().volume.epoch, Epoch(3));
-    // A holder that died after its mark is back: no standby takes it from it.
+    // One that awaits its guest yields from the beginning.
     assert!(is_done(&mark(one, 1, 3, true)));
-    assert_eq!(lease::acquire(one, id, &holder(1), plain).unwrap().volume.epoch, Epoch(4));
+    let early = Acquire { yields: true, ..standby };
+    let taken = lease::acquire(two, id, &holder(2), early).unwrap().volume;
+    assert_eq!(
+        (taken.epoch, taken.holder),
+        (Epoch(4), Some(Holder { yieldable: true, ..holder(2) }))
+    );
+    assert_eq!(lease::acquire(one, id, &holder(1), standby).unwrap().volume.epoch, Epoch(5));
+    // A holder that died after its mark is back: no standby takes it from it.
+    assert!(is_done(&mark(one, 1, 5, true)));
+    assert_eq!(lease::acquire(one, id, &holder(1), plain).unwrap().volume.epoch, Epoch(6));
     assert!(lease::acquire(two, id, &holder(2), standby).is_err());
-    assert!(lease::release(one, id, holder(1).id, Epoch(4)).unwrap());
-    assert_eq!(mark(one, 1, 4, true), Marked::NotOurs(None));
+    assert!(lease::release(one, id, holder(1).id, Epoch(6)).unwrap());
+    assert_eq!(mark(one, 1, 6, true), Marked::NotOurs(None));
     let gone = VolumeId::from_bytes([7; 16]);
     let nothing = lease::mark_yieldable(one, gone, holder(1).id, Epoch(1), true, None).unwrap();
     assert_eq!(nothing, Marked::NotOurs(None));

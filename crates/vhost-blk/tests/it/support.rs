@@ -186,6 +186,7 @@ impl Reactor {
                 match event {
                     Event::WatchKick { queue, fd } => drop(self.kicks.insert(queue, fd)),
                     Event::UnwatchKick { queue } => drop(self.kicks.remove(&queue)),
+                    Event::FrontEnd { .. } => {}
                     Event::Started => self.shared.live.store(true, Ordering::Release),
                     Event::Stopped { .. } => self.shared.live.store(false, Ordering::Release),
                     Event::Superseded => unreachable!("this back end supersedes nothing"),

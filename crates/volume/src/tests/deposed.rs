@@ -135,6 +135,34 @@ fn a_head_that_was_stopped_reads_nothing_and_says_once_that_it_is_over() {
     }
 }
 
+/// One that was opened for a guest that has not come yet is in nobody's way either.
+#[test]
+fn a_head_that_rests_from_the_beginning_makes_way_at_once() {
+    for seed in 0..10 {
+        let mut settings = settings(seed);
+        settings.deposes = false;
+        let mut world = World::new(seed, settings, BufferPool::heap(256, 64));
+        let old = world.new_head();
+        world.input(old, Input::Rest);
+        world.run_until_done(5_000 * MS, "it opens", World::open);
+        world.run_until(world.now + 50 * MS);
+        let (begun, held) = (world.now, world.counts.get("held seal").copied());
+        world.new_head();
+        world.run_until_done(5_000 * MS, "the next one opens", World::open);
+        assert_eq!(world.counts.get("held seal").copied(), held, "seed {seed}");
+        let waited = world.now - begun;
+        assert!(waited < base::limits::GRANT_MS * MS, "seed {seed}: {} ms", waited / MS);
+        world.start_load();
+        world.run_until(world.now + 500 * MS);
+        world.submitting = false;
+        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+        let current = world.current();
+        world.input(current, Input::Release);
+        world.run_until(world.now + 2_000 * MS);
+        world.finish();
+    }
+}
+
 /// A head that rests gives back what it was granted: the next one opens without waiting for that. And
 /// until somebody else seals, it goes on as if nothing had been.
 #[test]
