@@ -135,6 +135,24 @@ fn a_head_that_was_stopped_reads_nothing_and_says_once_that_it_is_over() {
     }
 }
 
+/// Another head need not wait for what the one that rests was granted, and the guest goes on there.
+fn the_next_one_opens_at_once(mut world: World, seed: u64) {
+    let (begun, held) = (world.now, world.counts.get("held seal").copied());
+    world.new_head();
+    world.run_until_done(5_000 * MS, "the next one opens", World::open);
+    assert_eq!(world.counts.get("held seal").copied(), held, "seed {seed}");
+    let waited = world.now - begun;
+    assert!(waited < base::limits::GRANT_MS * MS, "seed {seed}: {} ms", waited / MS);
+    world.start_load();
+    world.run_until(world.now + 500 * MS);
+    world.submitting = false;
+    world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+    let current = world.current();
+    world.input(current, Input::Release);
+    world.run_until(world.now + 2_000 * MS);
+    world.finish();
+}
+
 /// One that was opened for a guest that has not come yet is in nobody's way either.
 #[test]
 fn a_head_that_rests_from_the_beginning_makes_way_at_once() {
@@ -146,20 +164,7 @@ fn a_head_that_rests_from_the_beginning_makes_way_at_once() {
         world.input(old, Input::Rest);
         world.run_until_done(5_000 * MS, "it opens", World::open);
         world.run_until(world.now + 50 * MS);
-        let (begun, held) = (world.now, world.counts.get("held seal").copied());
-        world.new_head();
-        world.run_until_done(5_000 * MS, "the next one opens", World::open);
-        assert_eq!(world.counts.get("held seal").copied(), held, "seed {seed}");
-        let waited = world.now - begun;
-        assert!(waited < base::limits::GRANT_MS * MS, "seed {seed}: {} ms", waited / MS);
-        world.start_load();
-        world.run_until(world.now + 500 * MS);
-        world.submitting = false;
-        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
-        let current = world.current();
-        world.input(current, Input::Release);
-        world.run_until(world.now + 2_000 * MS);
-        world.finish();
+        the_next_one_opens_at_once(world, seed);
     }
 }
 
@@ -189,21 +194,7 @@ fn a_head_that_rests_makes_way_at_once() {
         world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
         world.input(old, Input::Rest);
         world.run_until(world.now + 300 * MS);
-        let (begun, held) = (world.now, world.counts.get("held seal").copied());
-        world.new_head();
-        world.run_until_done(5_000 * MS, "the next one opens", World::open);
-        assert_eq!(world.counts.get("held seal").copied(), held, "seed {seed}");
-        let waited = world.now - begun;
-        assert!(waited < base::limits::GRANT_MS * MS, "seed {seed}: {} ms", waited / MS);
-        // The guest goes on there.
-        world.start_load();
-        world.run_until(world.now + 500 * MS);
-        world.submitting = false;
-        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
-        let current = world.current();
-        world.input(current, Input::Release);
-        world.run_until(world.now + 2_000 * MS);
-        world.finish();
+        the_next_one_opens_at_once(world, seed);
     }
 }
 
