@@ -432,6 +432,42 @@ fn handles_are_taken_back_from_heads_that_left() {
 }
 
 #[test]
+fn a_deposed_heads_release_costs_the_next_one_no_handle() {
+    let mut net = Net::new(6, Subsystem::Replica(SERVER));
+    net.up();
+    let mut tag = 0;
+    let mut run = |net: &mut Net, number: u64, epoch: u64, body: CommandBody, result| {
+        tag += 1;
+        let (key, epoch) = (key(number), Epoch(epoch));
+        let command = ReplicaCommand { key, epoch, commit: Seq(0), body };
+        net.at_initiator(Input::Command { tag: Tag(tag), command });
+        net.settle();
+        for event in net.target_events() {
+            if let target::Output::Replica { session, tag, .. } = event {
+                net.at_target(target::Input::ReplicaReply { session, tag, result });
+                break;
+            }
+        }
+        net.settle();
+        net.initiator_events()
+    };
+    let sealed = || Ok(ReplyBody::Sealed(ReplicaState::default()));
+    run(&mut net, 0, 2, CommandBody::Seal, sealed());
+    run(&mut net, 0, 1, CommandBody::Release, Err(ReplicaError::Superseded { sealed: Epoch(2) }));
+    // Whoever has said Release makes room; the head of epoch 2 has not.
+    for number in 1..5000 {
+        run(&mut net, number, 2, CommandBody::Seal, sealed());
+        run(&mut net, number, 2, CommandBody::Release, Ok(ReplyBody::Done));
+    }
+    let events = run(&mut net, 0, 2, CommandBody::Renew, Ok(ReplyBody::Done));
+    assert!(
+        matches!(&events[..], [Output::Reply { result: Ok(ReplyBody::Done), .. }]),
+        "{events:?}"
+    );
+    net.finish();
+}
+
+#[test]
 fn commands_before_up_are_answered_at_once() {
     let mut net = Net::new(8, Subsystem::Replica(SERVER));
     let body = CommandBody::Flush;

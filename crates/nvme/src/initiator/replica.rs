@@ -70,13 +70,16 @@ impl Handles {
         Some(handle)
     }
 
-    fn find(&mut self, key: ReplicaKey, body: &CommandBody) -> Option<u32> {
+    fn find(&mut self, key: ReplicaKey, epoch: Epoch, body: &CommandBody) -> Option<u32> {
         let bound = self.by_key.get_mut(&key)?;
         let releases = matches!(body, CommandBody::Release);
         if bound.deposed && !releases {
             return None;
         }
-        bound.released = releases;
+        // The last word of a head that was deposed says nothing of the next one.
+        if epoch >= bound.epoch {
+            bound.released = releases;
+        }
         Some(bound.handle)
     }
 
@@ -120,7 +123,7 @@ impl Initiator {
             CommandBody::Seal | CommandBody::Hello { reason: HelloReason::Fill, .. } => {
                 self.handles.bind(key, epoch).ok_or(ReplicaError::Invalid)
             }
-            body => self.handles.find(key, body).ok_or(ReplicaError::NotSealed),
+            body => self.handles.find(key, epoch, body).ok_or(ReplicaError::NotSealed),
         }
     }
 
