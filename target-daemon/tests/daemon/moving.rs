@@ -534,6 +534,19 @@ fn a_daemon_lets_exports_stand_by() {
         let holder = bench.store.volume(id).unwrap().unwrap().volume.holder.unwrap();
         holder.yieldable.then_some(())
     });
+    // The other one has it back, and yields: a front end that has come is enough.
+    let standby = Acquire { standby: true, ..Acquire::default() };
+    lease::acquire(bench.store.as_ref(), id, &other, standby).unwrap();
+    running.plane.send(Event::Superseded { volume: id, epoch: Epoch(2), sealed: Epoch(3) });
+    state("standby");
+    running.plane.send(Event::FrontEnd { volume: id, socket: socket.clone(), connected: true });
+    lease::mark_yieldable(bench.store.as_ref(), id, other.id, Epoch(3), true, None).unwrap();
+    state("yielded");
+    let volume = bench.store.volume(id).unwrap().unwrap().volume;
+    assert_eq!(
+        (volume.epoch, volume.holder.map(|holder| holder.yieldable)),
+        (Epoch(4), Some(true))
+    );
     running.stop();
-    assert_eq!(bench.holder(id), (None, Epoch(2)));
+    assert_eq!(bench.holder(id), (None, Epoch(4)));
 }
