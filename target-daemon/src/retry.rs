@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// How long a dead process's locks and sockets may take to go.
 pub const LINGER: Duration = Duration::from_secs(10);
-const INTERVAL: Duration = Duration::from_millis(20);
+const INTERVAL: Duration = Duration::from_millis(5);
 
 /// Attempts until it succeeds, fails in a way that does not pass, or [`LINGER`] is over.
 pub fn while_lingering<T, E>(

@@ -11,6 +11,8 @@ use core::fmt;
 use core::ops::Range;
 use std::rc::{Rc, Weak};
 
+use bytes::BytesMut;
+
 use crate::limits::{HEADER_BYTES, PAGE_BYTES, PAYLOAD_BYTES_MAX, SMALL_PAYLOAD_BYTES};
 
 /// Bytes of a slot whose payload is [`SMALL_PAYLOAD_BYTES`].
@@ -21,21 +23,17 @@ pub const LARGE_SLOT_BYTES: usize = HEADER_BYTES + PAYLOAD_BYTES_MAX;
 enum Memory {
     /// Part of a region that lives as long as the process (huge pages, registered with the kernel).
     Region(&'static mut [u8]),
-    /// Own heap memory; the slot starts at the first page boundary inside. Made when the slot is first
-    /// taken at the latest.
-    Heap { bytes: Vec<u8>, start: usize, slot_bytes: usize },
+    /// Part of an allocation, which goes with the last of its parts.
+    Heap(BytesMut),
+    /// An allocation of its own as soon as the slot is taken.
+    OnDemand { slot_bytes: usize },
 }
 
-impl Memory {
-    fn make(&mut self) {
-        match self {
-            Self::Heap { bytes, start, slot_bytes } if bytes.is_empty() => {
-                *bytes = vec![0; *slot_bytes + PAGE_BYTES];
-                *start = bytes.as_ptr().align_offset(PAGE_BYTES);
-            }
-            Self::Heap { .. } | Self::Region(_) => {}
-        }
-    }
+/// Zeroed heap memory from a page boundary on.
+fn pages(bytes: usize) -> BytesMut {
+    let mut memory = BytesMut::zeroed(bytes + PAGE_BYTES);
+    let start = memory.as_ptr().align_offset(PAGE_BYTES);
+    memory.split_off(start).split_to(bytes)
 }
 
 struct Slot {
@@ -48,14 +46,16 @@ impl Slot {
     fn bytes(&self) -> &[u8] {
         match &self.memory {
             Memory::Region(bytes) => bytes,
-            Memory::Heap { bytes, start, slot_bytes } => &bytes[*start..*start + *slot_bytes],
+            Memory::Heap(bytes) => bytes,
+            Memory::OnDemand { .. } => &[],
         }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
             Memory::Region(bytes) => bytes,
-            Memory::Heap { bytes, start, slot_bytes } => &mut bytes[*start..*start + *slot_bytes],
+            Memory::Heap(bytes) => bytes,
+            Memory::OnDemand { .. } => &mut [],
         }
     }
 }
@@ -76,21 +76,20 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A pool on heap memory.
+    /// A pool on heap memory. All of it is one allocation: a process that has little time to start makes
+    /// thousands of buffers.
     pub fn heap(small: usize, large: usize) -> Self {
-        let pool = Self::on_demand(small, large);
-        let slots = |slots: &mut Vec<Rc<Slot>>| slots.iter_mut().for_each(make);
-        let mut free = pool.pool.free.borrow_mut();
-        slots(&mut free.small);
-        slots(&mut free.large);
-        drop(free);
-        pool
+        let mut rest = pages(Self::region_bytes(small, large));
+        let mut cut = |slot_bytes: usize| Memory::Heap(rest.split_to(slot_bytes));
+        let large = (0..large).map(|_| cut(LARGE_SLOT_BYTES)).collect();
+        let small = (0..small).map(|_| cut(SMALL_SLOT_BYTES)).collect();
+        Self::with_slots(small, large)
     }
 
     /// A pool on heap memory that is allocated as its slots are first taken: for tests and the simulator,
     /// where many pools live for a short time and few slots of each are ever used.
     pub fn on_demand(small: usize, large: usize) -> Self {
-        let memory = |slot_bytes: usize| Memory::Heap { bytes: Vec::new(), start: 0, slot_bytes };
+        let memory = |slot_bytes: usize| Memory::OnDemand { slot_bytes };
         Self::with_slots(
             (0..small).map(|_| memory(SMALL_SLOT_BYTES)).collect(),
             (0..large).map(|_| memory(LARGE_SLOT_BYTES)).collect(),
@@ -145,7 +144,10 @@ impl BufferPool {
         let mut free = self.pool.free.borrow_mut();
         let small = if payload_bytes <= SMALL_PAYLOAD_BYTES { free.small.pop() } else { None };
         let mut slot = small.or_else(|| free.large.pop())?;
-        make(&mut slot);
+        if let Memory::OnDemand { slot_bytes } = slot.memory {
+            let slot = Rc::get_mut(&mut slot).expect("a free slot is nobody's");
+            slot.memory = Memory::Heap(pages(slot_bytes));
+        }
         Some(BufferMut { slot })
     }
 
@@ -161,11 +163,6 @@ impl fmt::Debug for BufferPool {
         let (small, large) = self.available();
         write!(f, "BufferPool {{ free small: {small}, free large: {large} }}")
     }
-}
-
-/// A free slot is about to be used.
-fn make(slot: &mut Rc<Slot>) {
-    Rc::get_mut(slot).expect("a free slot is nobody's").memory.make();
 }
 
 /// Puts the slot back if `slot` is its last reference.
@@ -275,7 +272,7 @@ impl Buffer {
     /// tests and tools, not for the data path.
     pub fn copied_from(bytes: &[u8]) -> Self {
         let length = bytes.len();
-        let memory = Memory::Heap { bytes: bytes.to_vec(), start: 0, slot_bytes: length };
+        let memory = Memory::Heap(BytesMut::from(bytes));
         Self { slot: Rc::new(Slot { memory, small: false, pool: Weak::new() }), start: 0, length }
     }
 

@@ -64,7 +64,7 @@ impl Default for FlushPolicy {
         Self {
             log_fill_percent: 50,
             index_fill_percent: 50,
-            full_bytes: 128 << 20,
+            full_bytes: 64 << 20,
             age: Duration::from_secs(30),
             idle: Duration::from_secs(5),
             operations: 8,
