@@ -21,7 +21,7 @@ struct Load {
 }
 
 const LOADS: &[Load] = &[
-    Load { name: "busy", requests: 20_000, pause_nanos: 80_000, reads_percent: 10 },
+    Load { name: "busy", requests: 20_000, pause_nanos: 3_000, reads_percent: 10 },
     Load { name: "calm", requests: 2000, pause_nanos: 100_000_000, reads_percent: 35 },
 ];
 
@@ -42,7 +42,7 @@ pub(super) fn measure(arguments: &super::Arguments) -> ExitCode {
         while begun.elapsed() < length {
             let report = World::new(WorldConfig {
                 hiccups: false,
-                habits: Habits { blocks: 1, ..Habits::PLAIN },
+                habits: Habits { blocks: 1, depth: 128, ..Habits::PLAIN },
                 check_every: 1024,
                 pause_nanos: load.pause_nanos,
                 reads_percent: load.reads_percent,
