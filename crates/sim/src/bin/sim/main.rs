@@ -60,7 +60,7 @@ struct Arguments {
     /// Measure how fast one core is without faults: many writes, and a calm guest (--seconds: each).
     #[arg(long)]
     quiet: bool,
-    /// Prove that planted bugs are found, each within so many seeds (--seeds, 400 by default).
+    /// Prove that planted bugs are found, each within so many seeds (--seeds, 600 by default).
     #[arg(long)]
     planted: bool,
     /// With --planted: only bugs that a few seeds find, to see that the simulator still bites.

@@ -31,7 +31,7 @@ mod with_bugs {
     use super::super::Arguments;
 
     /// Seeds that a bug may take.
-    const SEEDS: u64 = 400;
+    const SEEDS: u64 = 600;
 
     /// Bugs that a few seeds find, in every part of the code, and how many seeds that may take.
     const QUICK: &[Bug] = &[

@@ -20,6 +20,7 @@ struct Load {
     reads_percent: u64,
 }
 
+/// The busy one is ready with the next request before the last is answered: its depth is what limits it.
 const LOADS: &[Load] = &[
     Load { name: "busy", requests: 20_000, pause_nanos: 3_000, reads_percent: 10 },
     Load { name: "calm", requests: 2000, pause_nanos: 100_000_000, reads_percent: 35 },
