@@ -289,6 +289,9 @@ pub enum FaultKind {
     Migrate {
         /// Which process.
         to: usize,
+        /// The one with the head that rests is cut off for so long, and does not know what it has lost when
+        /// somebody uses it again.
+        cut_millis: Option<u64>,
     },
     /// The holder gives the volume up in good order, and another process attaches it.
     HandOver {
@@ -340,6 +343,11 @@ pub enum Deed {
     TakeOver {
         /// It stands still.
         pause: bool,
+        /// For how long.
+        millis: u64,
+    },
+    /// The victim is cut off from all others.
+    CutOff {
         /// For how long.
         millis: u64,
     },
@@ -613,7 +621,7 @@ fn kind(number: usize, profile: &Profile, millis: u64, random: &mut Random) -> F
             FaultKind::LateAnswers { micros, millis: millis + 1000 }
         }
         30 => FaultKind::SplitChange { who: server, millis },
-        34 => FaultKind::Migrate { to: who },
+        34 => FaultKind::Migrate { to: who, cut_millis: random.one_in(2).then_some(millis) },
         35 => FaultKind::SlowTakeOver { to: who, millis: random.between(300, 1000) },
         36 => FaultKind::HeadCorruption { times: random.choose(&[5, 20, 50]), millis },
         41 => duel(who, random),

@@ -24,6 +24,7 @@ places! {
     HeadSuperseded = "a head was told that it is deposed",
     HeadReleased = "a head released its members in good order",
     HeadRested = "the guest stopped and a head rested",
+    DeposedAtRest = "a head was deposed while it rested, and somebody used it again",
     HeadStalled = "requests waited for a quorum",
     HeadResumed = "requests no longer waited for a quorum",
     StaleHeadUsed = "somebody used a head after its successor had opened",

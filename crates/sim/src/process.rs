@@ -84,6 +84,8 @@ pub(crate) struct RunningHead {
     pub(crate) opened: bool,
     /// How large it says the volume is.
     pub(crate) blocks: u64,
+    /// Nobody has used it since it was told to rest.
+    pub(crate) rests: bool,
 }
 
 pub(crate) fn id(index: usize, kind: u8) -> [u8; 16] {

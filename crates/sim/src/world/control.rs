@@ -136,7 +136,8 @@ impl World {
         match node.open_head(local, records.volume.clone(), records.shard.clone()) {
             Ok(handle) => {
                 let blocks = records.blocks();
-                state.head = Some(RunningHead { handle, epoch, opened: false, blocks });
+                state.head =
+                    Some(RunningHead { handle, epoch, opened: false, blocks, rests: false });
             }
             Err(error) => self.fail(&format!("no head was made: {error}")),
         }

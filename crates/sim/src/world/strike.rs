@@ -253,6 +253,9 @@ impl World {
                 let from = victims.start;
                 self.take_over(from, (from + 1) % self.processes.len(), pause, millis);
             }
+            Deed::CutOff { millis } => {
+                self.partition(1 << victims.start, self.now + Duration::from_millis(millis));
+            }
             Deed::Blackout { millis } => self.black_out(victims.start, millis),
             Deed::HangAndCut { millis } => self.hang_and_cut(victims.start, millis),
             Deed::ThinStart { millis } => self.start_thinly(victims.start, millis),
@@ -596,11 +599,15 @@ impl World {
                 self.split = Some(millis);
                 true
             }
-            FaultKind::Migrate { to } => {
+            FaultKind::Migrate { to, cut_millis } => {
                 let from = self.desired;
                 let to = self.other_than(from, to);
                 self.stop_guest(Duration::from_millis(20));
                 self.after(10_000_000, Event::Rest { process: from });
+                if let Some(millis) = cut_millis {
+                    let (deed, victim) = (Deed::CutOff { millis }, Victim::Server(from));
+                    self.after(12_000_000, Event::Sprung { deed, victim, there: from });
+                }
                 self.after(12_000_000, Event::Attach { process: to });
                 true
             }

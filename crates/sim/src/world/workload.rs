@@ -123,11 +123,13 @@ impl World {
 
     /// Nobody uses the head of a process for now.
     pub(super) fn rest(&mut self, process: usize) {
-        let Some(head) = self.processes[process].head else { return };
-        if self.processes[process].paused_until <= self.now {
+        let state = &mut self.processes[process];
+        let Some(head) = &mut state.head else { return };
+        if state.paused_until <= self.now {
+            head.rests = true;
+            let (handle, life) = (head.handle, state.life);
             self.report.places.reach(Place::HeadRested);
-            let life = self.processes[process].life;
-            self.input(process, life, Input::RestHead(head.handle));
+            self.input(process, life, Input::RestHead(handle));
         }
     }
 
@@ -241,6 +243,7 @@ impl World {
         let bytes = usize::try_from(blocks).expect("few") * PAGE_BYTES;
         let Some(mut buffer) = state.guest_buffers.take(bytes) else { return };
         let life = state.life;
+        let rested = state.head.as_mut().is_some_and(|head| std::mem::take(&mut head.rests));
         let number = self.next_write;
         let fua = kind == Kind::Write && self.random.one_in(10);
         let on_media = fua || self.config.durability == Durability::Durable;
@@ -273,7 +276,8 @@ impl World {
         self.trace_blocks("submit", &guest);
         self.requests.insert(id.0, guest);
         if stale {
-            self.report.places.reach(Place::StaleHeadUsed);
+            let place = if rested { Place::DeposedAtRest } else { Place::StaleHeadUsed };
+            self.report.places.reach(place);
         }
         let count = BlockCount(u32::try_from(blocks).expect("few"));
         let request = BlockRequest { id, lba: Lba(lba), blocks: count, operation };

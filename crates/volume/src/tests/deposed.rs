@@ -198,6 +198,46 @@ fn a_head_that_rests_makes_way_at_once() {
     }
 }
 
+/// One that has rested counts on nothing that it gave back: it is cut off with a single member when the next
+/// one opens and the guest writes there, and what it is asked for again has to wait.
+#[test]
+fn a_head_that_rested_reads_nothing_by_grants_it_gave_back() {
+    for seed in 0..10 {
+        let mut settings = settings(seed);
+        (settings.members, settings.deposes) = (if seed % 2 == 0 { 3 } else { 5 }, false);
+        let mut world = World::new(seed, settings, BufferPool::heap(256, 64));
+        let old = world.new_head();
+        world.start_load();
+        world.run_until_done(5_000 * MS, "it opens", World::open);
+        world.run_until(world.now + 100 * MS);
+        world.submitting = false;
+        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+        world.input(old, Input::Rest);
+        // Less than a grant lasts: by its clock it could still count on all that it had.
+        world.run_until(world.now + 60 * MS);
+        let (own, apart) = (world.settings.members - 1, 500 * MS);
+        for server in 0..own {
+            world.stall_link(old, server, apart);
+        }
+        world.apart = Some((own, world.now + apart));
+        let (begun, before) = (world.now, world.counts.get("deposed read").copied());
+        world.new_head();
+        world.run_until_done(5_000 * MS, "the next one opens", World::open);
+        assert!(world.now - begun < 80 * MS, "seed {seed}: {} ms", (world.now - begun) / MS);
+        world.start_load();
+        world.run_until(begun + apart - 50 * MS);
+        assert_eq!(world.counts.get("deposed read").copied(), before, "seed {seed}");
+        world.run_until(begun + 2 * apart);
+        assert!(world.heads[old].as_ref().unwrap().ended, "seed {seed}");
+        world.submitting = false;
+        world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
+        let current = world.current();
+        world.input(current, Input::Release);
+        world.run_until(world.now + 2_000 * MS);
+        world.finish();
+    }
+}
+
 /// A head that is released has the last word at every member: the next one opens without waiting for what was
 /// granted, whatever the old one still had to tell them when the release began.
 #[test]

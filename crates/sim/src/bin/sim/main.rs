@@ -60,12 +60,9 @@ struct Arguments {
     /// Measure how fast one core is without faults: many writes, and a calm guest (--seconds: each).
     #[arg(long)]
     quiet: bool,
-    /// Prove that planted bugs are found, each within so many seeds (--seeds, 600 by default).
+    /// Prove that planted bugs are found, each within so many seeds (--seeds, 400 by default).
     #[arg(long)]
     planted: bool,
-    /// With --planted: only bugs that a few seeds find, to see that the simulator still bites.
-    #[arg(long)]
-    quick: bool,
     /// With --planted or --replay: this bug only.
     #[arg(long)]
     bug: Option<String>,

@@ -31,21 +31,7 @@ mod with_bugs {
     use super::super::Arguments;
 
     /// Seeds that a bug may take.
-    const SEEDS: u64 = 600;
-
-    /// Bugs that a few seeds find, in every part of the code, and how many seeds that may take.
-    const QUICK: &[Bug] = &[
-        Bug::AckBeforeQuorum,
-        Bug::OneAckTooFew,
-        Bug::ShortestTail,
-        Bug::ReadOfStaleMember,
-        Bug::UndecidedRead,
-        Bug::ReuseSeq,
-        Bug::SealNotPersisted,
-        Bug::NewerBlockDropped,
-        Bug::DiscardForgotten,
-    ];
-    const QUICK_SEEDS: u64 = 40;
+    const SEEDS: u64 = 400;
 
     struct Found {
         bug: Bug,
@@ -146,11 +132,9 @@ mod with_bugs {
 
     pub(crate) fn prove(arguments: &Arguments) -> ExitCode {
         let base = arguments.seed_base.unwrap_or(0);
-        let usual = if arguments.quick { QUICK_SEEDS } else { SEEDS };
-        let seeds = arguments.seeds.unwrap_or(usual);
+        let seeds = arguments.seeds.unwrap_or(SEEDS);
         let bugs: Vec<Bug> = match arguments.bug.as_deref().map(named).transpose() {
             Ok(Some(bug)) => vec![bug],
-            Ok(None) if arguments.quick => QUICK.to_vec(),
             Ok(None) => Bug::ALL.to_vec(),
             Err(error) => {
                 eprintln!("sim: {error}");
