@@ -1,9 +1,9 @@
 //! Log, metadata and home images at recovery: a pool that was written to, then changed by the
 //! input, is opened.
 
-use std::sync::OnceLock;
-
+use core::cell::RefCell;
 use core::time::Duration;
+use std::sync::OnceLock;
 
 use base::{
     BlockCount, BlockSize, BufferPool, Epoch, Lba, Position, Record, RecordHeader, RecordKind,
@@ -12,30 +12,39 @@ use base::{
 use store::Command;
 
 use crate::bytes::Bytes;
-use crate::sim::{Random, Shape, World, shape};
+use crate::sim::{Disk, Random, Shape, World, shape};
 
 const KEY: ReplicaKey = ReplicaKey { volume: VolumeId::from_bytes([9; 16]), shard: ShardIndex(0) };
 const BLOCKS: u64 = 64;
 const RECORDS: u64 = 40;
+
+thread_local! {
+    /// The devices of the last run: memory that is mapped already is most of a run's time.
+    static MEDIA: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// No panic; the pool opens or says why not; a block that is read is one that was written there, or
 /// absent, or an error: never something else (I4).
 pub fn recovery(data: &[u8]) {
     let mut bytes = Bytes(data);
     let (images, used) = images();
-    let mut world = World::new(small(), Random::new(u64::from(bytes.u8())));
-    for (disk, image) in world.disks.iter_mut().zip(images) {
-        disk.media.clone_from(image);
-    }
+    let random = Random::new(u64::from(bytes.u8()));
+    let mut media = MEDIA.take();
+    media.clone_from(images);
     for _ in 0..64 {
         if bytes.is_empty() {
             break;
         }
-        change(&mut bytes, &mut world, used);
+        change(&mut bytes, &mut media, used);
     }
-    if world.reopen(false).is_err() || world.store.replica(KEY).is_none() {
-        return;
+    let mut world = World::on(media.into_iter().map(Disk::holding).collect(), small(), random);
+    if world.reopen(false).is_ok() && world.store.replica(KEY).is_some() {
+        read_everything(&mut world);
     }
+    MEDIA.set(world.disks.into_iter().map(|disk| disk.media).collect());
+}
+
+fn read_everything(world: &mut World) {
     let pool = BufferPool::heap(2, 2);
     for block in 0..BLOCKS {
         let Some(buffer) = pool.take(4096) else { break };
@@ -139,11 +148,11 @@ fn images() -> &'static (Vec<Vec<u8>>, Vec<Vec<usize>>) {
 }
 
 /// Changes the media somewhere that was in use.
-fn change(bytes: &mut Bytes<'_>, world: &mut World, used: &[Vec<usize>]) {
+fn change(bytes: &mut Bytes<'_>, media: &mut [Vec<u8>], used: &[Vec<usize>]) {
     let device = usize::from(bytes.u8()) % used.len();
     let sectors = &used[device];
     let at = sectors[usize::from(bytes.u16()) % sectors.len()] * 512;
-    let media = &mut world.disks[device].media;
+    let media = &mut media[device];
     match bytes.below(6) {
         0 | 1 => media[at + usize::from(bytes.u16()) % 512] ^= 1 << bytes.below(8),
         2 => media[at..at + 512].fill(0),

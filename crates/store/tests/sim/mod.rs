@@ -57,8 +57,12 @@ pub struct Disk {
 
 impl Disk {
     pub fn new(bytes: u64) -> Self {
+        Self::holding(vec![0; usize::try_from(bytes).unwrap()])
+    }
+
+    pub fn holding(media: Vec<u8>) -> Self {
         Self {
-            media: vec![0; usize::try_from(bytes).unwrap()],
+            media,
             volatile: BTreeMap::new(),
             writes: 0,
             latent: std::collections::BTreeSet::new(),
@@ -257,8 +261,15 @@ impl World {
         for disk in &mut disks {
             disk.sync(u64::MAX);
         }
+        let mut world = Self::on(disks, shape, random);
+        world.finish_opening().expect("a fresh pool opens");
+        world
+    }
+
+    /// A store that has just begun to open a pool on these.
+    pub fn on(disks: Vec<Disk>, shape: Shape, random: Random) -> Self {
         let store = Store::open(config(&shape), &shape.devices);
-        let mut world = Self {
+        Self {
             disks,
             store,
             now: Instant::ZERO,
@@ -275,9 +286,7 @@ impl World {
             cut_after: None,
             late_read: None,
             shape,
-        };
-        world.finish_opening().expect("a fresh pool opens");
-        world
+        }
     }
 
     pub fn command(&mut self, tag: u64, command: Command) {
