@@ -30,6 +30,8 @@ impl Socket {
 
 /// Bytes that may wait at a reader, or be on the way to it; a writer's further bytes wait with it.
 const WINDOW_BYTES: usize = 4 << 20;
+/// What is written in one go leaves in segments of so many bytes at most.
+const SEGMENT_BYTES: usize = 64 << 10;
 /// So much of a segment is likely a header.
 const HEADER_BYTES: usize = 72;
 /// TCP's first retransmission time-out.
@@ -56,6 +58,14 @@ struct Pending {
     region: ReceiveRegion,
 }
 
+/// Bytes on the way.
+#[derive(Clone, Copy)]
+struct Segment {
+    sent: Instant,
+    arrives: Instant,
+    bytes: usize,
+}
+
 /// One end and the pipe that it reads.
 struct SocketState {
     end: End,
@@ -64,8 +74,7 @@ struct SocketState {
     bytes: VecDeque<u8>,
     /// How many of the bytes have arrived.
     arrived: usize,
-    /// Bytes on the way: when they arrive, and how many.
-    segments: VecDeque<(Instant, usize)>,
+    segments: VecDeque<Segment>,
     last_arrival: Instant,
     receive: Option<Pending>,
     /// The writer has closed; the reader learns of it after the bytes, not before this time.
@@ -92,6 +101,17 @@ pub(crate) struct Link {
     /// A byte takes so many nanoseconds.
     pub(crate) byte_nanos: Option<(u64, Instant)>,
     busy_until: Instant,
+}
+
+impl Link {
+    fn is_sound(&self, now: Instant) -> bool {
+        let over = |until: Option<Instant>| until.is_none_or(|until| until <= now);
+        self.blocked_until <= now
+            && over(self.loss.map(|(_, until)| until))
+            && over(self.corruption.map(|(_, until)| until))
+            && over(self.extra.map(|(_, until)| until))
+            && over(self.byte_nanos.map(|(_, until)| until))
+    }
 }
 
 /// What a delivery gave.
@@ -166,8 +186,8 @@ impl Network {
             }
             let again = blocked_until + Duration::from_nanos(self.random.below(backoff));
             let socket = &mut self.sockets[number];
-            for (at, _) in socket.segments.iter_mut().filter(|(at, _)| *at > now) {
-                *at = (*at).max(again);
+            for segment in socket.segments.iter_mut().filter(|segment| segment.arrives > now) {
+                segment.arrives = segment.arrives.max(again);
             }
             socket.last_arrival = socket.last_arrival.max(again);
             socket.ended = socket.ended.map(|at| if at > now { at.max(again) } else { at });
@@ -192,8 +212,8 @@ impl Network {
                 continue;
             }
             let at = now + Duration::from_nanos(self.random.below(RETRANSMIT_NANOS));
-            for (arrival, _) in &mut socket.segments {
-                *arrival = (*arrival).min(at);
+            for segment in &mut socket.segments {
+                segment.arrives = segment.arrives.min(at);
             }
             socket.last_arrival = socket.last_arrival.min(at);
             socket.ended = socket.ended.map(|ended| ended.min(at));
@@ -289,6 +309,9 @@ impl Network {
     fn transmit(&mut self, now: Instant, to: Socket, from: usize, part: &Buffer) {
         let process = self.state(to).end.process;
         let bytes = part.bytes();
+        if self.join_segment(now, to, from, bytes) {
+            return;
+        }
         let at = self.arrival(now, from, process, bytes.len());
         let corrupt = self.link(from, process).corruption.is_some_and(|(_, until)| now < until);
         let times = self.link(from, process).corruption.map_or(1, |(times, _)| times);
@@ -306,9 +329,24 @@ impl Network {
         }
         let at = at.max(state.last_arrival);
         state.last_arrival = at;
-        state.segments.push_back((at, bytes.len()));
+        state.segments.push_back(Segment { sent: now, arrives: at, bytes: bytes.len() });
         self.corrupted += u64::from(flip.is_some());
         self.later.push((at, Later::Deliver(to)));
+    }
+
+    /// Parts that are written at the same moment leave in one segment, if there is nothing wrong with the
+    /// link; else each fares on its own.
+    fn join_segment(&mut self, now: Instant, to: Socket, from: usize, bytes: &[u8]) -> bool {
+        let process = self.state(to).end.process;
+        let sound = self.link(from, process).is_sound(now);
+        let state = &mut self.sockets[to.0 as usize];
+        let Some(segment) = state.segments.back_mut().filter(|_| sound) else { return false };
+        if segment.sent != now || segment.bytes + bytes.len() > SEGMENT_BYTES {
+            return false;
+        }
+        segment.bytes += bytes.len();
+        state.bytes.extend(bytes);
+        true
     }
 
     /// Starts a receive. The buffer is dropped if the connection is gone.
@@ -324,7 +362,7 @@ impl Network {
         assert!(state.receive.is_none(), "one receive at a time");
         state.receive = Some(Pending { buffer, region });
         if state.arrived > 0
-            || state.segments.front().is_some_and(|(at, _)| *at <= now)
+            || state.segments.front().is_some_and(|segment| segment.arrives <= now)
             || state.ended.is_some()
         {
             let at = now + Duration::from_nanos(self.random.between(1_000, 8_000));
@@ -336,10 +374,10 @@ impl Network {
     pub(crate) fn deliver(&mut self, now: Instant, socket: Socket) -> Option<Delivery> {
         let piece = self.random.bits();
         let state = self.state(socket);
-        while let Some((at, bytes)) = state.segments.front().copied()
-            && at <= now
+        while let Some(segment) = state.segments.front().copied()
+            && segment.arrives <= now
         {
-            state.arrived += bytes;
+            state.arrived += segment.bytes;
             state.segments.pop_front();
         }
         let over = state.segments.is_empty() && state.ended.is_some_and(|at| at <= now);

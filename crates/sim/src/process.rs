@@ -30,6 +30,8 @@ pub(crate) struct Process {
     pub(crate) disks: Vec<Disk>,
     pub(crate) open: bool,
     pub(crate) head: Option<RunningHead>,
+    /// Requests of its front end that are not answered.
+    pub(crate) begun: usize,
     pub(crate) lease: Lease,
     pub(crate) healer: Healer,
     /// Restarted by every start of the process.
@@ -202,6 +204,7 @@ impl Process {
             disks,
             open: false,
             head: None,
+            begun: 0,
             lease: Lease::Idle,
             healer: Healer::default(),
             clock: Clock::new(Instant::ZERO, 0, 0),

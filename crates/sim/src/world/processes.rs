@@ -115,6 +115,7 @@ impl World {
     pub(super) fn lose_head(&mut self, process: usize, head: RunningHead) {
         let before = self.requests.len();
         self.requests.retain(|_, guest| guest.process != process);
+        self.processes[process].begun = 0;
         if self.requests.len() < before {
             self.report.places.reach(Place::KilledWithRequests);
         }

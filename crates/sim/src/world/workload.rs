@@ -188,11 +188,10 @@ impl World {
             return;
         }
         // Each front end has a depth of its own: what a lost head holds is not in another's way.
-        let begun = self.requests.values().filter(|guest| guest.process == process).count();
         let depth = self.config.habits.depth;
         let whole = process == self.desired || kind == Kind::Read;
         let most = if whole { depth } else { depth.div_ceil(2) };
-        if begun < most {
+        if self.processes[process].begun < most {
             self.submit_request(process, kind, lba, blocks);
         }
     }
@@ -275,6 +274,7 @@ impl World {
         let guest = Guest { lba, blocks, kind, number, submitted, process, epoch, stale, on_media };
         self.trace_blocks("submit", &guest);
         self.requests.insert(id.0, guest);
+        self.processes[process].begun += 1;
         if stale {
             let place = if rested { Place::DeposedAtRest } else { Place::StaleHeadUsed };
             self.report.places.reach(place);
@@ -289,6 +289,7 @@ impl World {
         let Some(guest) = self.requests.remove(&reply.id.0) else {
             self.fail(&format!("request {} was answered twice or never made", reply.id.0));
         };
+        self.processes[guest.process].begun -= 1;
         match reply.status {
             Status::Ok => {}
             // Given back: it may or may not have landed.
