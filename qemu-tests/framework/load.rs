@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use blkio_client::{Client, Done, Operation};
 
-use crate::disk::Stretch;
+use crate::machine::Stretch;
 use crate::oracle::{BLOCK_BYTES, Oracle, fill, mix};
 use crate::wait::{Deadline, wait_until};
 
@@ -32,10 +32,10 @@ const FLUSH_EVERY: u64 = 256;
 const COMPLAINTS_MAX: usize = 20;
 
 /// A shorter pause is none that is listed.
-const PAUSE_MIN: Duration = Duration::from_millis(5);
+pub(crate) const PAUSE_MIN: Duration = Duration::from_millis(1);
 
 /// Pauses that are listed, at most.
-const PAUSES_MAX: usize = 10_000;
+const PAUSES_MAX: usize = 200_000;
 
 /// What a client does.
 #[derive(Debug, Clone, Copy)]

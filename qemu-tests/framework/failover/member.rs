@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{
-    Amount, Ground, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH, began_ms,
+    Amount, FELT, Felt, Ground, PATIENCE_SECONDS, RECOVERY_RATE, Run, VOLUME_MIB, WARM_UP, WATCH,
     milliseconds, watch,
 };
 use crate::cluster::{Cluster, ClusterOptions, Server};
@@ -28,7 +28,7 @@ const VICTIMS: [usize; 2] = [1, 2];
 
 pub(super) fn killed(ground: Ground<'_>, amount: Amount, told: &mut dyn FnMut(&Run)) -> Result<()> {
     let cluster = Cluster::start_of(ground.lab, ground.cluster(3))?;
-    repeat(&cluster, amount, told, |run, load| {
+    repeat(&cluster, Some(FELT), amount, told, |run, load| {
         kill_and_start(&cluster.servers()[VICTIMS[run % VICTIMS.len()]], load)
     })
 }
@@ -49,7 +49,8 @@ pub(super) fn bystander_killed(
     let bystander = bystander.context("a server without a replica")?;
     let head = cluster.servers().iter().position(|server| is_member(&server));
     let head = head.context("a server with a replica")?;
-    under_load(&cluster, head, amount, told, |_, load| kill_and_start(bystander, load))
+    let kill = |_, load: &Load| kill_and_start(bystander, load);
+    under_load(&cluster, head, Some(FELT), amount, told, kill)
 }
 
 fn kill_and_start(victim: &Server, load: &Load) -> Result<Window> {
@@ -68,7 +69,7 @@ pub(super) fn partitioned(
     let network = Network::start(ground.lab, &["a", "b", "c"])?;
     let options = ClusterOptions { network: Some(&network), ..ground.cluster(3) };
     let cluster = Cluster::start_of(ground.lab, options)?;
-    repeat(&cluster, amount, told, |run, load| {
+    repeat(&cluster, None, amount, told, |run, load| {
         let victim = cluster.servers()[VICTIMS[run % VICTIMS.len()]].name();
         load.begin_window();
         network.isolate(victim)?;
@@ -86,20 +87,22 @@ fn watch_on(load: &Load) -> Result<Window> {
 }
 
 /// Lets `fault` happen again and again to a volume of the first server's; it gets the run's number, and
-/// undoes what it did.
+/// undoes what it did. What it makes is felt within so long, or at any time.
 fn repeat(
     cluster: &Cluster<'_>,
+    within: Option<Duration>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
     fault: impl FnMut(usize, &Load) -> Result<Window>,
 ) -> Result<()> {
     cluster.create_volume("disk", VOLUME_MIB, 3)?;
-    under_load(cluster, 0, amount, told, fault)
+    under_load(cluster, 0, within, amount, told, fault)
 }
 
 fn under_load(
     cluster: &Cluster<'_>,
     head: usize,
+    within: Option<Duration>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
     mut fault: impl FnMut(usize, &Load) -> Result<Window>,
@@ -114,19 +117,20 @@ fn under_load(
         cluster.wait_all_well(head, "disk")?;
         load.set_rate(options.rate);
         // As long as after the fault, so that the two can be compared on a machine that has other work.
-        let quiet = watch(&load, WATCH)?;
+        let quiet = watch(&load, within.unwrap_or(WATCH))?;
         let start = Instant::now();
         let window = fault(runs, &load)?;
         runs += 1;
-        let began_ms = began_ms(&window, start);
+        let (slowest, completed) = (window.slowest, window.completed);
+        let Felt { pauses, figure, began_ms } = Felt::of(window, start, within);
         told(&Run {
-            figure: milliseconds(window.pause),
-            pauses: window.pauses,
+            figure,
+            pauses,
             quiet: milliseconds(quiet.pause),
-            slowest_ms: milliseconds(window.slowest),
+            slowest_ms: milliseconds(slowest),
             began_ms,
             took_ms: milliseconds(WATCH),
-            completed: window.completed,
+            completed,
         });
     }
     load.set_rate(RECOVERY_RATE);

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{
-    Amount, Ground, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, began_ms, milliseconds,
+    Amount, FELT, Felt, Ground, PATIENCE_SECONDS, QUIET, RECOVERY_RATE, Run, WARM_UP, milliseconds,
     watch,
 };
 use crate::cluster::{Cluster, ClusterOptions};
@@ -34,6 +34,13 @@ pub(super) enum Messages {
     Off,
 }
 
+/// What was done in a run, and when.
+struct Step {
+    /// A process was killed in the midst of it.
+    killed: Option<Instant>,
+    done: Instant,
+}
+
 pub(super) fn drained(
     ground: Ground<'_>,
     messages: Messages,
@@ -50,7 +57,7 @@ pub(super) fn drained(
         std::thread::sleep(AFTER);
         server.start()?;
         cluster.holdfast(&["server", "undrain", server.name()])?;
-        Ok(emptied)
+        Ok(Step { killed: None, done: emptied })
     })
 }
 
@@ -68,12 +75,13 @@ pub(super) fn killed_in_rebuild(
             Ok(members.iter().any(|(_, role)| role == "catching_up").then_some(()))
         })?;
         let server = &cluster.servers()[other];
+        let killed = Some(Instant::now());
         server.kill()?;
         std::thread::sleep(Duration::from_secs(1));
         server.start()?;
         cluster.holdfast(&["server", "drain", leaving, "--wait", HEAL_SECONDS])?;
         cluster.holdfast(&["server", "undrain", leaving])?;
-        Ok(Instant::now())
+        Ok(Step { killed, done: Instant::now() })
     })
 }
 
@@ -103,13 +111,13 @@ fn others(cluster: &Cluster<'_>, head: usize) -> Result<Vec<usize>> {
     Ok((0..cluster.servers().len()).filter(is_member).collect())
 }
 
-/// Lets `step` empty a member's server again and again; it gets another member's number, too, and
-/// says when it was done.
+/// Lets `step` empty a member's server again and again; it gets another member's number, too. What counts is what
+/// the client feels of all that, or of the kill.
 fn repeat(
     cluster: &Cluster<'_>,
     amount: Amount,
     told: &mut dyn FnMut(&Run),
-    mut step: impl FnMut(usize, usize) -> Result<Instant>,
+    mut step: impl FnMut(usize, usize) -> Result<Step>,
 ) -> Result<()> {
     cluster.create_volume("disk", MOVED_MIB, 3)?;
     let members = members(cluster)?;
@@ -129,20 +137,22 @@ fn repeat(
         let (victim, other) = (others[runs % 2], others[(runs + 1) % 2]);
         load.begin_window();
         let start = Instant::now();
-        let done = step(victim, other)?;
+        let Step { killed, done } = step(victim, other)?;
         std::thread::sleep(AFTER);
         load.check()?;
         let window = load.end_window();
         runs += 1;
-        let began_ms = began_ms(&window, start);
+        let (slowest, completed) = (window.slowest, window.completed);
+        let within = killed.map(|_| FELT);
+        let Felt { pauses, figure, began_ms } = Felt::of(window, killed.unwrap_or(start), within);
         told(&Run {
-            figure: milliseconds(window.pause),
-            pauses: window.pauses,
+            figure,
+            pauses,
             quiet: milliseconds(quiet.pause),
-            slowest_ms: milliseconds(window.slowest),
+            slowest_ms: milliseconds(slowest),
             began_ms,
             took_ms: milliseconds(done - start),
-            completed: window.completed,
+            completed,
         });
     }
     load.set_rate(RECOVERY_RATE);

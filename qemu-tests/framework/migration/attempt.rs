@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::qemu::{self, FAST_BYTES, SLOW_BYTES};
 use super::trace::{self, GET_VRING_BASE, SET_LOG_BASE};
 use super::{BackEnd, PATIENCE_SECONDS, Rig, guest_options, own};
-use crate::disk::Stretch;
 use crate::guest::Guest;
+use crate::machine::Stretch;
 use crate::wait::{Deadline, wait_until};
 
 /// Where destinations listen, each at another port.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 
 use super::PATIENCE_SECONDS;
-use crate::disk::Stretch;
+use crate::machine::Stretch;
 use crate::wait::{Deadline, wait_until};
 
 /// How a back end begins to say it.

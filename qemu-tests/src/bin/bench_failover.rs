@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use framework::bench::{self, Options, Outcome, Summary, Unit};
 use framework::failover::{Amount, Ground, Run, Scenario};
-use framework::{DiskProbe, Lab, Network, Space};
+use framework::{Lab, MachineProbe, Network, Space};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
@@ -17,15 +17,16 @@ Usage: scripts/dev bench failover [--runs N] [--only SCENARIO]... [--check] [--j
   --only SCENARIO  only this kind; may be given again
   --check          exit status 1 if a figure misses its goal; those are listed last. Goals are for the
                    99th percentile, and for the median where the figure is one of percentiles itself
-                   (member-slow), of what is beyond the disk; where a process dies they are on top of what
+                   (member-slow), of what is beyond the machine; where a process dies they are on top of what
                    bystander-killed cost, if that was measured, too
   --json [FILE]    the figures and every run in JSON, to FILE or in place of the table
 
 Real servers on this machine, a client that keeps 8 requests of 4 KiB under way, half of them
 reads, and knows what every read must return. Pools' files were written once, so that a sync is what
-it is on a block device. `beyond disk` is the figure without the time in which the one disk under
-all servers let somebody else wait, too: a page of a file of its own is written through a hundred times a
-second, and what takes longer than 10 ms counts. A failed request or a wrong byte is a failure of the
+it is on a block device. `beyond machine` is the figure without the time in which the one disk under
+all servers let somebody else wait, too, or the machine itself stood still: a page of a file of its own is
+written through a hundred times a second, a thread on each processor wakes every 2 ms, and what takes more
+than 10 ms longer counts, if no thread of this machine was the reason. A failed request or a wrong byte is a failure of the
 whole run, whatever the figures. Exit status: 0, 1 for a failure or a goal that was missed, 2 for wrong arguments.
 ";
 
@@ -57,7 +58,7 @@ fn run(options: &Options) -> Result<Outcome> {
     let mut measured: Vec<Measured> =
         wanted.iter().map(|scenario| measure(*scenario, options.runs)).collect();
     let bystander = measured.iter().find(|one| one.scenario == Scenario::BystanderKilled);
-    let dying = bystander.and_then(Measured::beyond_disk).map_or(0.0, |all| all.p99);
+    let dying = bystander.and_then(Measured::beyond_machine).map_or(0.0, |all| all.p99);
     for one in &mut measured {
         let dying = if one.scenario.kills_a_server() { dying } else { 0.0 };
         one.goal = one.scenario.goal().map(|goal| goal + dying);
@@ -74,7 +75,7 @@ fn measure(scenario: Scenario, runs: usize) -> Measured {
     let (runs_done, beyond) = (Vec::new(), Vec::new());
     let mut measured = Measured { scenario, runs: runs_done, beyond, failure: None, goal: None };
     let outcome = Lab::new(&format!("bench-{}", scenario.name()), 0).and_then(|lab| {
-        let probe = DiskProbe::start(&lab)?;
+        let probe = MachineProbe::start(&lab)?;
         let told = &mut |run: &Run| {
             let beyond = probe.beyond(&run.pauses);
             let beyond = beyond.map_or(run.figure, |beyond| beyond.as_secs_f64() * 1000.0);
@@ -82,7 +83,7 @@ fn measure(scenario: Scenario, runs: usize) -> Measured {
             measured.beyond.push(beyond);
             let show = |figure| scenario.unit().show(figure);
             eprintln!(
-                "{} {}/{runs}: {} ({} beyond the disk, quiet {})",
+                "{} {}/{runs}: {} ({} beyond the machine, quiet {})",
                 scenario.name(),
                 measured.runs.len(),
                 show(run.figure),
@@ -109,7 +110,7 @@ impl Measured {
         Summary::of(self.runs.iter().map(|run| run.figure))
     }
 
-    fn beyond_disk(&self) -> Option<Summary> {
+    fn beyond_machine(&self) -> Option<Summary> {
         Summary::of(self.beyond.iter().copied())
     }
 
@@ -121,14 +122,14 @@ impl Measured {
 
     fn missed(&self) -> Option<String> {
         let (name, unit) = (self.scenario.name(), self.scenario.unit());
-        let (goal, summary) = (self.goal?, self.beyond_disk()?);
+        let (goal, summary) = (self.goal?, self.beyond_machine()?);
         let (which, reached) = match unit {
             Unit::Times => ("median", summary.median),
             Unit::Milliseconds => ("p99", summary.p99),
         };
         (reached > goal).then(|| {
             let (reached, goal) = (unit.show(reached), unit.show(goal));
-            format!("MISSED {name}: {which} {reached} beyond the disk, of {goal} allowed")
+            format!("MISSED {name}: {which} {reached} beyond the machine, of {goal} allowed")
         })
     }
 }
@@ -145,7 +146,7 @@ fn table(all: &[Measured]) -> String {
         "p99",
         "max",
         "goal",
-        "beyond disk p99",
+        "beyond machine",
         "no fault p99",
         "slowest request",
         "took"
@@ -171,7 +172,7 @@ fn table(all: &[Measured]) -> String {
             unit.show(figure.p99),
             unit.show(figure.max),
             measured.goal.map_or("-".to_owned(), |goal| unit.show(goal)),
-            unit.show(measured.beyond_disk().map_or(0.0, |all| all.p99)),
+            unit.show(measured.beyond_machine().map_or(0.0, |all| all.p99)),
             unit.show(quiet),
             Unit::Milliseconds.show(slowest),
             Unit::Milliseconds.show(took),
@@ -195,7 +196,7 @@ fn report(all: &[Measured]) -> Value {
         let run = |(run, beyond): (&Run, &f64)| {
             json!({
                 "figure": run.figure,
-                "beyond_disk": beyond,
+                "beyond_machine": beyond,
                 "quiet": run.quiet,
                 "slowest_ms": run.slowest_ms,
                 "began_ms": run.began_ms,
@@ -212,7 +213,7 @@ fn report(all: &[Measured]) -> Value {
             "median": figure.as_ref().map(|all| all.median),
             "p99": figure.as_ref().map(|all| all.p99),
             "max": figure.as_ref().map(|all| all.max),
-            "beyond_disk_p99": measured.beyond_disk().map(|all| all.p99),
+            "beyond_machine_p99": measured.beyond_machine().map(|all| all.p99),
             "goal_met": measured.missed().is_none(),
             "failure": measured.failure,
             "runs": measured.runs.iter().zip(&measured.beyond).map(run).collect::<Vec<_>>(),

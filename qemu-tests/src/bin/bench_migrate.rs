@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use framework::bench::{self, Figure, Options, Outcome, Summary, Unit};
 use framework::migration::{Hosts, Move, Rig, RigOptions, Step, network, start_store};
-use framework::{DiskProbe, Lab, Network, PoolSizes, Space};
+use framework::{Lab, MachineProbe, Network, PoolSizes, Space};
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
@@ -143,7 +143,7 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
         ..RigOptions::new(hosts, limit)
     };
     let mut rig = Rig::start(lab, &network, options)?;
-    let probe = DiskProbe::start(lab)?;
+    let probe = MachineProbe::start(lab)?;
     let mut steps = Step::ALL.into_iter().cycle();
     for run in measured.moves.len() + 1..=runs {
         if aborts && let Some(step) = steps.next() {
@@ -166,7 +166,7 @@ fn repeat(lab: &Lab, runs: usize, measured: &mut Measured) -> Result<()> {
         measured.beyond_ms.push(beyond);
         eprintln!(
             "{name} {run}/{runs}: added {:.1} ms to QEMU's {:.0} ms (quiet {:.1} ms); drain {:.1} ms, \
-             lease {:.1}, opened {:.1}, own {:.1}; {beyond:.1} beyond the disk",
+             lease {:.1}, opened {:.1}, own {:.1}; {beyond:.1} beyond the machine",
             moved.added_ms,
             moved.downtime_ms,
             moved.quiet_ms,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use framework::bench::{self, Figure, Options, Outcome, Unit};
 use framework::{
-    Cluster, Deadline, DiskProbe, Lab, Load, LoadOptions, Oracle, PoolSizes, Space, verify,
+    Cluster, Deadline, Lab, Load, LoadOptions, MachineProbe, Oracle, PoolSizes, Space, verify,
 };
 use serde_json::json;
 
@@ -120,7 +120,7 @@ fn repeat(lab: &Lab, replicas: usize, runs: usize, measured: &mut Measured) -> R
     let socket = cluster.export(server, "disk")?;
     let options = LoadOptions { rate: 4000, ..LoadOptions::default() };
     let load = Load::start(&socket, options, Oracle::new(options.blocks))?;
-    let probe = DiskProbe::start(lab)?;
+    let probe = MachineProbe::start(lab)?;
     let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
     for run in 1..=runs {
         load.begin_window();
@@ -138,7 +138,7 @@ fn repeat(lab: &Lab, replicas: usize, runs: usize, measured: &mut Measured) -> R
         measured.quiet_ms.push(quiet);
         measured.slowest_ms.push(milliseconds(window.slowest));
         eprintln!(
-            "{} {run}/{runs}: {pause:.1} ms ({beyond:.1} ms beyond the disk, quiet {quiet:.1} ms)",
+            "{} {run}/{runs}: {pause:.1} ms ({beyond:.1} ms beyond the machine, quiet {quiet:.1} ms)",
             measured.name
         );
     }
