@@ -236,12 +236,27 @@ impl Head {
                     }
                     return self.ask_ours(index);
                 }
+                None if tried != 0 && self.ends_settled(index) => {
+                    return self.step(index, &Step::Shared(probe));
+                }
                 None => return self.retry_matching(index, (tried != 0).then_some(seq)),
             }
         };
         if let Some(matching) = self.matching(index) {
             matching.ours = side;
         }
+    }
+
+    /// True if the member's log ends in what is settled, and nothing differed yet: such a log is part of every
+    /// later one. To compare its end finds members that promise too much, but is not worth a wait for what
+    /// nobody can read, which may be there in this very log.
+    fn ends_settled(&mut self, index: usize) -> bool {
+        self.matching(index).is_some_and(|matching| {
+            matching.high.is_none()
+                && matching.confirm.is_none()
+                && matching.state.last.seq == matching.probe
+                && matching.state.commit >= matching.probe
+        })
     }
 
     /// The epoch of our record `probe`, as far as it follows from what is known.
