@@ -190,7 +190,7 @@ impl Head {
     pub(crate) fn pump_filling(&mut self, index: usize) {
         let now = self.now;
         // What it was sent before may still be on its way into its log.
-        let busy = self.members[index].outstanding > 0;
+        let busy = self.members[index].free_at().is_none_or(|at| at > now);
         let Some(filling) = self.filling(index) else { return };
         if busy || filling.at > now {
             return;

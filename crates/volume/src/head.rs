@@ -461,6 +461,7 @@ impl Head {
             member.told_at = now;
         }
         member.outstanding += 1;
+        member.outliving += usize::from(kind.outlives_a_seal());
         member.granting = kind != Kind::Release;
         if member.granting {
             // It is granted again with this: the last word is a Release.

@@ -16,6 +16,8 @@ use crate::slow::Speed;
 use crate::status::MemberMode;
 
 const WORDS: usize = MEMBER_COMMANDS_MAX / 64;
+/// For so long a member that is to be sealed anew may take to answer what it was sent before.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// One bit for each of the last [`MEMBER_COMMANDS_MAX`] seqs.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +89,8 @@ pub(crate) struct Member {
     pub(crate) since: Instant,
     /// Commands of this session that are not answered.
     pub(crate) outstanding: usize,
+    /// Those of them that outlive a Seal.
+    pub(crate) outliving: usize,
     /// It holds this record and every one before, all as in the head's log. Valid while `follows`.
     pub(crate) acked: Seq,
     /// It may hold records of the head's log through here, by what it said or was sent.
@@ -137,6 +141,7 @@ impl Member {
             mode: Mode::Down,
             since: now,
             outstanding: 0,
+            outliving: 0,
             acked: Seq::ZERO,
             reach: Seq::ZERO,
             heard: false,
@@ -220,6 +225,29 @@ impl Member {
             | Mode::Live
             | Mode::Parked { .. } => false,
         }
+    }
+
+    /// From then on it may be sealed, or filled, anew: nothing is under way of what came before, or that has had its
+    /// time. None: not before more is answered.
+    ///
+    /// What was sent to a full log is never answered, and it may be this very opening that makes room: so nothing
+    /// is waited for without end that a Seal ends as well.
+    pub(crate) fn free_at(&self) -> Option<Instant> {
+        if self.outstanding == 0 {
+            Some(self.since)
+        } else {
+            (self.outliving == 0).then_some(self.since + PATIENCE)
+        }
+    }
+
+    /// Another session with it begins, or what the head makes of the same one: answers to what was sent before
+    /// mean nothing any more.
+    pub(crate) fn begin_session(&mut self, session: u64) {
+        self.session = session;
+        self.outstanding = 0;
+        self.outliving = 0;
+        self.grant.session_over();
+        self.speed.session_over();
     }
 
     /// Enters `mode`.

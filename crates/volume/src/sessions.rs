@@ -25,15 +25,12 @@ impl Head {
         let (now, backoff, session) = (self.now, self.tunables.retry_min, self.next_session());
         let member = &mut self.members[index];
         member.connected = true;
-        member.session = session;
-        member.outstanding = 0;
+        member.begin_session(session);
         member.backoff = backoff;
         member.told_commit = Seq::ZERO;
         member.farewell = Farewell::None;
         member.fills_refused = false;
         member.health.session_up(now);
-        member.grant.session_over();
-        member.speed.session_over();
         member.enter(Mode::Resting { error: None, until: now }, now);
     }
 
@@ -46,15 +43,17 @@ impl Head {
         }
         let unanswered = member.outstanding > 0;
         member.connected = false;
-        member.session = session;
-        member.outstanding = 0;
+        member.begin_session(session);
         member.health.session_down(now, unanswered);
-        member.grant.session_over();
-        member.speed.session_over();
         member.enter(Mode::Down, now);
-        self.reads_lost(index);
-        self.copy_lost(index);
-        self.donor_lost(index);
+        self.ask_others(index);
+    }
+
+    /// Nothing that this member was asked for will come.
+    fn ask_others(&mut self, lost: usize) {
+        self.reads_lost(lost);
+        self.copy_lost(lost);
+        self.donor_lost(lost);
     }
 
     /// Ends what the head was doing with a member and starts over with a Seal, after a wait that
@@ -96,31 +95,23 @@ impl Head {
         }
     }
 
-    /// Seals at members whose wait is over and which have no command of a former life under way.
+    /// Seals at members whose wait is over, and that are done with what they were sent in a former life, or have had
+    /// time for it. Commands reach a member in order, so that the Seal's answer says what came of them.
     pub(crate) fn wake_members(&mut self) {
+        let now = self.now;
         for index in 0..self.members.len() {
             let member = &self.members[index];
-            let seal = match &member.mode {
-                Mode::Resting { until, .. } => *until <= self.now && member.outstanding == 0,
-                Mode::Parked { until: Some(until), .. } => {
-                    *until <= self.now && member.outstanding == 0
-                }
-                Mode::Parked { until: None, .. }
-                | Mode::Down
-                | Mode::Sealing
-                | Mode::Sealed(_)
-                | Mode::Matching(_)
-                | Mode::Truncating { .. }
-                | Mode::CatchingUp(_)
-                | Mode::Live
-                | Mode::Filling(_) => false,
-            };
-            if seal {
-                let number = self.next_number();
-                self.send(index, Kind::Seal, number, CommandBody::Seal);
-                let now = self.now;
-                self.members[index].enter(Mode::Sealing, now);
+            if member.seal_at().is_none_or(|at| at > now) {
+                continue;
             }
+            if member.outstanding > 0 {
+                let session = self.next_session();
+                self.members[index].begin_session(session);
+                self.ask_others(index);
+            }
+            let number = self.next_number();
+            self.send(index, Kind::Seal, number, CommandBody::Seal);
+            self.members[index].enter(Mode::Sealing, now);
         }
     }
 
@@ -132,6 +123,7 @@ impl Head {
         }
         let Some((kind, number)) = parse(tag, member.session) else { return };
         member.outstanding = member.outstanding.saturating_sub(1);
+        member.outliving = member.outliving.saturating_sub(usize::from(kind.outlives_a_seal()));
         member.health.heard(self.now);
         if let Err(ReplicaError::Superseded { sealed }) = result
             && sealed > self.epoch
@@ -244,14 +236,30 @@ impl Head {
 }
 
 impl Member {
+    /// When it is to be sealed anew.
+    fn seal_at(&self) -> Option<Instant> {
+        let until = match &self.mode {
+            Mode::Resting { until, .. } => Some(*until),
+            Mode::Parked { until, .. } => *until,
+            Mode::Down
+            | Mode::Sealing
+            | Mode::Sealed(_)
+            | Mode::Matching(_)
+            | Mode::Truncating { .. }
+            | Mode::CatchingUp(_)
+            | Mode::Live
+            | Mode::Filling(_) => None,
+        };
+        Some(until?.max(self.free_at()?))
+    }
+
     /// When something is to be done about this member.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.mode {
-            Mode::Resting { until, .. } => (self.outstanding == 0).then_some(*until),
-            Mode::Parked { until, .. } => until.filter(|_| self.outstanding == 0),
+            Mode::Resting { .. } | Mode::Parked { .. } => self.seal_at(),
             Mode::Matching(matching) => matching.retry_at,
             Mode::CatchingUp(catch_up) => catch_up.retry_at,
-            Mode::Filling(filling) => (self.outstanding == 0).then_some(filling.at()),
+            Mode::Filling(filling) => Some(filling.at().max(self.free_at()?)),
             Mode::Down | Mode::Sealing | Mode::Sealed(_) | Mode::Truncating { .. } | Mode::Live => {
                 None
             }

@@ -33,6 +33,24 @@ impl Kind {
         matches!(self, Self::Append | Self::Trim | Self::Release)
     }
 
+    /// True if the replica may carry it out long after commands that came later: what a Seal says of the log is
+    /// true only once such a command is answered. All others take effect, or fail, in the order in which they came.
+    pub(crate) const fn outlives_a_seal(self) -> bool {
+        match self {
+            Self::Seal | Self::Truncate | Self::Install | Self::Grow => true,
+            Self::Append
+            | Self::Read
+            | Self::Flush
+            | Self::Scan
+            | Self::Trim
+            | Self::Release
+            | Self::Renew
+            | Self::Hello
+            | Self::HealthOf
+            | Self::Mend => false,
+        }
+    }
+
     const fn code(self) -> u64 {
         match self {
             Self::Seal => 1,

@@ -236,6 +236,9 @@ impl Bench {
     fn deliver_at(&mut self, index: usize, place: usize) {
         let (tag, command) = self.wires[index].remove(place).unwrap();
         let ReplicaCommand { epoch, commit, body, .. } = command;
+        if matches!(body, CommandBody::Seal) {
+            self.drop_waiting(index, place, epoch);
+        }
         if let (CommandBody::Scan { .. }, Some(error)) = (&body, self.failing_scans) {
             return self.answer(index, tag, Err(error));
         }
@@ -257,6 +260,19 @@ impl Bench {
             }
         };
         self.answer(index, tag, result);
+    }
+
+    /// A Seal has come: what was sent before it and waits for room is not carried out any more.
+    fn drop_waiting(&mut self, index: usize, before: usize, sealed: Epoch) {
+        let wire = &mut self.wires[index];
+        let later = wire.split_off(before);
+        let is_append = |(_, command): &Sent| matches!(command.body, CommandBody::Append { .. });
+        let (dropped, mut kept): (VecDeque<_>, VecDeque<_>) = wire.drain(..).partition(is_append);
+        kept.extend(later);
+        *wire = kept;
+        for (tag, _) in dropped {
+            self.answer(index, tag, Err(ReplicaError::Superseded { sealed }));
+        }
     }
 
     /// One step of a filling for each time that the head asks.

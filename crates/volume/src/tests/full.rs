@@ -1,9 +1,9 @@
 //! Members whose logs are full or that put nothing on media, and heads out of buffers.
 
-use base::{BufferPool, Operation, Seq, Status};
+use base::{BufferPool, Operation, ReplicaError, Seq, Status};
 
 use super::bench::Bench;
-use crate::{HeadPhase, Input, StallReason};
+use crate::{HeadPhase, Input, MemberMode, StallReason};
 
 #[test]
 fn what_is_not_on_media_is_kept_whatever_the_backlog_and_more_of_it_waits() {
@@ -62,6 +62,39 @@ fn an_opening_settles_what_fills_a_members_log() {
             assert_eq!(bench.value(read), Some(value));
         }
     }
+}
+
+/// What was sent to a full log is never answered, and only an opening makes room: it must not wait for that.
+#[test]
+fn a_full_member_is_sealed_again_though_it_answers_nothing() {
+    let mut bench = Bench::opened(3);
+    bench.room[0] = 6;
+    bench.held[1] = true;
+    for value in 1..=20 {
+        bench.write(value, value);
+    }
+    assert_eq!((bench.models[0].log.len(), bench.models[2].log.len()), (7, 21));
+    bench.room.fill(6);
+    bench.next_head();
+    bench.held.fill(false);
+    bench.up([0, 2]);
+    assert_eq!(bench.mode(0), MemberMode::Live, "with appends that wait for room");
+    let (waiting, _) = bench.wires[0][0];
+    // Nobody else has the whole tail: the opening begins anew.
+    bench.down(2);
+    bench.pass(10);
+    bench.up([1, 2]);
+    bench.pass(3000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    assert!((0..3).all(|member| bench.mode(member) == MemberMode::Live));
+    for value in 1..=20 {
+        let read = bench.read(value);
+        assert_eq!(bench.value(read), Some(value));
+    }
+    bench.answer(0, waiting, Err(ReplicaError::NoSpace));
+    assert_eq!(bench.mode(0), MemberMode::Live, "what it was sent before means nothing any more");
+    let logs = [0, 1, 2].map(|member| &bench.models[member].log);
+    assert!(logs[0] == logs[1] && logs[1] == logs[2]);
 }
 
 /// Reads whose buffers are gone need new ones, and those behind them may have all there are.
