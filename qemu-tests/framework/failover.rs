@@ -8,6 +8,7 @@ mod head;
 mod member;
 mod moves;
 
+use core::fmt;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -127,6 +128,17 @@ pub struct Run {
     pub took_ms: f64,
     /// Requests that were answered while the client was watched.
     pub completed: u64,
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { figure, quiet, slowest_ms, began_ms, took_ms, completed, .. } = self;
+        write!(
+            f,
+            "{figure:.1} (quiet: {quiet:.1}), begun after {began_ms:.1} ms, over after {took_ms:.0}; "
+        )?;
+        write!(f, "{completed} requests, the slowest {slowest_ms:.1} ms")
+    }
 }
 
 impl Scenario {

@@ -24,7 +24,7 @@ fn repeat(scenario: Scenario, runs: usize) {
     test(1, |lab: &Lab| {
         let ground = Ground { lab, space: Space::Sparse };
         scenario.repeat(ground, Amount::from_environment(runs), &mut |run| {
-            eprintln!("{}: {:?}", scenario.name(), run);
+            eprintln!("{}: {run}", scenario.name());
         })
     });
 }
