@@ -160,6 +160,7 @@ impl World {
             let life = self.servers[server].model.life + 1;
             let absent = super::model::Model { absent: true, life, ..Default::default() };
             self.servers[server].model = absent;
+            self.servers[server].waiting.clear();
         }
     }
 

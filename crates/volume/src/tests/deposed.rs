@@ -4,7 +4,8 @@
 use base::{BufferPool, Durability};
 
 use super::random::number;
-use super::world::{Counts, MS, Random, Settings, World, quick};
+use super::settings::{Settings, quick};
+use super::world::{Counts, MS, Random, World};
 use crate::Input;
 
 fn settings(seed: u64) -> Settings {
@@ -24,6 +25,7 @@ fn settings(seed: u64) -> Settings {
         stall_deadline_ms: None,
         spares: None,
         grows: false,
+        room: None,
         grants: true,
         deposes: true,
         untrue_head: false,

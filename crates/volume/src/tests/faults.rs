@@ -65,6 +65,7 @@ impl World {
         let lost = state.model.last().seq.0 - floor.0;
         let keep = Seq(floor.0 + self.random.below(lost + 1));
         self.servers[server].model.crash(keep);
+        self.servers[server].waiting.clear();
         if power {
             self.oracle.power_lost(&self.truth);
         }

@@ -1,9 +1,79 @@
 //! Members whose logs are full or that put nothing on media, and heads out of buffers.
 
-use base::{BufferPool, Operation, ReplicaError, Seq, Status};
+use base::{
+    BufferPool, CommandBody, Operation, RecordKind, ReplicaCommand, ReplicaError, Seq, Status,
+};
 
 use super::bench::Bench;
+use super::world::World;
 use crate::{HeadPhase, Input, MemberMode, StallReason};
+
+/// An append that waits for room in a member's log.
+pub(super) struct Waiting {
+    head: usize,
+    session: u64,
+    tag: u64,
+    command: ReplicaCommand,
+}
+
+/// Members of a world whose logs have little room, as a store has it: an append waits until enough of
+/// what is there is settled, and what comes later does not wait for it, but for other appends.
+impl World {
+    /// Gives the command back unless it waits.
+    pub(super) fn wait_for_room(
+        &mut self,
+        head: usize,
+        server: usize,
+        session: u64,
+        tag: u64,
+        command: ReplicaCommand,
+    ) -> Option<ReplicaCommand> {
+        let model = &self.servers[server].model;
+        let obeys = model.sealed == command.epoch && model.sealed_by == Some(head);
+        let CommandBody::Append { record, .. } = &command.body else { return Some(command) };
+        let opens = record.header().kind == RecordKind::EpochStart;
+        let waits = !self.servers[server].waiting.is_empty() || !opens && self.is_full(server);
+        if !obeys || !waits {
+            return Some(command);
+        }
+        self.count("append that waits for room");
+        let model = &mut self.servers[server].model;
+        model.learn_commit(&mut self.truth, command.commit);
+        self.servers[server].waiting.push_back(Waiting { head, session, tag, command });
+        self.go_on_with_room(server);
+        None
+    }
+
+    fn is_full(&self, server: usize) -> bool {
+        let model = &self.servers[server].model;
+        let unsettled = model.log.len() - usize::try_from(model.commit.0).unwrap();
+        self.settings.room.is_some_and(|room| unsettled >= room)
+    }
+
+    /// What a Seal or a filling finds waiting is not carried out any more.
+    pub(super) fn drop_waiting(&mut self, head: usize, server: usize, command: &ReplicaCommand) {
+        let model = &self.servers[server].model;
+        let (sealed, by) = (model.sealed, model.sealed_by);
+        let error = match command.body {
+            CommandBody::Seal if command.epoch > sealed || by == Some(head) => {
+                ReplicaError::Superseded { sealed: command.epoch }
+            }
+            CommandBody::Install { .. } if by == Some(head) => ReplicaError::Filling,
+            _ => return,
+        };
+        for waiting in core::mem::take(&mut self.servers[server].waiting) {
+            self.count("append dropped before it had room");
+            self.answer(waiting.head, server, waiting.session, waiting.tag, Err(error));
+        }
+    }
+
+    pub(super) fn go_on_with_room(&mut self, server: usize) {
+        while !self.is_full(server) {
+            let Some(next) = self.servers[server].waiting.pop_front() else { return };
+            self.carry_out(next.head, server, next.session, next.tag, next.command);
+        }
+    }
+}
 
 #[test]
 fn what_is_not_on_media_is_kept_whatever_the_backlog_and_more_of_it_waits() {

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use base::{BufferPool, Durability, RequestId};
 
 use super::oracle::Asked;
-use super::world::{Counts, MS, Settings, World, server_id};
+use super::settings::Settings;
+use super::world::{Counts, MS, World, server_id};
 use crate::Tunables;
 
 /// How long requests take.
@@ -58,6 +59,7 @@ fn settings(delay: u64) -> Settings {
         stall_deadline_ms: None,
         spares: None,
         grows: false,
+        room: None,
         grants: true,
         deposes: false,
         untrue_head: false,

@@ -17,5 +17,6 @@ mod news;
 mod oracle;
 mod random;
 mod scenarios;
+mod settings;
 mod unreadable;
 mod world;

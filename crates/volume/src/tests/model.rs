@@ -233,7 +233,7 @@ impl Model {
         }
     }
 
-    fn learn_commit(&mut self, truth: &mut Truth, commit: Seq) {
+    pub(super) fn learn_commit(&mut self, truth: &mut Truth, commit: Seq) {
         assert!(commit <= self.written, "a member is told only of what it acknowledged");
         while self.commit < commit {
             let seq = self.commit.next();

@@ -4,7 +4,8 @@ use base::{BufferPool, Durability, Role};
 
 use super::model::{touches, values_of};
 use super::oracle::{Answers, Asked};
-use super::world::{Counts, MS, Random, Settings, World, index_of, quick};
+use super::settings::{Settings, quick};
+use super::world::{Counts, MS, Random, World, index_of};
 use crate::{HeadPhase, Input, MemberMode, Tunables};
 
 pub(super) fn settings(seed: u64) -> Settings {
@@ -32,7 +33,23 @@ pub(super) fn settings(seed: u64) -> Settings {
         drops_blindly: false,
         spares: None,
         grows: random.one_in(3),
+        room: None,
     }
+}
+
+/// Worlds in which members' logs are often full.
+fn full_settings(seed: u64) -> Settings {
+    let mut random = Random::new(seed ^ 0x2468);
+    let mut settings = settings(seed);
+    settings.members = [1, 2, 3, 3, 3, 5][random.index(6)];
+    settings.bad = None;
+    settings.slow = random.one_in(4).then(|| random.index(settings.members));
+    settings.greedy_trims = false;
+    settings.power_losses = false;
+    settings.stall_deadline_ms = None;
+    settings.depth = [4, 16, 32][random.index(3)];
+    settings.room = Some([3, 8, 20][random.index(3)]);
+    settings
 }
 
 /// Worlds in which members come and go.
@@ -49,6 +66,9 @@ fn changing_settings(seed: u64) -> Settings {
     if random.one_in(2) {
         settings.tunables.log_copy_records = random.below(30);
         settings.tunables.fill_interval = core::time::Duration::from_millis(5);
+    }
+    if !settings.power_losses && !settings.greedy_trims && random.one_in(2) {
+        settings.room = Some([3, 8, 20][random.index(3)]);
     }
     settings
 }
@@ -103,10 +123,10 @@ pub(super) fn run(seed: u64, mut settings: Settings, buffers: &BufferPool) -> (C
         return (world.finish(), Answers::default());
     }
     world.run_until_done(60_000 * MS, "all requests are answered", World::idle);
-    check_content(&mut world);
     world.run_until_done(60_000 * MS, "the new size is served", |world| {
         world.served(world.current()) as u64 == world.size
     });
+    check_content(&mut world);
     if !greedy || changing {
         let live = |world: &World| {
             let status = world.head().unwrap().head.status();
@@ -246,6 +266,13 @@ fn random_worlds() {
         "Grow",
     ];
     worlds("random_worlds", settings, 300, &wanted);
+}
+
+#[test]
+fn random_full_logs() {
+    let wanted =
+        ["append that waits for room", "append dropped before it had room", "truncated", "Scan"];
+    worlds("random_full_logs", full_settings, 300, &wanted);
 }
 
 #[test]

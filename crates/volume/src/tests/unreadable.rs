@@ -5,7 +5,8 @@ use base::{BufferPool, Durability, Epoch, Position, ReplicaError, Role, Seq};
 
 use super::bench::Bench;
 use super::random::{self, number};
-use super::world::{Counts, Settings};
+use super::settings::Settings;
+use super::world::Counts;
 use crate::{HeadPhase, MemberMode, StallReason};
 
 /// Writes 1 to 6 reach only `holders` of so many members; then the head is gone. The log: 1 is the EpochStart.

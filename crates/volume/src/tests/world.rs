@@ -2,19 +2,20 @@
 //! from a seed.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use base::{
     BlockReply, BlockRequest, BufferPool, CommandBody, Durability, Epoch, Member, Policy,
     ReplicaCommand, ReplicaError, ReplyBody, Seq, ServerId, ShardRecord, VolumeRecord,
 };
-use core::time::Duration;
 
 use super::clocks::Clock;
 use super::control::{Change, first_record};
+use super::full::Waiting;
 use super::model::{BLOCK_BYTES, BLOCK_SIZE, Effect, Model, Truth};
 use super::oracle::Oracle;
-use crate::{Head, HeadConfig, HeadPhase, Input, Output, Tunables};
+use super::settings::Settings;
+use crate::{Head, HeadConfig, HeadPhase, Input, Output};
 
 pub(super) const MS: u64 = 1_000_000;
 
@@ -46,41 +47,6 @@ impl Random {
     pub(super) fn one_in(&mut self, times: u64) -> bool {
         self.below(times) == 0
     }
-}
-
-/// How rough a world is.
-#[derive(Clone, Debug)]
-pub(super) struct Settings {
-    pub(super) members: usize,
-    pub(super) durability: Durability,
-    pub(super) blocks: usize,
-    pub(super) depth: usize,
-    pub(super) tunables: Tunables,
-    /// Longest delay of a message, in nanoseconds.
-    pub(super) delay: u64,
-    /// A member whose writes take 50 times as long.
-    pub(super) slow: Option<usize>,
-    /// A member that refuses and fails, and has damaged data.
-    pub(super) bad: Option<usize>,
-    pub(super) power_losses: bool,
-    /// Members trim what other members may still need.
-    pub(super) greedy_trims: bool,
-    pub(super) stall_deadline_ms: Option<u64>,
-    /// Members hold a Seal for as long as a deposed head may read; clocks drift; deposed heads go
-    /// on being asked, and what they answer is judged.
-    pub(super) grants: bool,
-    /// What goes wrong is that heads are deposed without noticing.
-    pub(super) deposes: bool,
-    /// Planted: heads read without grants.
-    pub(super) untrue_head: bool,
-    /// Planted: members answer Seals at once.
-    pub(super) untrue_members: bool,
-    /// Planted: heads drop what cannot be read, whoever may hold it.
-    pub(super) drops_blindly: bool,
-    /// Servers that keep no replica at first; with them, members come and go.
-    pub(super) spares: Option<usize>,
-    /// The volume has a quarter of its blocks at first.
-    pub(super) grows: bool,
 }
 
 #[derive(Debug)]
@@ -143,6 +109,8 @@ pub(super) struct Server {
     pub(super) grant: super::clocks::Grant,
     /// When the last write under way completes: writes complete in order.
     busy_until: u64,
+    /// Appends that wait for room in its log.
+    pub(super) waiting: VecDeque<Waiting>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -233,7 +201,7 @@ impl World {
         let mut server = |index| {
             let model = Model { absent: index >= settings.members, ..Model::sized(size) };
             let grant = super::clocks::Grant::new(&mut random, settings.grants);
-            Server { model, up: true, grant, busy_until: 0 }
+            Server { model, up: true, grant, busy_until: 0, waiting: VecDeque::new() }
         };
         let servers =
             (0..settings.members + settings.spares.unwrap_or(0)).map(&mut server).collect();
@@ -598,6 +566,23 @@ impl World {
             self.answer(head, server, session, tag, Err(error));
             return;
         }
+        if self.settings.room.is_none() {
+            return self.carry_out(head, server, session, tag, command);
+        }
+        let Some(command) = self.wait_for_room(head, server, session, tag, command) else { return };
+        self.drop_waiting(head, server, &command);
+        self.carry_out(head, server, session, tag, command);
+        self.go_on_with_room(server);
+    }
+
+    pub(super) fn carry_out(
+        &mut self,
+        head: usize,
+        server: usize,
+        session: u64,
+        tag: u64,
+        command: ReplicaCommand,
+    ) {
         let truncates = matches!(command.body, CommandBody::Truncate { .. });
         let ReplicaCommand { epoch, commit, body, .. } = command;
         let reads = matches!(body, CommandBody::Read { .. });
@@ -778,16 +763,5 @@ impl World {
         self.last_reply = None;
         assert_eq!(self.buffers.available(), self.free_at_start, "buffers come back");
         self.counts
-    }
-}
-
-/// Durations the world's delays are made for.
-pub(super) fn quick() -> Tunables {
-    Tunables {
-        member_records_max: 24,
-        backlog_records_max: 16,
-        catch_up_depth: 8,
-        settle_delay: Duration::from_millis(20),
-        ..Tunables::default()
     }
 }
