@@ -66,6 +66,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (8_008_497, "rot in batches that were written at the same time, which nothing vouches for"),
     (710_550, "a read grant that was asked for again without end"),
     (476_745_050_938_459, "a settled log that waited for what could be read nowhere but in it"),
+    (
+        489_321_442_642_631,
+        "a full log beside one that was far behind, and a flush that nobody asked for",
+    ),
     (477_968_553_642_570, "a full log that waited for the opening that waited for its answers"),
     (
         351_609_381_092_118,

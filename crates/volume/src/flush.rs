@@ -7,6 +7,7 @@ use base::{CommandBody, Instant, ReplicaError, ReplyBody, RequestId, Seq};
 
 use crate::gate::Grounds;
 use crate::head::{Head, Phase};
+use crate::member::Member;
 use crate::sessions::Answer;
 use crate::tag::Kind;
 
@@ -67,17 +68,22 @@ impl Head {
 
     /// The seq through which members that follow have everything on media, a write quorum of them.
     pub(crate) fn write_quorum_durable(&self) -> Seq {
+        if planted::is(Bug::FlushBeforeQuorum) {
+            let follow = self.members.iter().filter(|member| member.follows());
+            return follow.map(Member::durable).max().unwrap_or(Seq::ZERO);
+        }
+        self.write_quorum_at(Member::durable)
+    }
+
+    /// The greatest seq that a write quorum of members that follow have reached.
+    fn write_quorum_at(&self, reached: impl Fn(&Member) -> Seq) -> Seq {
         let mut positions = [Seq::ZERO; base::limits::MEMBERS_MAX];
         for (position, member) in positions.iter_mut().zip(&self.members) {
             if member.follows() {
-                *position = member.durable();
+                *position = reached(member);
             }
         }
-        if planted::is(Bug::FlushBeforeQuorum) {
-            positions.into_iter().max().unwrap_or(Seq::ZERO)
-        } else {
-            self.sets.write_quorum_reached(&positions)
-        }
+        self.sets.write_quorum_reached(&positions)
     }
 
     /// What is on media at a write quorum stays there, so this only grows.
@@ -118,8 +124,8 @@ impl Head {
         self.settle_target
     }
 
-    /// In an opening that lasts: what all members hold is put on media, so that it is settled and they have
-    /// room for the rest. Says through which record, when that is due.
+    /// In an opening that lasts: what a write quorum holds is put on media, so that it is settled and those that
+    /// are full have room for the rest. Says through which record, when that is due.
     fn plan_settling_tail(&mut self) -> Option<Seq> {
         if !self.all_follow() {
             self.settle_at = None;
@@ -130,7 +136,7 @@ impl Head {
             return None;
         }
         self.settle_at = Some(self.now + self.tunables.settle_delay);
-        self.members.iter().filter(|member| member.in_sync()).map(|member| member.acked).min()
+        Some(self.write_quorum_at(|member| member.acked))
     }
 
     pub(crate) fn flush_answered(&mut self, index: usize, result: &Answer) {

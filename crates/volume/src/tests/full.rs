@@ -134,6 +134,32 @@ fn an_opening_settles_what_fills_a_members_log() {
     }
 }
 
+/// One member holds no more than a part of the log and gets nothing of the rest; another is full of what two hold.
+#[test]
+fn what_a_quorum_holds_makes_room_though_another_is_far_behind() {
+    let mut bench = Bench::opened(3);
+    bench.room[2] = 12;
+    bench.held[1] = true;
+    for value in 1..=20 {
+        bench.write(value, value);
+    }
+    assert_eq!((bench.models[0].log.len(), bench.models[2].log.len()), (21, 13));
+    bench.models[1].commit = Seq(1);
+    bench.next_head();
+    bench.held.fill(false);
+    bench.up([0, 2]);
+    bench.failing_scans = Some(ReplicaError::NoSpace);
+    bench.up([1]);
+    bench.pass(3000);
+    assert_eq!((bench.mode(1), bench.models[1].log.len()), (MemberMode::CatchingUp, 1));
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    bench.write_ok(1, 100);
+    for value in 2..=20 {
+        let read = bench.read(value);
+        assert_eq!(bench.value(read), Some(value));
+    }
+}
+
 /// What was sent to a full log is never answered, and only an opening makes room: it must not wait for that.
 #[test]
 fn a_full_member_is_sealed_again_though_it_answers_nothing() {
