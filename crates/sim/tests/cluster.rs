@@ -91,6 +91,14 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "rot at the end of an idle log, of which only the store knew that it was on media",
     ),
     (372_120_406_546_575, "what was dropped on a liar's word, and back when the liar had lost it"),
+    (
+        491_344_679_220_386,
+        "rot in a batch that a later one vouched for which was never synced, beyond the budget",
+    ),
+    (
+        492_673_630_631_020,
+        "an EpochStart at one member that could not read its log, so that nobody's could be compared",
+    ),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];
 

@@ -173,8 +173,10 @@ pub struct Head {
     /// Sessions there were, of all members.
     pub(crate) sessions: u64,
     pub(crate) log: Log,
-    /// This opening has dropped the end of the log that it chose.
+    /// This opening has dropped the end of the log that it chose, or passed over who holds a longer one.
     pub(crate) cut: bool,
+    /// Members whose logs the next choice passes over, since they cannot read them.
+    pub(crate) passed_over: Bits,
     pub(crate) newest: Newest,
     pub(crate) reads: Reads,
     pub(crate) grants: Grants,
@@ -274,6 +276,7 @@ impl Head {
             sessions: 0,
             log: Log::new(DEPTH_EXPECTED),
             cut: false,
+            passed_over: 0,
             newest: Newest::new(volume.block_size),
             reads: Reads::new(),
             grants: Grants::new(),

@@ -10,7 +10,7 @@ use base::{BufferPool, CommandBody, Epoch, Instant, ReplicaError, ReplicaState, 
 use crate::catchup::CatchUp;
 use crate::head::Head;
 use crate::member::Mode;
-use crate::quorum::bit;
+use crate::quorum::{Bits, bit};
 use crate::sessions::Answer;
 use crate::status::MemberMode;
 use crate::tag::Kind;
@@ -30,7 +30,9 @@ pub(crate) struct Matching {
     /// Records at or below this seq are in no log that was asked.
     floor: Seq,
     /// Donors that could not read the probe.
-    tried: u8,
+    tried: Bits,
+    /// Those of them that said it is damaged, or the one after it.
+    rotten: Bits,
     /// The record at `high` counts as not shared because the member cannot read it.
     doubt: bool,
     /// The search is over: keep the member's log through here once somebody has shown that
@@ -72,6 +74,7 @@ impl Matching {
             theirs: ASK,
             floor: Seq::ZERO,
             tried: 0,
+            rotten: 0,
             doubt: false,
             confirm: None,
             damaged: None,
@@ -84,6 +87,7 @@ impl Matching {
         self.ours = ASK;
         self.theirs = ASK;
         self.tried = 0;
+        self.rotten = 0;
         self.damaged = None;
         self.retry_at = None;
     }
@@ -174,12 +178,16 @@ impl Head {
         }
         if matching.retry_at.take().is_some() {
             matching.tried = 0;
+            matching.rotten = 0;
         }
         self.ask_theirs(index);
         self.ask_ours(index);
         let Some(matching) = self.matching(index) else { return };
         if let (Some(keep), Side::Known(_)) = (matching.confirm, matching.ours) {
             let state = matching.state;
+            if self.others_first(index) {
+                return self.retry_matching(index, None);
+            }
             return self.shared(index, state, keep);
         }
         if let (Side::Known(ours), Side::Known(theirs)) = (matching.ours, matching.theirs) {
@@ -353,7 +361,10 @@ impl Head {
             self.pump_matching(index);
         } else if is_ours {
             *matching.side(true) = Side::Ask { after };
-            matching.tried |= 1 << donor;
+            matching.tried |= bit(donor);
+            if matches!(result, Err(ReplicaError::Damaged)) {
+                matching.rotten |= bit(donor);
+            }
             let tried = matching.tried;
             let another = self.donor(seq, tried | 1 << index).is_some();
             match result {
@@ -466,6 +477,19 @@ impl Matching {
     /// That donor is no member any more; another may get its slot.
     pub(crate) fn forget_donor(&mut self, slot: usize) {
         self.tried &= !bit(slot);
+        self.rotten &= !bit(slot);
+    }
+
+    /// The record of ours that is to be compared and that nobody can read, and who says that it is damaged.
+    pub(crate) fn unreadable(&self) -> Option<(Seq, Bits)> {
+        let waits = self.retry_at.is_some() && self.confirm.is_none() && self.rotten != 0;
+        let seq = self.damaged.filter(|_| waits)?;
+        Some((seq, self.rotten))
+    }
+
+    /// The last record of the member's log.
+    pub(crate) fn end(&self) -> Seq {
+        self.state.last.seq
     }
 
     /// The donor's session is gone: ask another.

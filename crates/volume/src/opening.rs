@@ -22,7 +22,7 @@ use base::{
 use crate::head::{Head, Output, Phase};
 use crate::log::Entry;
 use crate::member::{Member, Mode};
-use crate::quorum::bit;
+use crate::quorum::{Bits, bit};
 use crate::status::HeadPhase;
 
 /// The least that members are waited for when the others have sealed, since they were all asked at once;
@@ -85,26 +85,22 @@ impl Head {
         ends.all(|end| Some(end) == first)
     }
 
-    /// Takes the greatest last position of the in-sync members that answered; of several, the local
-    /// member's or the one with the longest log.
+    /// Takes the greatest last position of the in-sync members that answered.
     fn choose_tail(&mut self) {
         let mut states = [None::<ReplicaState>; base::limits::MEMBERS_MAX];
-        let mut source = None;
         let mut commit = Seq::ZERO;
-        for (index, member) in self.members.iter().enumerate() {
-            let Mode::Sealed(state) = member.mode else { continue };
-            states[index] = Some(state);
-            if !member.in_sync() {
-                continue;
-            }
-            commit = commit.max(state.commit);
-            let local = self.local == Some(member.server);
-            let rank = (state.last, local, core::cmp::Reverse(state.trimmed));
-            if source.is_none_or(|(best, _)| (rank > best) != planted::is(Bug::ShortestTail)) {
-                source = Some((rank, index));
+        for (state, member) in states.iter_mut().zip(&self.members) {
+            let Mode::Sealed(sealed) = member.mode else { continue };
+            *state = Some(sealed);
+            if member.in_sync() {
+                commit = commit.max(sealed.commit);
             }
         }
-        let ((tail, ..), _) = source.expect("a seal quorum has members");
+        let passed_over = core::mem::take(&mut self.passed_over);
+        let without = self.greatest_end(passed_over).filter(|end| end.seq >= commit);
+        self.cut = passed_over != 0 && without.is_some() && self.suffice(passed_over);
+        let tail = if self.cut { without } else { self.greatest_end(0) };
+        let tail = tail.expect("a seal quorum has members");
         self.log.follow(tail, commit);
         self.phase = Phase::Reconciling;
         // Those that hold the tail first: the others are compared with them.
@@ -117,8 +113,21 @@ impl Head {
         }
     }
 
+    /// The greatest last position of in-sync members that have sealed, but those `passed_over`.
+    fn greatest_end(&self, passed_over: Bits) -> Option<Position> {
+        let ends =
+            self.members.iter().enumerate().filter_map(|(index, member)| match member.mode {
+                Mode::Sealed(state) if member.in_sync() && passed_over & bit(index) == 0 => {
+                    Some(state.last)
+                }
+                _ => None,
+            });
+        if planted::is(Bug::ShortestTail) { ends.min() } else { ends.max() }
+    }
+
     fn advance_reconciling(&mut self) {
         self.drop_unreadable();
+        self.pass_over();
         self.settle_tail();
         let tail = self.log.tail();
         let holders = self.holders(tail.seq, false);

@@ -213,6 +213,10 @@ impl World {
     pub(super) fn rot_in_midst(&mut self, millis: u64) {
         let Some(Midst { head, with, without }) = self.midst.take() else { return };
         let Some(faulty) = self.faulty.filter(|_| self.desired == head) else { return };
+        if self.processes[faulty].device_failed {
+            // What vouches for the batch was not synced, and is not there after a start.
+            return;
+        }
         let theirs: Option<Vec<_>> = without.iter().map(|who| self.log_of(*who)).collect();
         let (Some(own), Some(theirs)) = (self.log_of(faulty), theirs) else { return };
         let missed = theirs.iter().map(|state| state.last.seq).max().unwrap_or(own.last.seq);

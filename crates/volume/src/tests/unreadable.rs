@@ -253,6 +253,76 @@ fn dropping_without_counting_is_noticed() {
     assert!(caught.is_some());
 }
 
+/// Member 2 alone got the EpochStart of epoch 2, and then cannot read the end of its log: nobody can say where
+/// those of the others, which have all that counts, part from it. Record 5 to 7 are at members 1 and 2 only.
+fn passed_over() -> Bench {
+    let mut bench = Bench::opened(3);
+    for value in 1..=3 {
+        bench.write(value, value);
+    }
+    bench.held[0] = true;
+    for value in 4..=6 {
+        bench.write_ok(value, value);
+    }
+    bench.next_head();
+    let room = std::mem::replace(&mut bench.room[1], 0);
+    bench.up([1, 2]);
+    assert_eq!(bench.models[2].last(), Position::new(Epoch(2), Seq(8)));
+    assert_eq!(bench.models[1].last(), Position::new(Epoch(1), Seq(7)));
+    bench.next_head();
+    bench.room[1] = room;
+    bench.held.fill(false);
+    bench.models[2].damaged.extend((5..=8).map(Seq));
+    bench
+}
+
+#[test]
+fn who_cannot_read_the_chosen_log_is_passed_over_if_the_others_suffice() {
+    let mut bench = passed_over();
+    bench.up([1, 2]);
+    bench.pass(3000);
+    // The two are no write quorum without member 2.
+    waits_for(&bench, 7);
+    assert_eq!(bench.models[2].last(), Position::new(Epoch(2), Seq(8)), "nothing was truncated");
+    bench.up([0]);
+    bench.pass(1000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    assert!((0..3).all(|member| bench.mode(member) == MemberMode::Live));
+    assert_eq!(bench.models[0].log, bench.models[1].log);
+    assert_eq!(bench.models[0].log, bench.models[2].log);
+    for value in 1..=6 {
+        let read = bench.read(value);
+        assert_eq!(bench.value(read), Some(value), "block {value}");
+    }
+}
+
+#[test]
+fn what_is_settled_is_not_passed_over() {
+    let mut bench = passed_over();
+    bench.models[2].commit = Seq(8);
+    bench.models[2].durable = Seq(8);
+    bench.up([0, 1, 2]);
+    bench.pass(3000);
+    waits_for_any(&bench);
+    assert_eq!(bench.models[2].last(), Position::new(Epoch(2), Seq(8)));
+}
+
+#[test]
+fn what_a_member_cannot_read_others_hold_before_it_is_forgotten() {
+    let mut bench = passed_over();
+    let room = std::mem::replace(&mut bench.room[0], 0);
+    bench.up([0, 1, 2]);
+    bench.pass(900);
+    assert_eq!(bench.head.status().phase, HeadPhase::Reconciling);
+    assert_eq!(bench.models[2].last(), Position::new(Epoch(2), Seq(8)), "it may be needed yet");
+    bench.room[0] = room;
+    bench.settle();
+    bench.pass(50);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    assert_eq!(bench.mode(2), MemberMode::Live);
+    assert_eq!(bench.models[0].log, bench.models[2].log);
+}
+
 #[test]
 fn a_donor_that_fails_otherwise_is_no_reason_to_drop() {
     let mut bench = left_behind(3, &[0], Seq(4));
