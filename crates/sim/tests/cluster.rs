@@ -99,6 +99,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         492_673_630_631_020,
         "an EpochStart at one member that could not read its log, so that nobody's could be compared",
     ),
+    (
+        494_063_584_417_463,
+        "a full log beside a member that needs a copy, and whose log ends in an older epoch",
+    ),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];
 

@@ -98,7 +98,7 @@ impl Head {
     /// Acknowledged records must reach media some time even if no guest asks, so that members may
     /// take them home. Says through which record that is due.
     fn plan_settling(&mut self) -> Option<Seq> {
-        if self.phase == Phase::Reconciling {
+        if let Phase::Reconciling | Phase::Starting = self.phase {
             return self.plan_settling_tail();
         }
         let (commit, durable) = (self.log.commit(), self.log.durable);
@@ -127,7 +127,8 @@ impl Head {
     /// In an opening that lasts: what a write quorum holds is put on media, so that it is settled and those that
     /// are full have room for the rest. Says through which record, when that is due.
     fn plan_settling_tail(&mut self) -> Option<Seq> {
-        if !self.all_follow() {
+        let held = self.write_quorum_at(|member| member.acked).min(self.log.tail().seq);
+        if !self.outlasts_this_opening(held) {
             self.settle_at = None;
             return None;
         }
@@ -136,7 +137,7 @@ impl Head {
             return None;
         }
         self.settle_at = Some(self.now + self.tunables.settle_delay);
-        Some(self.write_quorum_at(|member| member.acked))
+        Some(held)
     }
 
     pub(crate) fn flush_answered(&mut self, index: usize, result: &Answer) {

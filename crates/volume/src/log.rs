@@ -87,7 +87,7 @@ impl Log {
 
     /// Of the log that an opening chose, everything through `seq` is settled.
     pub(crate) fn settle(&mut self, seq: Seq) {
-        assert!(self.start.is_none() && seq <= self.tail.seq, "before the EpochStart only");
+        assert!(seq <= self.tail.seq, "before the EpochStart only");
         self.commit = self.commit.max(seq);
         self.durable = self.durable.max(seq);
     }

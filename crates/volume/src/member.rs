@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use base::limits::MEMBER_COMMANDS_MAX;
-use base::{Epoch, Instant, ReplicaError, ReplicaState, Role, Seq, ServerId};
+use base::{Epoch, Instant, Position, ReplicaError, ReplicaState, Role, Seq, ServerId};
 
 use crate::catchup::CatchUp;
 use crate::fill::Filling;
@@ -95,6 +95,10 @@ pub(crate) struct Member {
     pub(crate) acked: Seq,
     /// It may hold records of the head's log through here, by what it said or was sent.
     pub(crate) reach: Seq,
+    /// No record of its log has a greater position: what it said or was sent in this head's life.
+    pub(crate) end: Position,
+    /// Where its log ended when it began to follow. Valid while `follows`.
+    pub(crate) joined: Position,
     /// What it holds is known: it has answered this head, and nobody else writes to its log.
     pub(crate) heard: bool,
     /// It was truncated at a record that it could not read, which may have been the head's.
@@ -144,6 +148,8 @@ impl Member {
             outliving: 0,
             acked: Seq::ZERO,
             reach: Seq::ZERO,
+            end: Position::ZERO,
+            joined: Position::ZERO,
             heard: false,
             doubted: false,
             durable: Seq::ZERO,
@@ -260,6 +266,7 @@ impl Member {
     pub(crate) fn follow_from(&mut self, acked: Seq, epoch: Epoch, durable: Seq) {
         assert!(!self.follows(), "the mode changes after");
         self.acked = acked;
+        self.joined = Position::new(epoch, acked);
         self.durable = durable.min(acked);
         self.next_send = acked.next();
         self.sent_epoch = epoch;
@@ -291,6 +298,7 @@ impl Member {
         self.sent_epoch = record.header().position.epoch;
         self.next_send = seq.next();
         self.reach = self.reach.max(seq);
+        self.end = self.end.max(record.header().position);
         assert!(self.in_flight_records() < MEMBER_COMMANDS_MAX, "appends are bounded");
     }
 

@@ -16,7 +16,7 @@ use core::time::Duration;
 
 use base::planted::{self, Bug};
 use base::{
-    BlockCount, Instant, Lba, Position, Record, RecordHeader, RecordKind, ReplicaState, Seq,
+    BlockCount, Epoch, Instant, Lba, Position, Record, RecordHeader, RecordKind, ReplicaState, Seq,
 };
 
 use crate::head::{Head, Output, Phase};
@@ -36,6 +36,9 @@ impl Head {
         }
         if self.phase == Phase::Reconciling {
             self.advance_reconciling();
+        }
+        if let Phase::Reconciling | Phase::Starting = self.phase {
+            self.settle_tail();
         }
     }
 
@@ -128,7 +131,6 @@ impl Head {
     fn advance_reconciling(&mut self) {
         self.drop_unreadable();
         self.pass_over();
-        self.settle_tail();
         let tail = self.log.tail();
         let holders = self.holders(tail.seq, false);
         if holders & self.sets.old() == 0 {
@@ -138,31 +140,35 @@ impl Head {
         }
     }
 
-    /// Settles what is on media at a write quorum while every member in sync is known to hold a prefix of
-    /// the chosen log and nothing else. Else a member whose log is full of what this opening may not
-    /// settle never has room for the rest of it.
-    ///
-    /// Why that is safe before an EpochStart is there: records of old epochs at a write quorum do not count
-    /// by themselves since a member elsewhere may have a log that ends in a newer epoch and lacks
-    /// them. Here there is none: all members in sync, of both sets while a change is open, have sealed
-    /// this epoch and their logs are prefixes of this one. A later opening chooses among such prefixes, and
-    /// logs that go on from one that was chosen so; those that have what is on media at a write quorum
-    /// are in every seal quorum, and of two prefixes the longer one wins.
+    /// Settles what is on media at a write quorum, if no later opening can decide otherwise. Else a member whose log is
+    /// full of what this opening may not settle never has room for the rest of it, or for the EpochStart.
     fn settle_tail(&mut self) {
-        if !self.all_follow() {
-            return;
-        }
         let reached = self.write_quorum_durable().min(self.log.tail().seq);
-        if reached > self.log.durable {
+        if reached > self.log.durable && self.outlasts_this_opening(reached) {
             self.log.settle(reached);
             self.plan_commit_news();
         }
     }
 
-    /// True if the log of every member in sync is known to be a prefix of the head's.
-    pub(crate) fn all_follow(&self) -> bool {
-        let follow = self.members_where(Member::follows);
-        (0..self.members.len()).all(|slot| !self.sets.counts(slot) || follow & bit(slot) != 0)
+    /// True if every later opening keeps the chosen log through `seq` once a write quorum has that on media, though the
+    /// EpochStart is not there yet: each member in sync is known to hold a prefix of that log and nothing
+    /// else, or a log that ends in an older epoch than `seq` is of.
+    ///
+    /// Records of old epochs at a write quorum do not count by themselves since a member elsewhere may
+    /// have a log that ends in a newer epoch and lacks them. Here there is none: all members in sync, of both sets
+    /// while a change is open, have sealed this epoch, so that nobody else writes to their logs. A later opening
+    /// chooses among these, and logs that go on from one that was chosen so; those that have what is on media at a
+    /// write quorum are in every seal quorum, of two prefixes the longer one wins, and an older epoch's end does not.
+    pub(crate) fn outlasts_this_opening(&self, seq: Seq) -> bool {
+        let tail = self.log.tail();
+        let of_followers = self.members.iter().filter(|member| member.follows());
+        let joined = of_followers.map(|member| member.joined).filter(|joined| joined.seq <= seq);
+        let known = joined.chain((tail.seq <= seq).then_some(tail)).map(|position| position.epoch);
+        let epoch = known.max().unwrap_or(Epoch::NONE);
+        self.members.iter().enumerate().all(|(slot, member)| {
+            let older = member.heard && member.end.epoch < epoch;
+            !self.sets.counts(slot) || member.follows() || older
+        })
     }
 
     /// True if a member that answered late has a tail to prefer. It holds nothing that had to

@@ -186,6 +186,7 @@ impl Head {
         }
         let member = &mut self.members[index];
         member.reach = member.reach.max(state.last.seq);
+        member.end = member.end.max(state.last);
         member.enter(Mode::Sealed(state), now);
         match self.phase {
             Phase::Sealing { .. } => {}

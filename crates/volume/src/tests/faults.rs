@@ -25,13 +25,20 @@ impl World {
                 Some(errors[self.random.index(3)])
             }
             CommandBody::Flush => Some(ReplicaError::DeviceFailed),
-            CommandBody::Scan { .. } => Some(ReplicaError::Damaged),
+            CommandBody::Scan { seq, .. } => {
+                self.servers[server].model.doubtful.insert(*seq);
+                Some(ReplicaError::Damaged)
+            }
             CommandBody::Seal => Some(ReplicaError::NoReplica),
             CommandBody::Truncate { .. } => Some(ReplicaError::Disconnected),
+            CommandBody::Grow { .. } => {
+                // What reaches beyond its old end it refuses then, and what follows that.
+                self.servers[server].model.broken = true;
+                Some(ReplicaError::NotSealed)
+            }
             CommandBody::Trim
             | CommandBody::Release
             | CommandBody::Renew
-            | CommandBody::Grow { .. }
             | CommandBody::Hello { .. }
             | CommandBody::HealthOf { .. }
             | CommandBody::Install { .. }
@@ -211,6 +218,10 @@ impl World {
             other == server || !self.servers[other].model.lost && !self.servers[other].model.filling
         });
         let counted = members.clone().any(|member| member == server);
+        // What those that are left behind lack is nowhere else then.
+        if self.settings.greedy_trims {
+            return;
+        }
         // The others may be about to leave.
         if self.heads.iter().flatten().any(|running| running.changing) {
             return;

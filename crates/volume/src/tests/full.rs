@@ -160,6 +160,42 @@ fn what_a_quorum_holds_makes_room_though_another_is_far_behind() {
     }
 }
 
+/// One member needs a copy, but ends in an older epoch than what two hold: no opening prefers its log to theirs.
+#[test]
+fn what_a_quorum_holds_makes_room_though_another_needs_a_copy() {
+    let mut bench = Bench::opened(3);
+    for value in 1..=3 {
+        bench.write_ok(value, value);
+    }
+    bench.held[2] = true;
+    bench.next_head();
+    bench.up([0, 1]);
+    for value in 4..=8 {
+        bench.write_ok(value, value);
+    }
+    bench.pass(1000);
+    bench.room[1] = 3;
+    for value in 9..=20 {
+        bench.write(value, value);
+    }
+    let lengths = [0, 1, 2].map(|member| bench.models[member].log.len());
+    assert_eq!(lengths, [22, 13, 4]);
+    assert_eq!(bench.models[1].commit, Seq(10));
+    bench.models[0].trimmed = Seq(8);
+    bench.models[1].trimmed = Seq(8);
+    bench.next_head();
+    bench.held.fill(false);
+    bench.up([0, 1, 2]);
+    bench.pass(3000);
+    assert_eq!(bench.mode(2), MemberMode::TooFarBehind);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    bench.write_ok(1, 100);
+    for value in 2..=20 {
+        let read = bench.read(value);
+        assert_eq!(bench.value(read), Some(value));
+    }
+}
+
 /// What was sent to a full log is never answered, and only an opening makes room: it must not wait for that.
 #[test]
 fn a_full_member_is_sealed_again_though_it_answers_nothing() {

@@ -83,6 +83,8 @@ pub(super) struct Model {
     pub(super) life: u64,
     /// Records that cannot be read any more.
     pub(super) damaged: BTreeSet<Seq>,
+    /// Records that it once said it could not read.
+    pub(super) doubtful: BTreeSet<Seq>,
     /// An append of this session failed: what follows does not fit.
     pub(super) broken: bool,
     /// Durable records were lost.
@@ -261,6 +263,9 @@ impl Model {
     }
 
     fn read(&self, blocks: core::ops::Range<usize>, covers: Seq, mut buffer: BufferMut) -> Effect {
+        if self.broken && blocks.end as u64 > self.blocks {
+            return refuse(ReplicaError::Invalid);
+        }
         assert!(blocks.end as u64 <= self.blocks, "it was told first");
         assert!(covers <= self.last().seq, "a head reads only where it knows the data to be");
         let bytes = blocks.len() * BLOCK_BYTES;
@@ -292,7 +297,9 @@ impl Model {
         assert!(keep < self.last().seq, "truncation drops something");
         let first =
             self.log.get(usize::try_from(keep.0).unwrap()).map(|entry| entry.header.position);
-        let unreadable = first.is_some_and(|first| self.damaged.contains(&first.seq));
+        let unreadable = first.is_some_and(|Position { seq, .. }| {
+            self.damaged.contains(&seq) || self.doubtful.contains(&seq)
+        });
         for entry in &self.log[usize::try_from(keep.0).unwrap()..] {
             let settled = truth.settled.get(&entry.header.position.seq);
             // What the member cannot read is of no use; it is brought it again.
@@ -303,6 +310,7 @@ impl Model {
         self.written = self.written.min(keep);
         self.durable = self.durable.min(keep);
         self.damaged.retain(|seq| *seq <= keep);
+        self.doubtful.retain(|seq| *seq <= keep);
         Effect::Answer(Ok(ReplyBody::Truncated { last: self.last() }))
     }
 }
