@@ -591,7 +591,7 @@ impl World {
             }
             Output::ControlDone { tag, result } => {
                 self.checkers.made_or_deleted(process);
-                self.own_done(process, tag, result.is_ok());
+                self.own_done(process, tag, result);
             }
             Output::PoolOpened(Ok(())) => self.process_opened(process),
             Output::PoolOpened(Err(error)) => self.pool_lost(process, &error),

@@ -103,6 +103,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         494_063_584_417_463,
         "a full log beside a member that needs a copy, and whose log ends in an older epoch",
     ),
+    (
+        494_063_584_402_904,
+        "a server that was asked to delete its replica again, and did not say that it is gone",
+    ),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];
 

@@ -6,7 +6,7 @@
 use core::time::Duration;
 use std::collections::BTreeMap;
 
-use base::{BlockSize, Health, HolderId, Role, ShardRecord};
+use base::{BlockSize, Health, HolderId, ReplicaError, Role, ShardRecord};
 use cluster::heal::{self, HealPolicy, MemberFacts, Stage, VolumeFacts};
 use cluster::{Draining, Picture, ServerEntry, ServerRecord, Versions, VolumeEntry};
 use node::Input;
@@ -163,12 +163,18 @@ impl World {
         true
     }
 
-    /// A replica was made or deleted for the healer.
-    pub(super) fn own_done(&mut self, process: usize, tag: u64, done: bool) {
-        let wanted = if tag == 2 { Role::Provisioning } else { Role::Leaving };
-        if done {
+    /// A replica was made or deleted for the healer. As for the daemons, one that is not there is deleted: it
+    /// was before, and what the record was to say of that got lost.
+    pub(super) fn own_done(&mut self, process: usize, tag: u64, result: Result<(), ReplicaError>) {
+        let (wanted, place) = match tag {
+            2 => (Role::Provisioning, Place::ReplicaMade),
+            _ => (Role::Leaving, Place::ReplicaDeleted),
+        };
+        let was_gone = wanted == Role::Leaving && result == Err(ReplicaError::NoReplica);
+        if result.is_ok() || was_gone {
             self.processes[process].healer.own = Some(wanted);
-            let place = if tag == 2 { Place::ReplicaMade } else { Place::ReplicaDeleted };
+        }
+        if result.is_ok() {
             self.report.places.reach(place);
         }
     }
@@ -327,5 +333,33 @@ fn member_facts(member: &MemberStatus, now: base::Instant) -> MemberFacts {
         slow_for_ms: member.slow_since.map_or(0, |since| millis(since).max(1)),
         needs_fill: member.mode.needs_copy(),
         caught_up: member.caught_up,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base::{Instant, Member};
+
+    use super::*;
+    use crate::world::WorldConfig;
+
+    /// The head runs where the replica was: nobody else looks after its members.
+    #[test]
+    fn a_server_whose_word_that_its_replica_is_gone_was_lost_says_so_again() {
+        let mut world = World::new(WorldConfig { spares: 1, ..WorldConfig::quiet(7, 1, false, 0) });
+        let (limit, spare) = (Instant::ZERO + Duration::from_secs(10), 1);
+        world.run_until(limit, "to provision", |world| world.provisioned == 1);
+        world.attach(spare);
+        world.run_until(limit, "to serve", World::serving);
+        let (server, pool) = (server_id(spare), pool_id(spare));
+        let records = &mut world.store.records;
+        records.shard.members.push(Member { server, pool, role: Role::Leaving });
+        records.revision += 1;
+        let is_done = |world: &World| {
+            let shard = &world.store.records.shard;
+            let told = world.processes[spare].healer.told.as_ref();
+            shard.members.iter().all(|member| member.server != server) && told == Some(shard)
+        };
+        world.run_until(limit, "to take the member out and tell the head", is_done);
     }
 }
