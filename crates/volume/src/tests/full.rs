@@ -1,10 +1,11 @@
 //! Members whose logs are full or that put nothing on media, and heads out of buffers.
 
 use base::{
-    BufferPool, CommandBody, Operation, RecordKind, ReplicaCommand, ReplicaError, Seq, Status,
+    BufferPool, CommandBody, Epoch, Operation, Position, RecordKind, ReplicaCommand, ReplicaError,
+    Seq, Status,
 };
 
-use super::bench::Bench;
+use super::bench::{Bench, server};
 use super::world::World;
 use crate::{HeadPhase, Input, MemberMode, StallReason};
 
@@ -194,6 +195,42 @@ fn what_a_quorum_holds_makes_room_though_another_needs_a_copy() {
         let read = bench.read(value);
         assert_eq!(bench.value(read), Some(value));
     }
+}
+
+/// Record 2 of epoch 1 is at members 0 and 1; an opening that saw neither has left another at member 2, in epoch 2, and
+/// one that did not see that one has its EpochStart at member 0 alone. Without member 0, member 2's log counts.
+#[test]
+fn what_a_newer_log_elsewhere_lacks_is_not_settled_early() {
+    let mut bench = Bench::opened(3);
+    bench.pass(1000);
+    bench.held = vec![false, true, true];
+    bench.write(7, 7);
+    bench.next_head();
+    bench.held = vec![true, false, false];
+    bench.room[1] = 0;
+    bench.up([1, 2]);
+    bench.next_head();
+    bench.held = vec![false, false, true];
+    bench.room[1] = 1;
+    bench.up([0, 1]);
+    let ends = [0, 1, 2].map(|member| bench.models[member].last());
+    let position = |epoch, seq| Position::new(Epoch(epoch), Seq(seq));
+    assert_eq!(ends, [position(3, 3), position(1, 2), position(2, 2)]);
+    bench.next_head();
+    bench.held.fill(false);
+    bench.input(Input::MemberUp { server: server(2) });
+    bench.deliver(2);
+    bench.held[2] = true;
+    bench.up([0, 1]);
+    bench.pass(3000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Reconciling, "member 1 has no room");
+    assert_eq!(bench.mode(2), MemberMode::Reconciling);
+    assert_eq!(bench.models[1].commit, Seq(1), "member 2 may yet win");
+    bench.held[2] = false;
+    bench.settle();
+    bench.pass(1000);
+    assert_eq!(bench.head.status().phase, HeadPhase::Serving);
+    assert_eq!(bench.models[1].log, bench.models[2].log);
 }
 
 /// What was sent to a full log is never answered, and only an opening makes room: it must not wait for that.
