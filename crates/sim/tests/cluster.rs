@@ -107,6 +107,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         494_063_584_402_904,
         "a server that was asked to delete its replica again, and did not say that it is gone",
     ),
+    (
+        494_063_584_375_442,
+        "what a power cut left of a segment, which vouched for the log that used it under the same ordinal",
+    ),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];
 

@@ -13,7 +13,7 @@
 //! | 44 | 4 | incarnation of the replica |
 //! | 48 | 4 | segment's index in the pool |
 //! | 52 | 4 | CRC of the last batch before this segment, 0: none |
-//! | 56 | 8 | ordinal: counts the replica's segments from 1, never reused |
+//! | 56 | 8 | ordinal: grows from segment to segment of the replica, from 1, never reused |
 //! | 64 | 8 | seq of the first record to come |
 //! | 72 | 8 | number of the first batch to come |
 //! | 80 | 8 | epoch of the last record before |

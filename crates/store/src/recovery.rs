@@ -325,13 +325,18 @@ impl Store {
 
     /// What the whole of the segments says of each replica, and which segments are nobody's.
     fn close_assignment(&mut self) {
+        // A crash may leave batches of a segment and nothing of its beginning, so that it is nobody's. If it were
+        // used again under the same ordinal, they would vouch for a log that is not theirs. Of all ordinals that
+        // metadata does not know to be used up each had a segment to itself, so that many are left out.
+        let unseen = self.segments.all.len() as u64;
         for replica in self.replicas.iter_mut().flatten() {
             let restarted = replica.restarts.iter().map(|restart| restart.ordinal + 1).max();
             replica.next_ordinal = replica
                 .next_ordinal
                 .max(restarted.unwrap_or(1))
                 .max(replica.first_ordinal)
-                .max(replica.flushed_ordinal);
+                .max(replica.flushed_ordinal)
+                + unseen;
             if let Some(last) = replica.segments.back() {
                 let state = &mut self.segments.all[*last as usize];
                 if state.state == SegmentState::Clean {
@@ -419,10 +424,10 @@ impl Store {
         // All of it is on media before the checkpoint is, which need not rely on the log for it.
         replica.commit_durable = replica.commit;
         (replica.on_media, replica.noted_on_media) = (last.seq, last.seq);
-        let ordinal = replica.next_ordinal;
-        if replica.segments.is_empty() {
+        if replica.filling {
             return;
         }
+        let ordinal = replica.next_ordinal;
         let kept = match replayed.end {
             Some((link, page)) => Some((replay.links[link].ordinal, page)),
             None => self.last_clean(slot),
@@ -432,6 +437,7 @@ impl Store {
             let restart = Restart { ordinal, previous, end_page, keep: last };
             Entry::Restart { replica: slot, restart }
         } else {
+            // Also if there is no segment: what a crash has left of some is void, whenever it is found.
             self.void_segments(slot, 0);
             Entry::Trim { replica: slot, ordinal, position: last }
         };

@@ -1,4 +1,4 @@
-//! A log that is being cut back, as others see it meanwhile.
+//! A log that is being cut back, as others see it meanwhile; and what crashes leave of logs that go on elsewhere.
 
 #![allow(missing_docs)]
 #![allow(clippy::cast_possible_truncation)]
@@ -95,4 +95,79 @@ fn what_is_scanned_while_a_whole_log_is_cut_off_is_not_damaged() {
         node.check("cut off");
     }
     assert!(behind > 10, "{behind} behind the end");
+}
+
+const PAGE_SECTORS: usize = 4096 / sim::SECTOR;
+
+/// One whose log goes nowhere, and nothing of it to the journal.
+fn calm_node(block_size: BlockSize, seed: u64) -> Node {
+    let mut shape = small_shape(16 << 20, 64 << 10);
+    (shape.flush.idle, shape.flush.age) = (Duration::from_hours(1), Duration::from_hours(1));
+    Node::new(shape, block_size, 1024, seed)
+}
+
+/// Of a segment only a later batch has landed when power went, and the log was cut back after that. Used again, the
+/// segment has that batch behind its own ones: it says that more was on media, of a log that is no more.
+#[test]
+fn what_a_crash_left_of_a_segment_does_not_vouch_for_a_later_log() {
+    for seed in 1..=8 {
+        let mut node = calm_node(BlockSize::B4096, seed);
+        // A segment has room for three of these.
+        for number in 0..3 {
+            node.append(1, number * 32, 32, RecordKind::Write);
+        }
+        node.flush();
+        for number in 3..5 {
+            node.append(1, number * 32, 32, RecordKind::Write);
+        }
+        // The segment's header and the first batch's.
+        node.world.disks[0].crash_without(|sector| sector < 2 * PAGE_SECTORS);
+        node.reopen();
+        assert_eq!(node.state().last.seq, Seq(3));
+        let cut = node.ask(Command::Truncate { key: key(), keep: Seq(1) });
+        assert!(matches!(cut, Ok(ReplyBody::Truncated { .. })), "{cut:?}");
+        node.log.truncate(1);
+        node.seal(2);
+        node.append(2, 7, 1, RecordKind::Write);
+        node.flush();
+        node.reopen();
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert!(!info.damaged, "{info:?}");
+        assert_eq!(info.state.last, node.last());
+        node.check("after another log was there");
+    }
+}
+
+/// Nothing is known of the log that a crash left a batch of. When that is found later, since the segment's new
+/// beginning has landed in part, it is not taken for the beginning of the log that there is.
+#[test]
+fn what_a_crash_left_of_a_whole_log_is_not_found_later() {
+    const BLOCKS: u64 = 248;
+    for seed in 1..=8 {
+        let mut node = calm_node(BlockSize::B512, seed);
+        // Three fill a segment. Nothing is flushed, and all that lands is the last batch, in the second segment.
+        for number in 0..5 {
+            node.append(1, number % 4 * BLOCKS, BLOCKS, RecordKind::Write);
+        }
+        let batch = PAGE_SECTORS + BLOCKS as usize;
+        let before = 2 * PAGE_SECTORS + 4 * batch;
+        node.world.disks[0].crash_without(|sector| sector < before);
+        node.reopen();
+        assert_eq!(node.state().last.seq, Seq(0));
+        node.log.clear();
+        for number in 0..3 {
+            node.append(1, number * BLOCKS, BLOCKS, RecordKind::Write);
+            node.flush();
+        }
+        node.append(1, 0, BLOCKS, RecordKind::Write);
+        // Of the segment's header nothing has landed, and of the batch's only a part.
+        node.world.disks[0]
+            .crash_without(|sector| sector <= PAGE_SECTORS + 1 && sector != PAGE_SECTORS);
+        node.reopen();
+        node.log.truncate(3);
+        let info = node.world.store.replica(key()).expect("it is there");
+        assert!(!info.damaged, "{info:?}");
+        assert_eq!(info.state.last, node.last());
+        node.check("with another log's batch behind it");
+    }
 }

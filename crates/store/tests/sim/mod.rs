@@ -113,6 +113,18 @@ impl Disk {
         });
     }
 
+    /// Power is lost: of the sectors that were not synced, which are counted from the first, all have landed but
+    /// those that are `lost`.
+    pub fn crash_without(&mut self, lost: impl Fn(usize) -> bool) {
+        for (number, (at, versions)) in core::mem::take(&mut self.volatile).into_iter().enumerate()
+        {
+            if !lost(number) {
+                let (_, last) = versions.last().expect("it was written");
+                self.media[at * SECTOR..(at + 1) * SECTOR].copy_from_slice(last);
+            }
+        }
+    }
+
     /// Power is lost: of each unsynced sector any version may have made it.
     pub fn crash(&mut self, random: &mut Random) {
         let keep = random.below(101);
