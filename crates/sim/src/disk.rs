@@ -191,6 +191,11 @@ impl Disk {
         watched.into_iter().filter_map(batch).collect()
     }
 
+    /// What the page holds is on media.
+    pub(crate) fn is_synced(&self, page: u64) -> bool {
+        self.replaced.iter().all(|(at, _)| *at != page)
+    }
+
     /// The batches of a log that begin on it and are whole.
     pub(crate) fn batches(&self) -> Vec<store::BatchFacts> {
         self.pages.iter().flatten().filter_map(facts).collect()

@@ -111,6 +111,14 @@ const REGRESSIONS: &[(u64, &str)] = &[
         494_063_584_375_442,
         "what a power cut left of a segment, which vouched for the log that used it under the same ordinal",
     ),
+    (
+        497_091_274_052_326,
+        "rot in a batch that a later one vouched for whose sync was about to fail, beyond the budget",
+    ),
+    (
+        497_091_274_101_893,
+        "a liar's word by which others settled what it had not been told is settled",
+    ),
     (90_070, "a seal on a page of the journal that neither copy could give, taken for the end"),
 ];
 

@@ -14,9 +14,11 @@ use super::Seen;
 pub(super) struct Durable {
     /// Of each server, the highest seq that was both on media and settled.
     kept: Vec<Seq>,
+    /// Of each server, through which seq it says it has things on media, settled or not: others settle by that word.
+    durable: Vec<Seq>,
     /// Of each server whose disk may have rotted since it was last looked at, the batches that are whole.
     rotten: Vec<Option<Vec<BatchFacts>>>,
-    /// Of each server, through which seq it had things settled on media before its disk turned out to lie.
+    /// Of each server, through which seq it said it had things on media before its disk turned out to lie.
     lied: Vec<Option<Seq>>,
     /// Of each server, whether its replica is filled with chunks, which drops its log, and whether that is over.
     filled: Vec<(bool, bool)>,
@@ -26,6 +28,7 @@ impl Durable {
     pub(super) fn new(servers: usize) -> Self {
         Self {
             kept: vec![Seq::ZERO; servers],
+            durable: vec![Seq::ZERO; servers],
             rotten: vec![None; servers],
             lied: vec![None; servers],
             filled: vec![(false, false); servers],
@@ -41,8 +44,9 @@ impl Durable {
     /// Its log's device has lost what it said was on media.
     pub(super) fn log_lost(&mut self, process: usize) {
         if let Some(kept) = self.kept.get_mut(process) {
-            let had = core::mem::replace(kept, Seq::ZERO);
-            self.lied[process] = self.lied[process].max(Some(had));
+            *kept = Seq::ZERO;
+            let said = core::mem::replace(&mut self.durable[process], Seq::ZERO);
+            self.lied[process] = self.lied[process].max(Some(said));
         }
     }
 
@@ -76,6 +80,7 @@ impl Durable {
         }
         let rotten = std::mem::take(&mut self.rotten[seen.process]);
         let lied = self.lied[seen.process].take();
+        self.durable[seen.process] = state.durable;
         let mut forgot = lied.is_some_and(|had| state.last.seq < had);
         if rotten.is_some_and(|whole| vouched(&whole, *kept) <= state.last.seq)
             && state.last.seq < *kept

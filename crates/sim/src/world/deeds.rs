@@ -213,17 +213,16 @@ impl World {
     pub(super) fn rot_in_midst(&mut self, millis: u64) {
         let Some(Midst { head, with, without }) = self.midst.take() else { return };
         let Some(faulty) = self.faulty.filter(|_| self.desired == head) else { return };
-        if self.processes[faulty].device_failed {
-            // What vouches for the batch was not synced, and is not there after a start.
-            return;
-        }
         let theirs: Option<Vec<_>> = without.iter().map(|who| self.log_of(*who)).collect();
         let (Some(own), Some(theirs)) = (self.log_of(faulty), theirs) else { return };
         let missed = theirs.iter().map(|state| state.last.seq).max().unwrap_or(own.last.seq);
-        let batches = self.disk(faulty, LOG).watched();
+        let disk = self.disk(faulty, LOG);
+        let batches = disk.watched();
+        // What vouches for it is there after a start, even if a sync fails meanwhile.
+        let synced: Vec<bool> = batches.iter().map(|(page, _)| disk.is_synced(*page)).collect();
         let vouched = |number: usize, last: base::Seq| {
-            let mut later = batches[number + 1..].iter().map(|(_, later)| later);
-            later.any(|later| later.first > last && later.durable >= last)
+            let mut later = batches.iter().zip(&synced).skip(number + 1);
+            later.any(|((_, later), synced)| *synced && later.first > last && later.durable >= last)
         };
         let found = batches.iter().enumerate().find(|(number, (_, batch))| {
             batch.first > missed && batch.last <= own.commit && vouched(*number, batch.last)
